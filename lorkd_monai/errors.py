@@ -1,0 +1,45 @@
+"""The one error that means "you can mend this", and how it is shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+
+__all__ = ["LoRKDError", "find_lorkd_error", "show_errors_plainly"]
+
+
+class LoRKDError(ValueError):
+    """Something the user gave does not fit. The message says what was expected, what came, and what to do."""
+
+
+def find_lorkd_error(error: BaseException | None) -> LoRKDError | None:
+    """Return the outermost `LoRKDError` in the chain of causes of ``error``, or None.
+
+    MONAI and ignite wrap what our code raises in errors of their own; the message worth reading is ours.
+    A context that was cut off with ``raise … from None`` is not followed.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, LoRKDError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def _print_plainly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    ours = find_lorkd_error(error) if isinstance(error, Exception) else None
+    if ours is None or os.environ.get("LORKD_TRACEBACK"):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"error: {ours}", file=sys.stderr)
+
+
+def show_errors_plainly() -> None:
+    """Print an uncaught `LoRKDError` as one message ``error: …`` in place of a traceback; the exit code stays 1.
+
+    Called by the command line and by the ``initialize`` section of our bundles. Other errors keep their
+    traceback. With the environment variable ``LORKD_TRACEBACK=1`` ours keep theirs too.
+    """
+    sys.excepthook = _print_plainly

@@ -1,0 +1,1 @@
+"""Losses of a decomposition: the task's own, and the transfer of the teacher's knowledge."""
