@@ -1,0 +1,18 @@
+"""Expert bundles: writing, checking, measuring and sharing them."""
+
+from lorkd_monai.bundle.checker import Problem, check_bundle
+from lorkd_monai.bundle.formats import measure
+from lorkd_monai.bundle.pack import load_expert, pack_bundle, push_bundle
+from lorkd_monai.bundle.writer import expert_name, write_expert_bundle, write_teacher_bundle
+
+__all__ = [
+    "Problem",
+    "check_bundle",
+    "expert_name",
+    "load_expert",
+    "measure",
+    "pack_bundle",
+    "push_bundle",
+    "write_expert_bundle",
+    "write_teacher_bundle",
+]

@@ -1,0 +1,386 @@
+"""The config files of an expert bundle, of stock MONAI classes only."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lorkd_monai.bundle.text import check_task_name
+
+__all__ = ["LOGGING", "evaluate_config", "inference_config", "multi_gpu_config", "train_config"]
+
+LOGGING = """[loggers]
+keys=root
+
+[handlers]
+keys=consoleHandler
+
+[formatters]
+keys=fullFormatter
+
+[logger_root]
+level=INFO
+handlers=consoleHandler
+
+[handler_consoleHandler]
+class=StreamHandler
+level=INFO
+formatter=fullFormatter
+args=(sys.stdout,)
+
+[formatter_fullFormatter]
+format=%(asctime)s - %(name)s - %(levelname)s - %(message)s
+"""
+
+_SUFFIXES = {
+    2: [".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"],
+    3: [".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"],
+}
+_DEVICE = "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')"
+_NO_IMAGES = (
+    "$@images or sys.exit('error: no image in ' + repr(str(@dataset_dir)) + ': expected --dataset_dir to be an image "
+    "or a folder of images (' + ' '.join(@suffixes) + ')')"
+)
+_NO_WEIGHTS = (
+    "$os.path.isfile(@ckpt_path) or sys.exit('error: no weights at ' + repr(@ckpt_path) + ': expected --bundle_root "
+    "to be the folder of this bundle')"
+)
+_NO_LIST = (
+    " if os.path.isfile(@data_list) else sys.exit('error: no data list at ' + repr(@data_list) + ': expected "
+    "--dataset_dir to be a folder with a dataset.json of labelled images')"
+)
+
+
+def _compose(steps: list[dict]) -> dict[str, Any]:
+    return {"_target_": "Compose", "transforms": copy.deepcopy(steps)}
+
+
+def default_inferer(kind: str, image_size: tuple[int, ...]) -> dict[str, Any]:
+    """One pass for classification, overlapping windows of the training size for segmentation."""
+    if kind == "classification":
+        return {"_target_": "SimpleInferer"}
+    return {
+        "_target_": "SlidingWindowInferer",
+        "roi_size": [int(n) for n in image_size],
+        "sw_batch_size": 4,
+        "overlap": 0.5,
+        "mode": "gaussian",
+    }
+
+
+def _loader(path: str = "@ckpt_path", network: str = "@network") -> dict[str, Any]:
+    return {
+        "_target_": "CheckpointLoader",
+        "_disabled_": f"$not os.path.exists({path})",
+        "load_path": path,
+        "load_dict": {"model": network},
+    }
+
+
+def inference_config(
+    kind: str,
+    spatial_dims: int,
+    network_config: dict,
+    preprocessing: list[dict],
+    postprocessing: list[dict],
+    inferer: dict,
+) -> dict[str, Any]:
+    """Return inference.json.
+
+    ``--dataset_dir`` is one image or a folder of images, ``--images "['a.png']"`` a list of them; results go to
+    ``--output_dir``. Classification writes predictions.csv: file, the probability of each class, the class index.
+    """
+    handlers = [_loader(network="@network_def"), {"_target_": "StatsHandler", "iteration_log": False}]
+    run = [_NO_WEIGHTS, _NO_IMAGES]
+    if kind == "classification" and not "SaveClassification" in str(postprocessing):
+        # CSVSaver writes no header: one is written first, and the saver appends to it.
+        run += [
+            "$os.makedirs(@output_dir, exist_ok=True)",
+            "$csv.writer(open(@output_dir + '/predictions.csv', 'w', newline='')).writerow(['file', *@class_names, "
+            "'class'])",
+        ]
+        handlers.append(
+            {
+                "_target_": "ClassificationSaver",
+                "output_dir": "@output_dir",
+                "filename": "predictions.csv",
+                "overwrite": False,
+                "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
+                "output_transform": "$lambda output: [torch.cat([item['pred'].flatten(), "
+                "item['pred'].argmax().reshape(1)]) for item in output]",
+            }
+        )
+    run.append("$@evaluator.run()")
+    config: dict[str, Any] = {
+        "imports": ["$import csv", "$import glob", "$import os", "$import sys"],
+        "bundle_root": ".",
+        "dataset_dir": "$@bundle_root + '/data'",
+        "output_dir": "$@bundle_root + '/eval'",
+        "ckpt_path": "$@bundle_root + '/models/model.pt'",
+        "suffixes": _SUFFIXES[spatial_dims],
+        "images": "$[@dataset_dir] if os.path.isfile(@dataset_dir) else sorted(path for path in "
+        "glob.glob(glob.escape(@dataset_dir) + '/*') if path.lower().endswith(tuple(@suffixes)))",
+        "class_names": "$list(@_meta_#network_data_format#outputs#pred#channel_def.values())",
+        "device": _DEVICE,
+        "network_def": copy.deepcopy(network_config),
+        "network": "$@network_def.to(@device)",
+        "preprocessing": _compose(preprocessing),
+        "dataset": {
+            "_target_": "Dataset",
+            "data": "$[{'image': path} for path in @images]",
+            "transform": "@preprocessing",
+        },
+        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
+        "inferer": copy.deepcopy(inferer),
+        "postprocessing": _compose(postprocessing),
+        "handlers": handlers,
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "device": "@device",
+            "val_data_loader": "@dataloader",
+            "network": "@network",
+            "inferer": "@inferer",
+            "postprocessing": "@postprocessing",
+            "val_handlers": "@handlers",
+        },
+        "run": run,
+    }
+    if kind == "segmentation":
+        del config["class_names"]
+        config["imports"].remove("$import csv")
+    return config
+
+
+def _label_steps(kind: str, num_classes: int) -> list[dict]:
+    """What makes a prediction and its label comparable: probabilities, or one-hot masks."""
+    if kind == "classification":
+        return [{"_target_": "Activationsd", "keys": "pred", "softmax": True}]
+    return [{"_target_": "AsDiscreted", "keys": ["pred", "label"], "argmax": [True, False], "to_onehot": num_classes}]
+
+
+def _key_metric(kind: str) -> dict[str, Any]:
+    if kind == "segmentation":
+        return {
+            "val_mean_dice": {
+                "_target_": "MeanDice",
+                "include_background": False,
+                "output_transform": "$monai.handlers.from_engine(['pred', 'label'])",
+            }
+        }
+    return {
+        "val_balanced_accuracy": {
+            "_target_": "ignite.metrics.Recall",
+            "average": "macro",
+            "output_transform": "$lambda output: (torch.stack([item['pred'].as_tensor() for item in output]), "
+            "torch.stack([torch.as_tensor(item['label']).flatten()[0] for item in output]).long())",
+        }
+    }
+
+
+def _is_deep(network_config: dict) -> bool:
+    """True for a network that returns several outputs in training."""
+    return bool(network_config.get("deep_supervision")) or str(network_config["_target_"]).endswith("SegResNetDS")
+
+
+def _loss(kind: str, network_config: dict) -> tuple[dict[str, Any], str]:
+    loss: dict[str, Any] = {"_target_": "torch.nn.CrossEntropyLoss"}
+    if kind == "segmentation":
+        loss = {"_target_": "DiceCELoss", "to_onehot_y": True, "softmax": True, "squared_pred": True, "batch": True}
+    if not _is_deep(network_config):
+        return loss, "@loss"
+    # A network with deep supervision returns several outputs in training: the fine-tuning trains the full-size one.
+    return loss, (
+        "$lambda pred, label: @loss(pred[0] if isinstance(pred, (list, tuple)) else "
+        "pred[:, 0] if pred.ndim > label.ndim else pred, label)"
+    )
+
+
+def train_config(
+    task_name: str,
+    kind: str,
+    num_classes: int,
+    network_config: dict,
+    preprocessing: list[dict],
+    inferer: dict,
+) -> dict[str, Any]:
+    """Return train.json, which goes on training this expert on the items {"image", "label"} of a data list.
+
+    ``preprocessing`` prepares both keys. Stock MONAI reads the list in the Decathlon's form, with ``training`` and
+    ``validation``; items of another ``task`` are left out. The best weights go to ``--ckpt_dir`` as model.pt.
+    """
+    check_task_name(task_name)
+    loss, loss_function = _loss(kind, network_config)
+    segmentation = kind == "segmentation"
+
+    def dataset(section: str) -> dict[str, Any]:
+        return {
+            "_target_": "Dataset",
+            "data": f"$[item for item in monai.data.load_decathlon_datalist(@data_list, {segmentation}, '{section}', "
+            f"@dataset_dir) if item.get('task', @task) == @task]{_NO_LIST}",
+            "transform": "@train#preprocessing" if section == "training" else "@validate#preprocessing",
+        }
+
+    trained = copy.deepcopy(preprocessing)
+    flip: dict[str, Any] = {"_target_": "RandFlipd", "keys": ["image", "label"], "prob": 0.5, "spatial_axis": 0}
+    shift = {"_target_": "RandShiftIntensityd", "keys": "image", "offsets": 0.05, "prob": 0.5}
+    if segmentation:
+        # Images keep their own size: patches of the network's training size make a batch.
+        pad = {"_target_": "SpatialPadd", "keys": ["image", "label"], "spatial_size": inferer["roi_size"]}
+        crop = {
+            "_target_": "RandCropByPosNegLabeld",
+            "keys": ["image", "label"],
+            "label_key": "label",
+            "spatial_size": inferer["roi_size"],
+            "pos": 1,
+            "neg": 1,
+            "num_samples": 2,
+        }
+        trained += [pad, crop, flip, shift]
+    else:
+        trained += [shift]
+    return {
+        "imports": ["$import os", "$import sys"],
+        "bundle_root": ".",
+        "task": task_name,
+        "dataset_dir": "$@bundle_root + '/data'",
+        "data_list": "$@dataset_dir + '/dataset.json'",
+        "ckpt_dir": "$@bundle_root + '/models'",
+        "ckpt_path": "$@bundle_root + '/models/model.pt'",
+        "output_dir": "$@bundle_root + '/eval'",
+        "device": _DEVICE,
+        "max_epochs": 20,
+        "val_interval": 1,
+        "batch_size": 4,
+        "learning_rate": 0.0001,
+        "network_def": copy.deepcopy(network_config),
+        "network": "$@network_def.to(@device)",
+        "loss": loss,
+        "optimizer": {
+            "_target_": "torch.optim.AdamW",
+            "params": "$@network.parameters()",
+            "lr": "@learning_rate",
+            "weight_decay": 0.0001,
+        },
+        "train": {
+            "preprocessing": _compose(trained),
+            "dataset": dataset("training"),
+            "dataloader": {
+                "_target_": "DataLoader",
+                "dataset": "@train#dataset",
+                "batch_size": "@batch_size",
+                "shuffle": True,
+                "num_workers": 0,
+            },
+            "inferer": {"_target_": "SimpleInferer"},
+            "handlers": [
+                _loader(),
+                {
+                    "_target_": "ValidationHandler",
+                    "validator": "@validate#evaluator",
+                    "interval": "@val_interval",
+                    "epoch_level": True,
+                },
+                {
+                    "_target_": "StatsHandler",
+                    "tag_name": "train_loss",
+                    "output_transform": "$monai.handlers.from_engine(['loss'], first=True)",
+                },
+            ],
+            "trainer": {
+                "_target_": "SupervisedTrainer",
+                "max_epochs": "@max_epochs",
+                "device": "@device",
+                "train_data_loader": "@train#dataloader",
+                "network": "@network",
+                "optimizer": "@optimizer",
+                "loss_function": loss_function,
+                "inferer": "@train#inferer",
+                "train_handlers": "@train#handlers",
+            },
+        },
+        "validate": {
+            "preprocessing": _compose(preprocessing),
+            "dataset": dataset("validation"),
+            "dataloader": {"_target_": "DataLoader", "dataset": "@validate#dataset", "batch_size": 1, "num_workers": 0},
+            "inferer": copy.deepcopy(inferer),
+            "postprocessing": _compose(_label_steps(kind, num_classes)),
+            "handlers": [
+                {"_target_": "StatsHandler", "iteration_log": False},
+                {
+                    "_target_": "CheckpointSaver",
+                    "save_dir": "@ckpt_dir",
+                    "save_dict": {"model": "@network"},
+                    "save_key_metric": True,
+                    "key_metric_filename": "model.pt",
+                },
+            ],
+            "key_metric": _key_metric(kind),
+            "evaluator": {
+                "_target_": "SupervisedEvaluator",
+                "device": "@device",
+                "val_data_loader": "@validate#dataloader",
+                "network": "@network",
+                "inferer": "@validate#inferer",
+                "postprocessing": "@validate#postprocessing",
+                "key_val_metric": "@validate#key_metric",
+                "val_handlers": "@validate#handlers",
+            },
+        },
+        "initialize": ["$monai.utils.set_determinism(seed=0)"],
+        "run": [_NO_WEIGHTS, "$@train#trainer.run()"],
+        "training": "%run",
+    }
+
+
+def evaluate_config(kind: str) -> dict[str, Any]:
+    """Return evaluate.json, used over train.json: the key metric on the labelled ``test`` images of a data list."""
+    key = next(iter(_key_metric(kind)))
+    saver: dict[str, Any] = {"_target_": "MetricsSaver", "save_dir": "@output_dir", "metrics": [key]}
+    if kind == "segmentation":
+        saver["metric_details"] = [key]
+        saver["batch_transform"] = "$lambda batch: [item['image'].meta for item in batch]"
+    segmentation = kind == "segmentation"
+    return {
+        "validate#dataset#data": f"$[item for item in monai.data.load_decathlon_datalist(@data_list, {segmentation}, "
+        f"'test', @dataset_dir) if item.get('task', @task) == @task]{_NO_LIST}",
+        "validate#handlers": [_loader(), {"_target_": "StatsHandler", "iteration_log": False}, saver],
+        "run": [_NO_WEIGHTS, "$@validate#evaluator.run()"],
+        "evaluating": "%run",
+    }
+
+
+def multi_gpu_config(network_config: dict) -> dict[str, Any]:
+    """Return multi_gpu_train.json, used over train.json under torchrun (nccl on GPUs, gloo on CPUs)."""
+    first = "$dist.get_rank() > 0"
+    return {
+        "imports": ["$import os", "$import sys", "$import torch.distributed as dist"],
+        "device": "$torch.device('cuda', int(os.environ['LOCAL_RANK'])) if torch.cuda.is_available() else "
+        "torch.device('cpu')",
+        "network": {
+            "_target_": "torch.nn.parallel.DistributedDataParallel",
+            "module": "$@network_def.to(@device)",
+            "device_ids": "$[@device] if @device.type == 'cuda' else None",
+            "find_unused_parameters": _is_deep(network_config),
+        },
+        "train#sampler": {"_target_": "DistributedSampler", "dataset": "@train#dataset", "even_divisible": True},
+        "train#dataloader#sampler": "@train#sampler",
+        "train#dataloader#shuffle": False,
+        "train#handlers#2#_disabled_": first,
+        "validate#sampler": {
+            "_target_": "DistributedSampler",
+            "dataset": "@validate#dataset",
+            "even_divisible": False,
+            "shuffle": False,
+        },
+        "validate#dataloader#sampler": "@validate#sampler",
+        "validate#handlers#0#_disabled_": first,
+        "validate#handlers#1#_disabled_": first,
+        "initialize": [
+            "$dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')",
+            "$torch.cuda.set_device(@device) if torch.cuda.is_available() else None",
+            "$monai.utils.set_determinism(seed=0)",
+        ],
+        "run": [_NO_WEIGHTS, "$@train#trainer.run()"],
+        "training": "%run",
+        "finalize": ["$dist.is_initialized() and dist.destroy_process_group()"],
+    }

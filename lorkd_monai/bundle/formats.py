@@ -1,0 +1,221 @@
+"""The weights of one network in every form that a tool may want: PyTorch, safetensors, TorchScript, ONNX."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.data import save_net_with_metadata
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorkd_monai.bundle.metadata import strings_of
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["FORMATS", "build_network", "measure", "onnx_is_installed", "save_formats", "torchscript_of", "weights_of"]
+
+FORMATS = ("pt", "safetensors", "ts", "onnx")
+TOLERANCE = 1e-4
+_log = logging.getLogger(__name__)
+
+
+def onnx_is_installed() -> bool:
+    """True where the packages of the extra ``onnx`` that the export needs are installed."""
+    return util.find_spec("onnx") is not None
+
+
+def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the flat state_dict on the CPU, each tensor contiguous and with memory of its own."""
+    return {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
+
+
+def build_network(network_config: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+    """Build a network from its MONAI config, load ``weights`` strictly, and return it in eval mode.
+
+    Raises:
+        LoRKDError: the config is no plain MONAI config, or the weights do not fit it.
+    """
+    if not isinstance(network_config, Mapping) or not isinstance(network_config.get("_target_"), str):
+        raise LoRKDError(
+            "an expert bundle builds its network from a MONAI config: expected a dict with _target_ and plain "
+            f"arguments, got {network_config!r}; give LoRKDNet its backbone as such a config"
+        )
+    ours = sorted({word for word in strings_of(network_config) if word.split(".")[0] in ("lorkd_monai", "scripts")})
+    if ours:
+        raise LoRKDError(
+            f"an expert bundle runs with stock MONAI alone, but its network config refers to {', '.join(ours)}; "
+            "decompose a network that MONAI or torch brings"
+        )
+    config = json.loads(json.dumps(dict(network_config)))
+    try:
+        network = ConfigParser({"network_def": config}).get_parsed_content("network_def")
+    except Exception as error:
+        raise LoRKDError(f"the network config {network_config!r} cannot be built: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise LoRKDError(f"the network config must build a torch.nn.Module, got {type(network).__name__}")
+    if weights is not None:
+        try:
+            network.load_state_dict(dict(weights), strict=True)
+        except RuntimeError as error:
+            raise LoRKDError(f"the weights do not fit the network config {network_config!r}: {error}") from error
+    return network.eval()
+
+
+def _output(network: Any, image: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        output = network(image)
+    output = output[0] if isinstance(output, (list, tuple)) else output
+    return output.as_tensor() if hasattr(output, "as_tensor") else output
+
+
+def _differ(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    scale = max(1.0, float(expected.abs().max()))
+    return got.shape != expected.shape or not torch.allclose(got, expected, rtol=0.0, atol=TOLERANCE * scale)
+
+
+def torchscript_of(network: nn.Module, image: torch.Tensor) -> tuple[torch.jit.ScriptModule, str]:
+    """Return ``network`` as TorchScript and how it was made: ``"script"``, or ``"trace"`` where that fails.
+
+    ``image`` is one input, 1×C×H×W[×D]. Either form must give the network's own output on it.
+
+    Raises:
+        LoRKDError: neither form works.
+    """
+    expected, reasons = _output(network, image), []
+    for how in ("script", "trace"):
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                module = copy.deepcopy(network).eval()
+                scripted = torch.jit.script(module) if how == "script" else torch.jit.trace(module, image)
+            if _differ(_output(scripted, image), expected):
+                raise RuntimeError("its output differs from the network's")
+            return scripted, how
+        except Exception as error:  # TorchScript's errors have no common class
+            reasons.append(f"{how}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
+    raise LoRKDError(
+        f"{type(network).__name__} cannot be exported to TorchScript ({'; '.join(reasons)}); leave 'ts' out of formats"
+    )
+
+
+def _save_onnx(network: nn.Module, path: Path, image: torch.Tensor) -> None:
+    if not onnx_is_installed():
+        raise LoRKDError(
+            "model.onnx needs the package onnx: pip install 'lorkd-monai[onnx]', or leave 'onnx' out of formats"
+        )
+    names: dict[str, Any] = {"input_names": ["image"], "output_names": ["pred"], "external_data": False}
+    module, expected = copy.deepcopy(network).eval(), _output(network, image)
+    reasons = []
+    # The tracing exporter takes a fraction of a second; the newer one takes over what that one cannot express.
+    for dynamo in (False, True):
+        shapes: dict[str, Any] = {"dynamic_axes": {"image": {0: "batch"}, "pred": {0: "batch"}}}
+        if dynamo:
+            shapes = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                torch.onnx.export(module, (image,), str(path), dynamo=dynamo, verbose=False, **names, **shapes)
+            if util.find_spec("onnxruntime") is not None and _differ(run_onnx(path, image), expected):
+                raise RuntimeError("its output differs from the network's")
+            return
+        except Exception as error:  # neither exporter has one class of errors
+            path.unlink(missing_ok=True)
+            reasons.append(f"{'torch.export' if dynamo else 'trace'}: {str(error).strip()[:300]}")
+    raise LoRKDError(
+        f"{type(network).__name__} cannot be exported to ONNX ({'; '.join(reasons)}); leave 'onnx' out of formats"
+    )
+
+
+def run_onnx(path: str | Path, image: torch.Tensor) -> torch.Tensor:
+    """Return what ONNX Runtime makes of ``image``, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: image.numpy()})[0])
+
+
+def save_formats(
+    models: Path,
+    network: nn.Module,
+    image: torch.Tensor,
+    formats: Sequence[str],
+    *,
+    metadata: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Write ``network`` (in eval mode, on the CPU) into the folder ``models`` as model.pt, model.ts, and so on.
+
+    The TorchScript archive carries ``metadata`` and ``configs`` (by file name without .json) as extra files,
+    unchanged, as MONAI Deploy reads them; its root is the file's stem, so that it is written under its final name.
+    """
+    models.mkdir(parents=True, exist_ok=True)
+    weights = weights_of(network)
+    torch.save(weights, models / "model.pt")
+    if "safetensors" in formats:
+        from safetensors.torch import save_file
+
+        save_file(weights, models / "model.safetensors", metadata={"format": "pt"})
+    if "ts" in formats:
+        scripted, _ = torchscript_of(network, image)
+        extra = {f"{name}.json": json.dumps(config).encode() for name, config in configs.items()}
+        save_net_with_metadata(scripted, str(models / "model.ts"), False, meta_values=metadata, more_extra_files=extra)
+    if "onnx" in formats:
+        _save_onnx(network, models / "model.onnx", image)
+
+
+def measure(network: nn.Module, image_shape: Sequence[int], repeats: int = 5) -> dict[str, float]:
+    """Measure what one forward pass of ``network`` costs on this CPU.
+
+    Args:
+        image_shape: one input, 1×C×H×W[×D].
+        repeats: passes timed after one warm-up; the median counts.
+
+    Returns:
+        ``parameters`` and ``macs`` (multiply-accumulates of convolutions and matrix products; counts),
+        ``weights_mib`` (parameters and buffers) and ``activations_mib`` (all layers' outputs, in MiB), and
+        ``latency_ms`` (with the current number of threads).
+
+    Example::
+
+        >>> measure(nn.Conv2d(1, 2, 3, padding=1, bias=False), (1, 1, 8, 8))["macs"]
+        1152
+    """
+    module = copy.deepcopy(network).cpu().eval()
+    image, outputs, handles = torch.rand(tuple(image_shape)), [], []
+
+    def note(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            outputs.append(output.numel() * output.element_size())
+
+    for layer in module.modules():
+        if not any(True for _ in layer.children()):
+            handles.append(layer.register_forward_hook(note))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(image)
+    for handle in handles:
+        handle.remove()
+    times = []
+    with torch.no_grad():
+        for _ in range(max(1, repeats)):
+            start = time.perf_counter()
+            module(image)
+            times.append(time.perf_counter() - start)
+    stored = [*module.parameters(), *module.buffers()]
+    return {
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "macs": counter.get_total_flops() // 2,
+        "weights_mib": round(sum(item.numel() * item.element_size() for item in stored) / 2**20, 3),
+        "activations_mib": round(sum(outputs) / 2**20, 3),
+        "latency_ms": round(1000 * sorted(times)[len(times) // 2], 3),
+    }

@@ -1,0 +1,2 @@
+"""stub"""
+load_expert=pack_bundle=push_bundle=None

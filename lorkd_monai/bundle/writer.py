@@ -1,0 +1,353 @@
+"""Writes bundles: one expert with everything that MONAI's tools want of it, or a teacher of many tasks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorkd_monai.bundle import configs as bundle_configs
+from lorkd_monai.bundle.formats import (
+    FORMATS,
+    build_network,
+    measure,
+    onnx_is_installed,
+    save_formats,
+    torchscript_of,
+    weights_of,
+)
+from lorkd_monai.bundle.metadata import build_metadata
+from lorkd_monai.bundle.readme import data_license_text, readme_text
+from lorkd_monai.bundle.text import check_task_name, inert_text
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["KINDS", "bundle_folder", "expert_name", "write_expert_bundle", "write_teacher_bundle"]
+
+KINDS = ("classification", "segmentation")
+LARGE = 25 * 2**20
+_log = logging.getLogger(__name__)
+
+
+def expert_name(task_name: str, kind: str) -> str:
+    """Return the folder name of a task's expert bundle, ``<task>_<kind>``; MONAI Label reads the kind from it.
+
+    Raises:
+        LoRKDError: the task name cannot be part of a folder name, or the kind is unknown.
+    """
+    if kind not in KINDS:
+        raise LoRKDError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return f"{check_task_name(task_name)}_{kind}"
+
+
+def _dump(content: Any, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove_stale(folder: Path) -> None:
+    """Delete what exports of this folder left behind whose process is gone, and put back what one had set aside."""
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.(export|replaced)-(\d+)-[0-9a-f]+")
+    for path in folder.parent.glob(f".{folder.name}.*-*"):
+        match = pattern.fullmatch(path.name)
+        if match is None or not path.is_dir() or (_alive(int(match[2])) and int(match[2]) != os.getpid()):
+            continue
+        if match[1] == "replaced" and not folder.exists():
+            os.replace(path, folder)
+        elif int(match[2]) != os.getpid():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def bundle_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside ``folder`` to write into, and move it into place when the block has ended.
+
+    Where the block raises, nothing of it stays and an existing ``folder`` is as it was. What a killed process left
+    (``.NAME.export-PID-…``) is removed by the next export of the same folder.
+
+    Raises:
+        LoRKDError: ``folder`` exists and ``overwrite`` is not set.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder)
+    if folder.exists() and not overwrite:
+        raise LoRKDError(
+            f"{folder} exists already: expected a folder that is still to be made; delete it, name another, or set "
+            "overwrite=True"
+        )
+    token = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    temporary = folder.with_name(f".{folder.name}.export-{token}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if not folder.exists():
+            os.replace(temporary, folder)
+            return
+        replaced = folder.with_name(f".{folder.name}.replaced-{token}")
+        os.replace(folder, replaced)
+        try:
+            os.replace(temporary, folder)
+        except BaseException:
+            os.replace(replaced, folder)
+            raise
+        if replaced.is_dir() and not replaced.is_symlink():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.unlink()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _list_large_files(folder: Path) -> None:
+    """Write large_files.yml for what is above 25 MB: the model zoo keeps such files elsewhere, by URL and hash."""
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.stat().st_size > LARGE:
+            digest = sha256(path.read_bytes()).hexdigest()
+            name = path.relative_to(folder).as_posix()
+            entries.append(f'- path: "{name}"\n  url: ""\n  hash_val: "{digest}"\n  hash_type: "sha256"\n')
+    if entries:
+        (folder / "large_files.yml").write_text("large_files:\n" + "".join(entries), encoding="utf-8")
+
+
+def _write_common(folder: Path, metadata: dict, inference: dict) -> None:
+    (folder / "configs").mkdir()
+    (folder / "docs").mkdir()
+    licence = resources.files("lorkd_monai.bundle").joinpath("apache-2.0.txt").read_text(encoding="utf-8")
+    (folder / "LICENSE").write_text(licence, encoding="utf-8")
+    _dump(metadata, folder / "configs" / "metadata.json")
+    _dump(inference, folder / "configs" / "inference.json")
+    (folder / "configs" / "logging.conf").write_text(bundle_configs.LOGGING, encoding="utf-8")
+
+
+def _check_arguments(kind: str, spatial_dims: int, in_channels: int, image_size: Sequence[int]) -> tuple[int, ...]:
+    if kind not in KINDS:
+        raise LoRKDError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if spatial_dims not in (2, 3):
+        raise LoRKDError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}")
+    if not isinstance(in_channels, int) or in_channels < 1:
+        raise LoRKDError(f"in_channels must be a positive integer, got {in_channels!r}")
+    size = (image_size,) * spatial_dims if isinstance(image_size, int) else tuple(int(n) for n in image_size)
+    if len(size) != spatial_dims or min(size) < 1:
+        raise LoRKDError(f"image_size must hold {spatial_dims} positive sizes in voxels, got {image_size!r}")
+    return size
+
+
+def _check_formats(formats: Sequence[str] | None) -> tuple[str, ...]:
+    if formats is None:
+        if onnx_is_installed():
+            return FORMATS
+        _log.warning("model.onnx is left out: the package onnx is not installed (pip install 'lorkd-monai[onnx]')")
+        return FORMATS[:-1]
+    formats = (formats,) if isinstance(formats, str) else tuple(formats)
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or "pt" not in formats:
+        raise LoRKDError(f"formats must hold 'pt' and any of {', '.join(FORMATS[1:])}, got {', '.join(formats)!r}")
+    if "onnx" in formats and not onnx_is_installed():
+        raise LoRKDError(
+            "the format 'onnx' needs the package onnx: pip install 'lorkd-monai[onnx]', or leave it out of formats"
+        )
+    return tuple(name for name in FORMATS if name in formats)
+
+
+def _check_output(network: nn.Module, rebuilt: nn.Module, image: torch.Tensor, num_classes: int) -> None:
+    """The network built from its config must be the given one, and its channels those of the task."""
+    training = network.training
+    device = next((value.device for value in network.state_dict().values()), torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            expected = network.eval()(image.to(device))
+            got = rebuilt(image)
+    except RuntimeError as error:
+        raise LoRKDError(f"the network does not take one input of shape {tuple(image.shape)}: {error}") from error
+    finally:
+        network.train(training)
+    expected, got = (item[0] if isinstance(item, (list, tuple)) else item for item in (expected, got))
+    if got.shape[1] != num_classes:
+        raise LoRKDError(f"the network gives {got.shape[1]} channels, but the task has {num_classes} classes")
+    scale = max(1.0, float(expected.abs().max()))
+    if got.shape != expected.shape or not torch.allclose(got, expected.cpu(), rtol=0.0, atol=1e-3 * scale):
+        raise LoRKDError(
+            "the network built from network_config gives another output than the network itself, with the same "
+            "weights: expected the config of this very network; check its arguments (activation, norm, strides)"
+        )
+
+
+def write_expert_bundle(
+    folder: str | Path,
+    *,
+    network: nn.Module,
+    network_config: dict,
+    task: Any,
+    kind: str,
+    spatial_dims: int,
+    in_channels: int,
+    image_size: Sequence[int] | int,
+    preprocessing: list[dict],
+    postprocessing: list[dict],
+    metrics: Mapping[str, Any],
+    parent: Mapping[str, Any],
+    overwrite: bool = False,
+    formats: Sequence[str] | None = None,
+    train_preprocessing: list[dict] | None = None,
+    inferer: dict | None = None,
+    check: bool = True,
+) -> Path:
+    """Write the complete MONAI bundle of one extracted expert and return its folder.
+
+    The bundle runs where only the packages of its own metadata.json are installed. It is written beside
+    ``folder``, checked, and moved into place: a killed export leaves nothing half-done.
+
+    Args:
+        folder: the bundle's own folder; its name ends in ``_classification`` or ``_segmentation``, see `expert_name`.
+        network: the extracted network, a plain `nn.Module`.
+        network_config: the MONAI config (``_target_`` and arguments) that builds a network of the same keys and shapes.
+        task: the task's `lorkd_monai.data.TaskSpec` (``name``, ``labels``, ``modality``, ``body_part``, ``note``).
+        kind: ``"classification"`` or ``"segmentation"``.
+        in_channels: channels of the network's input.
+        image_size: what the network was trained on, in voxels: the image's size, or the size of the windows.
+        preprocessing: stock-MONAI config dicts for the key ``image``; they may refer to no other id.
+        postprocessing: the same for ``pred``; may refer to ``@preprocessing`` and ``@output_dir``.
+        metrics: measured figures, ``{name: number or {"value", "low", "high", "n"}}``; may be empty.
+        parent: facts on the decomposition, shown in the README; ``teacher`` may be a dict that also holds what
+            `measure` returns; ``authors``, ``copyright``, ``data_source``, ``data_license`` go where they belong.
+        overwrite: replace an existing folder.
+        formats: of ``"pt"``, ``"safetensors"``, ``"ts"``, ``"onnx"``; None writes all that is possible here and logs
+            what is left out.
+        train_preprocessing: for the keys ``image`` and ``label``; None takes `lorkd_monai.transforms.preprocessing`
+            (for classification: ``preprocessing``, as a label needs none).
+        inferer: config dict; None is one pass, or sliding windows of ``image_size`` for segmentation.
+        check: run `lorkd_monai.bundle.check_bundle` before the folder is moved into place.
+
+    Raises:
+        LoRKDError: an argument does not fit, the folder exists, or the written bundle fails its check.
+    """
+    folder = Path(folder).absolute()
+    size = _check_arguments(kind, spatial_dims, in_channels, image_size)
+    name = check_task_name(task.name)
+    if not re.fullmatch(rf"[A-Za-z0-9_-]+_{kind}", folder.name):
+        raise LoRKDError(
+            f"the folder of this bundle must be named <task>_{kind} (MONAI Label reads the kind of work from it), "
+            f"such as {expert_name(name, kind)}; got {folder.name!r}"
+        )
+    if sorted(task.labels) != list(range(len(task.labels))):
+        raise LoRKDError(f"the class ids of task {name!r} must be 0 to n-1, got {sorted(task.labels)}")
+    formats = _check_formats(formats)
+    weights = weights_of(network)
+    plain = build_network(network_config, weights)
+    image = torch.rand((1, in_channels, *size), generator=torch.Generator().manual_seed(0))
+    _check_output(network, plain, image, len(task.labels))
+    how = torchscript_of(plain, image)[1] if "ts" in formats else "script"
+    if train_preprocessing is None:
+        train_preprocessing = _label_preprocessing(task, kind, spatial_dims, in_channels, size, preprocessing)
+    inferer = inferer or bundle_configs.default_inferer(kind, size)
+    metadata = build_metadata(
+        task=task, kind=kind, spatial_dims=spatial_dims, in_channels=in_channels, image_size=size,
+        preprocessing=preprocessing, postprocessing=postprocessing, network_config=network_config,
+        metrics=metrics, parent=parent, torchscript=how,
+    )  # fmt: skip
+    inference = bundle_configs.inference_config(
+        kind, spatial_dims, network_config, preprocessing, postprocessing, inferer
+    )
+    train = bundle_configs.train_config(
+        name, kind, len(task.labels), network_config, train_preprocessing, inferer
+    )
+    readme = readme_text(
+        metadata, folder_name=folder.name, task=task, kind=kind, preprocessing=preprocessing, metrics=metrics,
+        parent=parent, measured=measure(plain, image.shape), formats=formats,
+    )  # fmt: skip
+    with bundle_folder(folder, overwrite) as temporary:
+        _write_common(temporary, metadata, inference)
+        _dump(train, temporary / "configs" / "train.json")
+        _dump(bundle_configs.evaluate_config(kind), temporary / "configs" / "evaluate.json")
+        _dump(bundle_configs.multi_gpu_config(network_config), temporary / "configs" / "multi_gpu_train.json")
+        (temporary / "docs" / "README.md").write_text(readme, encoding="utf-8")
+        (temporary / "docs" / "data_license.txt").write_text(data_license_text(task, parent), encoding="utf-8")
+        extra = {"inference": inference}
+        save_formats(temporary / "models", plain, image, formats, metadata=metadata, configs=extra)
+        _list_large_files(temporary)
+        if check:
+            from lorkd_monai.bundle.checker import check_bundle
+
+            problems = check_bundle(temporary, name=folder.name, thorough=False)
+            if problems:
+                listed = "\n".join(f"  {problem}" for problem in problems)
+                raise LoRKDError(f"the bundle written for task {name!r} does not pass its check:\n{listed}")
+    return folder
+
+
+def _label_preprocessing(
+    task: Any, kind: str, spatial_dims: int, in_channels: int, size: tuple[int, ...], preprocessing: list[dict]
+) -> list[dict]:
+    if kind == "classification":
+        return preprocessing
+    from lorkd_monai.transforms.preprocessing import preprocessing as steps
+
+    return steps(task, kind, spatial_dims, in_channels, size, keys=("image", "label"))
+
+
+def write_teacher_bundle(
+    folder: str | Path,
+    *,
+    network: nn.Module,
+    network_config: dict,
+    tasks: Sequence[Any],
+    kind: str,
+    spatial_dims: int,
+    in_channels: int,
+    image_size: Sequence[int] | int,
+    preprocessing: list[dict] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    description: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a teacher of many tasks as an ordinary MONAI bundle and return its folder.
+
+    Its one output holds the classes of all tasks, in their order; ``channel_def`` names each channel
+    ``"<task>: <class>"``. It holds configs/metadata.json, configs/inference.json (``network_def``), models/model.pt,
+    LICENSE and docs/README.md: what `lorkd_monai.networks.teacher` reads, and any other MONAI tool too.
+
+    Raises:
+        LoRKDError: an argument does not fit, or the folder exists and ``overwrite`` is not set.
+    """
+    from lorkd_monai.bundle.teacher import teacher_files
+
+    size = _check_arguments(kind, spatial_dims, in_channels, image_size)
+    weights = weights_of(network)
+    plain = build_network(network_config, weights)
+    channels = [f"{check_task_name(task.name)}: {inert_text(text).strip()}" for task in tasks
+                for _, text in sorted(task.labels.items())]  # fmt: skip
+    image = torch.rand((1, in_channels, *size), generator=torch.Generator().manual_seed(0))
+    _check_output(network, plain, image, len(channels))
+    metadata, inference, readme = teacher_files(
+        kind=kind, spatial_dims=spatial_dims, in_channels=in_channels, image_size=size, channels=channels,
+        network_config=network_config, preprocessing=preprocessing or [], metrics=metrics or {},
+        description=description, tasks=[task.name for task in tasks],
+    )  # fmt: skip
+    with bundle_folder(folder, overwrite) as temporary:
+        _write_common(temporary, metadata, inference)
+        (temporary / "docs" / "README.md").write_text(readme, encoding="utf-8")
+        save_formats(temporary / "models", plain, image, ("pt",), metadata=metadata, configs={})
+        _list_large_files(temporary)
+    return Path(folder).absolute()
