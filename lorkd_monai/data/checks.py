@@ -1,0 +1,289 @@
+"""The checks of a data list, each of which notes its problems so that all of them stand in one message."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.transforms.loading import ImageFacts
+
+__all__ = ["SPLITS", "Problems", "check_items", "check_masks", "check_task_name", "check_tasks", "read_npz_tasks"]
+
+SPLITS = ("training", "validation", "test")
+_NPZ_NAMES = {"training": "train", "validation": "val", "test": "test"}
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_SHOWN = 20
+
+
+class Problems:
+    """What is wrong with a data list so far."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.lines: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.lines)
+
+    def add(self, line: str) -> None:
+        """Note one problem."""
+        self.lines.append(line)
+
+    def raise_all(self) -> None:
+        """Raise one `LoRKDError` that lists the problems, the first twenty in words."""
+        count = len(self.lines)
+        shown = [f"  * {line}" for line in self.lines[:_SHOWN]]
+        if count > _SHOWN:
+            shown.append(f"  … and {count - _SHOWN} more")
+        raise LoRKDError(f"the data list {self.file} has {count} problem{'s' * (count > 1)}:\n" + "\n".join(shown))
+
+
+def check_task_name(name: Any) -> str | None:
+    """Return what is wrong with a task's name, or None. It becomes a folder's name and part of config ids."""
+    if isinstance(name, str) and _TASK_NAME.fullmatch(name):
+        return None
+    return (
+        f"task name {name!r} cannot be a folder's name: use 1 to 64 letters a-z, digits, '_' and '-', "
+        "a letter or digit first"
+    )
+
+
+def unique_keys(problems: Problems) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """Return a hook for `json.loads` that notes keys that stand twice in one object; JSON would drop the first."""
+
+    def hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in content:
+                problems.add(f"the key {key!r} stands twice in one object")
+            content[key] = value
+        return content
+
+    return hook
+
+
+def check_tasks(tasks: Any, kind: str, problems: Problems) -> dict[str, dict[str, Any]]:
+    """Return the entries of ``"tasks"`` that can be used, and note what is wrong with them."""
+    if not isinstance(tasks, dict) or not tasks:
+        problems.add('"tasks" must be an object with at least one task, such as {"spleen": {"labels": {…}}}')
+        return {}
+    entries = {}
+    lower: dict[str, str] = {}
+    for name, entry in tasks.items():
+        fault = check_task_name(name)
+        if fault is None and lower.setdefault(name.lower(), name) != name:
+            fault = f"tasks {lower[name.lower()]!r} and {name!r} differ by case only, which folders may not"
+        if fault is None and not isinstance(entry, dict):
+            fault = f"task {name!r} must be an object with 'labels', got {entry!r}"
+        faults = [fault] if fault else [f"task {name!r}: {f}" for f in _entry_faults(entry, kind)]
+        for line in faults:
+            problems.add(line)
+        if isinstance(entry, dict):  # kept though faulty, so that its items are not reported as of an unknown task
+            entries[name] = entry
+    return entries
+
+
+def check_items(
+    content: dict[str, Any], split: str, entries: dict[str, dict], folder: Path, kind: str, problems: Problems
+) -> list[dict[str, Any]]:
+    """Return the items of one split with absolute paths, and note what is wrong with them."""
+    rows = content.get(split, [])
+    if not isinstance(rows, list):
+        problems.add(f"{split!r} must be a list of items, got a {type(rows).__name__}")
+        return []
+    items = []
+    for number, row in enumerate(rows):
+        where = f"{split}[{number}]"
+        if not isinstance(row, dict) or not {"image", "label", "task"} <= set(row):
+            problems.add(f"{where} must have 'image', 'label' and 'task', got {str(row)[:200]}")
+            continue
+        task = row["task"]
+        if not isinstance(task, str) or task not in entries:
+            problems.add(f"{where}: unknown task {task!r}; the list has {', '.join(entries) or 'none'}")
+            continue
+        if "npz" in entries[task]:
+            problems.add(f"{where}: task {task!r} names an npz file, so its images cannot be listed as well")
+            continue
+        image = _files(row["image"], folder, where, "image", problems)
+        label = _label(row["label"], entries[task], folder, kind, where, problems)
+        if image is not None and label is not None:
+            items.append({"image": image, "label": label, "task": task})
+    return items
+
+
+def read_npz_tasks(
+    entries: dict[str, dict],
+    items: dict[str, list[dict[str, Any]]],
+    folder: Path,
+    kind: str,
+    spatial_dims: int,
+    problems: Problems,
+) -> dict[str, ImageFacts]:
+    """Append the images of tasks that name an ``.npz`` file to ``items``; return what is known of them."""
+    facts = {}
+    for name, entry in entries.items():
+        if "npz" not in entry:
+            continue
+        where = f"task {name!r}"
+        if kind == "segmentation":
+            problems.add(
+                f"{where}: npz files hold classes, not masks; list the images and masks of a segmentation task"
+            )
+            continue
+        file = _files(entry["npz"], folder, where, "npz file", problems)
+        if file is None:
+            continue
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                stored = {key: arrays[key] for key in arrays.files if key.endswith(("_images", "_labels"))}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, TypeError, AttributeError) as error:
+            problems.add(f"{where}: {entry['npz']} is no npz file of plain arrays ({error})")
+            continue
+        for split in SPLITS:
+            images, labels = (stored.get(f"{_NPZ_NAMES[split]}_{part}") for part in ("images", "labels"))
+            if images is None and labels is None and split != "training":
+                continue
+            fault = _npz_fault(images, labels, _NPZ_NAMES[split], spatial_dims, entry)
+            if fault:
+                problems.add(f"{where}: {entry['npz']}: {fault}")
+                continue
+            flat = labels.reshape(-1).tolist()
+            items[split] += [{"image": i, "label": c, "task": name} for i, c in zip(images, flat, strict=True)]
+            if name not in facts:
+                channels = images.shape[-1] if images.ndim == spatial_dims + 2 else 1
+                facts[name] = ImageFacts(spatial_dims, _visible(channels), 8 * images.dtype.itemsize, None)
+    return facts
+
+
+def check_masks(items: dict[str, list[dict[str, Any]]], num_classes: dict[str, int], problems: Problems) -> None:
+    """Read every mask and note those with a value that is no class of their task."""
+    from monai.transforms import LoadImage
+
+    read = LoadImage(image_only=True)
+    for rows in items.values():
+        for item in rows:
+            try:
+                values = np.unique(np.asarray(read(item["label"])))
+            except Exception as error:  # each reader raises its own kinds
+                problems.add(f"cannot read {item['label']}: {type(error).__name__}")
+                continue
+            fault = mask_fault(values, num_classes[item["task"]])
+            if fault:
+                problems.add(f"{item['label']}: {fault}")
+
+
+def mask_fault(values: np.ndarray, num_classes: int) -> str | None:
+    """Return what is wrong with the values of a mask, or None."""
+    bad = [v for v in values.tolist() if v != int(v) or not 0 <= v < num_classes]
+    if not bad:
+        return None
+    hint = " (write class ids into the mask, not grey values)" if bad == [255] else ""
+    return f"the mask holds {bad[0]:g}, its task has classes 0 to {num_classes - 1}{hint}"
+
+
+def _entry_faults(entry: dict[str, Any], kind: str) -> list[str]:
+    faults = []
+    labels = entry.get("labels")
+    if not isinstance(labels, dict) or sorted(labels) != sorted(map(str, range(len(labels)))) or len(labels) < 2:
+        faults.append(
+            f'"labels" must name ids "0" to "n-1" of two or more classes, as {{"0": "a", "1": "b"}}, got {labels!r}'
+        )
+        entry["labels"] = {}
+    else:
+        names = list(labels.values())
+        if any(not isinstance(n, str) or not n.strip() or not n.isprintable() for n in names):
+            faults.append(f"each class needs a name that is printable text, got {names!r}")
+        elif len(set(names)) < len(names):
+            faults.append(f"two classes have the same name: {names!r}")
+    for key in ("modality", "body_part", "note"):
+        if not isinstance(entry.get(key, ""), (str, type(None))):
+            faults.append(f"{key!r} must be text, got {entry[key]!r}")
+    channels = entry.get("channels", 1)
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+        faults.append(f"'channels' must be a whole number of at least 1, got {channels!r}")
+    intensity = entry.get("intensity")
+    if intensity is not None and not _is_intensity(intensity):
+        faults.append(
+            '"intensity" must be {"range": [low, high]} with low < high or {"percentiles": [low, high]} within '
+            f"0..100, got {intensity!r}"
+        )
+    spacing = entry.get("spacing")
+    if spacing is not None and not (_are_numbers(spacing) and len(spacing) in (2, 3) and min(spacing) > 0):
+        faults.append(f"'spacing' must be a list of lengths in mm, each above 0, got {spacing!r}")
+    return faults
+
+
+def _is_intensity(value: Any) -> bool:
+    if not isinstance(value, dict) or len(value) != 1:
+        return False
+    ((how, limits),) = value.items()
+    if how not in ("range", "percentiles") or not _are_numbers(limits) or len(limits) != 2 or limits[0] >= limits[1]:
+        return False
+    return how == "range" or (limits[0] >= 0 and limits[1] <= 100)
+
+
+def _are_numbers(value: Any) -> bool:
+    numbers = isinstance(value, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    return numbers and bool(np.isfinite(value).all())
+
+
+def _files(value: Any, folder: Path, where: str, what: str, problems: Problems) -> Any:
+    """Return the absolute path (or paths, for a list) of a file that the list names, or None with the problem noted."""
+    if isinstance(value, list) and value and what == "image":
+        paths = [_files(v, folder, where, "image of one channel", problems) for v in value]
+        return None if None in paths else paths
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        problems.add(f"{where}: the {what} must be the path of a file, got {value!r}")
+        return None
+    path = os.path.join(folder, value)
+    if not os.path.exists(path):
+        problems.add(f"{where}: missing {what} {value}")
+        return None
+    return path
+
+
+def _label(label: Any, entry: dict, folder: Path, kind: str, where: str, problems: Problems) -> Any:
+    if kind == "segmentation":
+        if isinstance(label, int):
+            problems.add(
+                f"{where}: the label must be the path of a mask, got {label!r}; is this a classification list?"
+            )
+            return None
+        return _files(label, folder, where, "mask", problems)
+    if isinstance(label, bool) or not isinstance(label, int):
+        problems.add(f"{where}: the label must be a class id, got {label!r}")
+        return None
+    if entry["labels"] and not 0 <= label < len(entry["labels"]):
+        problems.add(f"{where}: label {label} is outside the classes 0 to {len(entry['labels']) - 1} of its task")
+        return None
+    return label
+
+
+def _npz_fault(images: Any, labels: Any, name: str, spatial_dims: int, entry: dict[str, Any]) -> str | None:
+    for part, array in (("images", images), ("labels", labels)):
+        if array is None:
+            return f"the array {name}_{part} is missing"
+    if images.ndim - 1 - spatial_dims not in (0, 1):
+        return f"{name}_images must be N×{'×'.join('HWD'[:spatial_dims])}[×C], got shape {images.shape}"
+    if images.dtype.kind not in "uif" or labels.dtype.kind not in "ui":
+        return (
+            f"expected numbers and whole-number labels, got {images.dtype} in {name}_images and {labels.dtype} labels"
+        )
+    if labels.ndim > 2 or labels.size != len(images) or len(labels) != len(images):
+        return f"expected one class id per image, got {len(images)} images and labels of shape {labels.shape}"
+    count = len(entry["labels"])
+    if count and labels.size and (labels.min() < 0 or labels.max() >= count):
+        bad = next(v for v in labels.reshape(-1).tolist() if not 0 <= v < count)
+        return f"{name}_labels holds {bad}, outside the classes 0 to {count - 1}"
+    return None
+
+
+def _visible(channels: int) -> int:
+    return channels - 1 if channels in (2, 4) else channels

@@ -1,0 +1,259 @@
+"""Data lists of many tasks: what they hold, and reading one with every problem named at once.
+
+The form is a superset of the Medical Segmentation Decathlon's ``dataset.json``::
+
+    {"name": "…",
+     "tasks": {"spleen": {"labels": {"0": "background", "1": "spleen"}, "modality": "CT"},
+               "breast": {"labels": {"0": "malignant", "1": "benign"}, "npz": "breastmnist.npz"}},
+     "training": [{"image": "a.nii.gz", "label": "a_seg.nii.gz", "task": "spleen"}, …],
+     "validation": […], "test": […]}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorkd_monai.data.checks import SPLITS, Problems, check_items, check_masks, check_tasks, read_npz_tasks, unique_keys
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.transforms.loading import ImageFacts, describe_image
+from lorkd_monai.transforms.preprocessing import check_kind
+
+__all__ = ["DataList", "TaskSpec", "load_data_list", "measure_spacing"]
+
+_MOST_HEADERS = 50  # images per task whose headers are read for the median spacing
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task of a data list.
+
+    ``labels`` names the class ids 0..n-1. ``channels`` are those of its images. ``intensity`` is
+    ``{"range": [low, high]}`` or ``{"percentiles": [low, high]}``, None for the default of its kind (see
+    `lorkd_monai.transforms.default_intensity`). ``spacing`` (mm, axes of RAS) is what 3D segmentation resamples to.
+    """
+
+    name: str
+    index: int
+    labels: dict[int, str]
+    modality: str | None = None
+    body_part: str | None = None
+    note: str | None = None
+    channels: int | None = None
+    intensity: dict[str, Any] | None = None
+    spacing: tuple[float, ...] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, background included."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class DataList:
+    """A data list that was read and checked.
+
+    An item of ``training``, ``validation`` and ``test`` is ``{"image": …, "label": …, "task": name}``. An image is an
+    absolute path (a list of paths: one file per channel) or an array H×W[×C] or H×W×D[×C]; a label is a class id or
+    the path of a mask.
+    """
+
+    name: str
+    folder: Path
+    kind: str
+    spatial_dims: int
+    tasks: dict[str, TaskSpec]
+    training: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    validation: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    test: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def num_classes(self) -> dict[str, int]:
+        """Task name to number of classes, in order: what ``LoRKDNet(tasks=…)`` takes."""
+        return {name: task.num_classes for name, task in self.tasks.items()}
+
+    def split(self, name: str) -> list[dict[str, Any]]:
+        """Return the items of ``"training"``, ``"validation"`` or ``"test"``."""
+        if name not in SPLITS:
+            raise LoRKDError(f"expected a split of {', '.join(SPLITS)}, got {name!r}.")
+        return getattr(self, name)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return the number of images of each task in each split."""
+        counts = {name: dict.fromkeys(SPLITS, 0) for name in self.tasks}
+        for split in SPLITS:
+            for item in getattr(self, split):
+                counts[item["task"]][split] += 1
+        return counts
+
+
+def load_data_list(
+    path: str | os.PathLike,
+    kind: str,
+    spatial_dims: int,
+    needs: Sequence[str] = ("training",),
+    check_labels: bool = False,
+) -> DataList:
+    """Read a multi-task data list and check all of it.
+
+    Paths in the list are relative to its folder; absolute paths are taken as they are. The number of channels is
+    measured from each task's first image, and for 3D segmentation the spacing is the median of the training images,
+    where the list does not say them.
+
+    Checked: the form; names of tasks (they become folder names); files that are missing; tasks that are unknown or
+    have no images; labels outside the classes; one image file in two splits. Equal pixels in two splits are no
+    problem: published sets contain some.
+
+    Args:
+        path: the JSON file, or the folder that holds it as ``dataset.json``.
+        kind: ``"classification"`` or ``"segmentation"``.
+        spatial_dims: 2 or 3.
+        needs: splits that must not be empty.
+        check_labels: read every mask too and check its values, which takes a while.
+
+    Raises:
+        LoRKDError: once, with every problem (the first twenty written out).
+
+    Example::
+
+        data = load_data_list("shared/data/2d_classification", "classification", 2)
+        data.num_classes, len(data.training)
+    """
+    check_kind(kind, spatial_dims)
+    file = Path(path)
+    file = file / "dataset.json" if file.is_dir() else file
+    problems = Problems(file)
+    content = _read_json(file, problems)
+    folder = file.parent.resolve()
+    for key, value in (("kind", kind), ("spatial_dims", spatial_dims)):
+        if content.get(key, value) != value:
+            problems.add(f"the list is made for {key} {content[key]!r}, and is read for {value!r}")
+    if problems:
+        problems.raise_all()
+
+    entries = check_tasks(content.get("tasks"), kind, problems)
+    items = {split: check_items(content, split, entries, folder, kind, problems) for split in SPLITS}
+    facts = read_npz_tasks(entries, items, folder, kind, spatial_dims, problems)
+    _check_presence(entries, items, needs, problems)
+    _check_leaks(items, problems)
+    if problems:
+        problems.raise_all()
+
+    facts |= _first_images(entries, items, spatial_dims, problems)
+    tasks = {name: _task(name, i, entry, facts[name], spatial_dims) for i, (name, entry) in enumerate(entries.items())}
+    if check_labels and kind == "segmentation":
+        check_masks(items, {name: task.num_classes for name, task in tasks.items()}, problems)
+    if problems:
+        problems.raise_all()
+    data = DataList(str(content.get("name", file.parent.name)), folder, kind, spatial_dims, tasks, **items)
+    return measure_spacing(data) if kind == "segmentation" and spatial_dims == 3 else data
+
+
+def measure_spacing(data: DataList) -> DataList:
+    """Return the list with ``spacing`` set where a task has none: the median over its training images, each axis alone.
+
+    Headers of at most 50 images, spread over the list, are read. Lengths are in mm, axes in the order of RAS.
+
+    Raises:
+        LoRKDError: naming an image that cannot be read.
+    """
+    tasks = dict(data.tasks)
+    for name, task in data.tasks.items():
+        images = [item["image"] for item in data.training or data.test if item["task"] == name]
+        if task.spacing is not None or not images:
+            continue
+        step = -(-len(images) // _MOST_HEADERS)
+        spacings = [describe_image(image).spacing for image in images[::step]]
+        if any(spacing is None or len(spacing) != data.spatial_dims for spacing in spacings):
+            continue
+        median = tuple(round(statistics.median(axis), 4) for axis in zip(*spacings, strict=True))
+        tasks[name] = dataclasses.replace(task, spacing=median)
+    return dataclasses.replace(data, tasks=tasks)
+
+
+def _read_json(file: Path, problems: Problems) -> dict[str, Any]:
+    if not file.is_file():
+        raise LoRKDError(
+            f"no data list at {file}. Expected a dataset.json, or the folder that holds one; 'lorkd data' makes it."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys(problems))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LoRKDError(f"the data list {file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise LoRKDError(f"the data list {file} must be a JSON object with 'tasks', got a {type(content).__name__}.")
+    return content
+
+
+def _check_presence(entries: dict, items: dict[str, list], needs: Sequence[str], problems: Problems) -> None:
+    if entries and not any(items.values()) and not problems:
+        problems.add("the list is empty: it names no image in training, validation or test")
+        return
+    for split in needs:
+        if split not in SPLITS:
+            raise LoRKDError(f"needs: expected splits of {', '.join(SPLITS)}, got {split!r}.")
+        present = {item["task"] for item in items[split]}
+        for name in entries:
+            if name not in present and not (split == "validation" and present):
+                problems.add(f"task {name!r} has no image in {split}")
+
+
+def _check_leaks(items: dict[str, list], problems: Problems) -> None:
+    seen: dict[str, str] = {}
+    told: set[str] = set()
+    for split, rows in items.items():
+        for item in rows:
+            images = item["image"] if isinstance(item["image"], list) else [item["image"]]
+            for image in images:
+                if not isinstance(image, str):
+                    continue
+                real = os.path.realpath(image)
+                first = seen.setdefault(real, split)
+                if first != split and real not in told:
+                    told.add(real)
+                    problems.add(f"the same image stands in {first} and {split}: {image}")
+
+
+def _first_images(entries: dict, items: dict[str, list], dims: int, problems: Problems) -> dict[str, ImageFacts]:
+    facts = {}
+    rows = [item for split in SPLITS for item in items[split]]
+    for name, entry in entries.items():
+        if "npz" in entry:
+            continue
+        image = next(item["image"] for item in rows if item["task"] == name)
+        try:
+            facts[name] = describe_image(image)
+        except LoRKDError as error:
+            problems.add(str(error).replace("\n", " "))
+            continue
+        if facts[name].spatial_dims != dims:
+            problems.add(f"task {name!r}: {image} is a {facts[name].spatial_dims}D image, the list is read as {dims}D")
+    if problems:
+        problems.raise_all()
+    return facts
+
+
+def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims: int) -> TaskSpec:
+    intensity = entry.get("intensity")
+    if intensity is None and dims == 2 and facts.bits == 16:
+        intensity = {"range": [0, 65535]}
+    if intensity is None and dims == 3 and "npz" in entry and facts.bits == 8:
+        intensity = {"range": [0, 255]}
+    spacing = entry.get("spacing")
+    return TaskSpec(
+        name=name,
+        index=index,
+        labels={int(key): value for key, value in sorted(entry["labels"].items(), key=lambda pair: int(pair[0]))},
+        modality=entry.get("modality"),
+        body_part=entry.get("body_part"),
+        note=entry.get("note"),
+        channels=entry.get("channels", facts.channels),
+        intensity=intensity,
+        spacing=None if spacing is None else tuple(map(float, spacing)),
+    )

@@ -1,0 +1,240 @@
+"""The data set of many tasks: each task's preprocessing done once, kept as plain tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import PersistentDataset
+from monai.transforms import Compose, RandCropByPosNegLabeld, SpatialPadd
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from lorkd_monai.data.checks import mask_fault
+from lorkd_monai.data.datalist import DataList, TaskSpec
+from lorkd_monai.data.samplers import Draw
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.transforms.loading import ItemLoader
+from lorkd_monai.transforms.preprocessing import default_intensity, preprocessing
+
+__all__ = ["TaskDataset"]
+
+_CENTRES = 4096  # crop centres that are kept for each class of a volume
+_CHUNK = 256  # arrays that are preprocessed together
+
+
+class TaskDataset(Dataset):
+    """Preprocessed images of one split of a data list, all tasks together.
+
+    An item is a dict of plain tensors: ``"image"`` float32 C×H×W[×D], ``"label"`` int64 (a number, or a mask
+    1×H×W[×D]), ``"task"`` int64 number, and for segmentation ``"spacing"`` (mm or input pixels per voxel, after
+    preprocessing). Items have the same values as the stock configs of `lorkd_monai.transforms.preprocessing` give;
+    arrays of ``.npz`` files go through them many at a time.
+
+    Preprocessing runs once, when the data set is made, and results stay in memory up to ``cache_bytes``; items
+    beyond that are read from ``cache_dir`` (filled at first use), or preprocessed at each use.
+
+    Args:
+        data: the data list.
+        split: ``"training"``, ``"validation"`` or ``"test"``.
+        in_channels: channels of the network's input.
+        image_size: see `preprocessing`.
+        patch_size: for 3D segmentation, cut a random patch of this size (voxels per side, or one number for each
+            axis) from each volume; half of them are centred on foreground, with each class as often. None gives
+            whole volumes.
+        cache_bytes: most memory of the cached items.
+        cache_dir: folder of MONAI's `PersistentDataset` for those that do not fit, and to start faster next time.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        LoRKDError: naming an image that cannot be read, or a mask with a value that is no class of its task.
+
+    Example::
+
+        data = load_data_list("data", "segmentation", 3)
+        train = TaskDataset(data, "training", in_channels=1, image_size=96, patch_size=96)
+        loader = DataLoader(train, batch_size=2, sampler=TaskSampler(train.task_of_item))
+    """
+
+    def __init__(
+        self,
+        data: DataList,
+        split: str,
+        in_channels: int,
+        image_size: int | list[int],
+        patch_size: int | list[int] | None = None,
+        cache_bytes: int = 4 * 2**30,
+        cache_dir: str | os.PathLike | None = None,
+        progress: bool = True,
+    ) -> None:
+        if patch_size is not None and (data.kind, data.spatial_dims) != ("segmentation", 3):
+            raise LoRKDError(f"patch_size is for 3D segmentation, got it for {data.spatial_dims}D {data.kind}.")
+        self.data, self.in_channels, self.image_size = data, in_channels, image_size
+        self.items = data.split(split)
+        self.task_of_item = [data.tasks[item["task"]].index for item in self.items]
+        keys = ("image", "label") if data.kind == "segmentation" else ("image",)
+        self._configs = {
+            name: preprocessing(task, data.kind, data.spatial_dims, in_channels, image_size, keys)
+            for name, task in data.tasks.items()
+        }
+        self._loaders = {name: ItemLoader(configs, data.spatial_dims) for name, configs in self._configs.items()}
+        self._pad = self._crop = None
+        if patch_size is not None:
+            size = [patch_size] * 3 if isinstance(patch_size, int) else list(patch_size)
+            self._pad = SpatialPadd(keys, spatial_size=size)
+            self._crop = RandCropByPosNegLabeld(
+                keys, "label", size, fg_indices_key="foreground", bg_indices_key="background"
+            )
+        self._disk = None if cache_dir is None else self._on_disk(Path(cache_dir), size if self._crop else None)
+        self._cache: dict[int, dict[str, torch.Tensor]] = {}
+        self._fill(cache_bytes, progress, split)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, draw: int | Draw) -> dict[str, torch.Tensor]:
+        index, seed = draw if isinstance(draw, tuple) else (draw, draw)
+        item = self._cache.get(index)
+        item = self._load(index) if item is None else item
+        if self._crop is not None:
+            self._crop.set_random_state(seed)
+            item = self._crop(item)[0]
+            item = {key: _plain(value) for key, value in item.items() if key not in ("foreground", "background")}
+        image = item["image"]
+        result = {**item, "image": image.expand(self.in_channels, *image.shape[1:]), "label": item["label"].long()}
+        result["task"] = torch.tensor(self.task_of_item[index])
+        return result
+
+    def _fill(self, cache_bytes: int, progress: bool, split: str) -> None:
+        bar = tqdm(total=len(self), desc=f"preparing {split} images", disable=None if progress else True, leave=False)
+        batched: dict[str, list[int]] = {}
+        single: list[int] = []
+        for index, item in enumerate(self.items):
+            task = self.data.tasks[item["task"]]
+            if self.data.kind == "classification" and self._fits_batch(item["image"], task):
+                batched.setdefault(task.name, []).append(index)
+            else:
+                single.append(index)
+        left = cache_bytes
+        with bar:
+            for name, indices in batched.items():
+                for start in range(0, len(indices), _CHUNK):
+                    chunk = indices[start : start + _CHUNK]
+                    images = self._preprocess_arrays([self.items[i]["image"] for i in chunk], self.data.tasks[name])
+                    left -= images.nbytes
+                    if left < 0:
+                        return
+                    for index, image in zip(chunk, images, strict=True):
+                        self._cache[index] = {"image": image, "label": torch.tensor(self.items[index]["label"])}
+                    bar.update(len(chunk))
+            # A few at a time, so that no more than these are read in vain once the memory is full.
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+                for start in range(0, len(single), 8):
+                    for index, item in zip(single[start : start + 8], pool.map(self._load, single[start : start + 8])):
+                        left -= sum(value.nbytes for value in item.values())
+                        if left < 0:
+                            return
+                        self._cache[index] = item
+                        bar.update()
+
+    def _load(self, index: int) -> dict[str, torch.Tensor]:
+        return self._prepare(self.items[index]) if self._disk is None else self._disk[index]
+
+    def _prepare(self, item: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return one item after its deterministic transforms, as plain tensors in as few bytes as they need."""
+        task = self.data.tasks[item["task"]]
+        loaded = self._loaders[task.name]({"image": item["image"], "label": item["label"]})
+        image = loaded["image"]
+        if image.shape[0] != self.in_channels:
+            raise LoRKDError(
+                f"{item['image']} has {image.shape[0]} channels after preprocessing, "
+                f"the network takes {self.in_channels}."
+            )
+        if not torch.isfinite(image).all():
+            raise LoRKDError(f"{item['image']} holds values that are not finite (NaN or infinity).")
+        if self.data.kind == "classification":
+            return {"image": _compact(image), "label": torch.tensor(item["label"])}
+        fault = mask_fault(np.unique(np.asarray(loaded["label"])), task.num_classes)
+        if fault:
+            raise LoRKDError(f"{item['label']}: {fault}.")
+        spacing = torch.as_tensor(np.asarray(image.pixdim), dtype=torch.float32)
+        if self._pad is not None:
+            loaded = self._pad(loaded)
+        result = {
+            "image": _compact(loaded["image"]),
+            "label": _plain(loaded["label"]).to(torch.uint8),
+            "spacing": spacing,
+        }
+        if self._crop is not None:
+            result["foreground"], result["background"] = _crop_centres(result["label"])
+        return result
+
+    def _fits_batch(self, image: Any, task: TaskSpec) -> bool:
+        """Say whether an array needs nothing that the stock transforms do differently for each image."""
+        if not isinstance(image, np.ndarray) or "range" not in default_intensity(task, self.data.spatial_dims):
+            return False
+        return all(n <= size for n, size in zip(image.shape, self._target_size(), strict=False))
+
+    def _target_size(self) -> list[int]:
+        dims = self.data.spatial_dims
+        return [self.image_size] * dims if isinstance(self.image_size, int) else list(self.image_size)
+
+    def _preprocess_arrays(self, arrays: list[np.ndarray], task: TaskSpec) -> torch.Tensor:
+        """Do what the stock transforms do, for arrays of one task together. Returns N×C×…, C = 1 for grey."""
+        dims = self.data.spatial_dims
+        images = torch.from_numpy(np.stack(arrays).astype(np.float32))
+        images = images.movedim(-1, 1) if images.ndim == dims + 2 else images.unsqueeze(1)
+        if dims == 2 and images.shape[1] in (2, 4):
+            images = images[:, :-1]
+        if dims == 2 and self.in_channels == 1 and images.shape[1] == 3:
+            images = (images * images.new_tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(1, keepdim=True)
+        if images.shape[1] not in (1, self.in_channels):
+            raise LoRKDError(
+                f"task {task.name!r}: its images have {images.shape[1]} channels, the network takes {self.in_channels}."
+            )
+        low, high = map(float, default_intensity(task, dims)["range"])
+        images = ((images - low) / (high - low)).clip(0, 1)
+        size = self._target_size()
+        if list(images.shape[2:]) != size:
+            images = interpolate(images, size, mode="bilinear" if dims == 2 else "trilinear", align_corners=False)
+        return images.contiguous()
+
+    def _on_disk(self, folder: Path, patch: list[int] | None) -> PersistentDataset:
+        rows = []
+        for item in self.items:
+            files = [f for f in (item["image"], item["label"]) if isinstance(f, str)]
+            # The key of a stored result: everything that it is made from.
+            stamps = [[os.path.getmtime(f), os.path.getsize(f)] for f in files]
+            rows.append({**item, "made_from": json.dumps([stamps, self._configs[item["task"]], patch])})
+        folder.mkdir(parents=True, exist_ok=True)
+        return PersistentDataset(rows, Compose([self._prepare]), cache_dir=folder)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
+
+
+def _compact(image: torch.Tensor) -> torch.Tensor:
+    """Return a plain tensor, of one channel where all are the same: `__getitem__` repeats it again."""
+    image = _plain(image)
+    grey = image.shape[0] > 1 and all(torch.equal(image[0], channel) for channel in image[1:])
+    return (image[:1] if grey else image).clone(memory_format=torch.contiguous_format)
+
+
+def _crop_centres(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return flat positions of foreground (as many of each class) and background, a bounded number of them."""
+    flat = mask.flatten()
+    generator = torch.Generator().manual_seed(0)
+    chosen = {}
+    for value in flat.unique().tolist():
+        positions = torch.nonzero(flat == value).flatten()
+        keep = torch.randint(len(positions), (_CENTRES,), generator=generator)
+        chosen[value] = positions if value == 0 and len(positions) <= _CENTRES else positions[keep]
+    empty = torch.empty(0, dtype=torch.int64)
+    return torch.cat([chosen[v] for v in chosen if v] or [empty]), chosen.get(0, empty)

@@ -1,0 +1,167 @@
+"""Drawing samples of many tasks so that small tasks do not drown, the same in every process and after a resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["Draw", "TaskBatchSampler", "TaskSampler", "draws_per_task"]
+
+
+class Draw(NamedTuple):
+    """One draw of an epoch: which item, and the seed of its random transforms."""
+
+    index: int
+    seed: int
+
+
+def draws_per_task(counts: Sequence[int], total: int, temperature: float) -> list[int]:
+    """Return how many of ``total`` draws each task gets: p_t ∝ n_t^(1/T), rounded by largest remainder.
+
+    Args:
+        counts: n_t, the number of images of each task; a task with none gets no draws.
+        total: draws of one epoch, all tasks together.
+        temperature: T ≥ 1. 1 keeps the natural shares, infinity gives each task the same.
+    """
+    weights = np.array([n ** (1.0 / temperature) if n else 0.0 for n in counts])
+    shares = total * weights / weights.sum()
+    draws = np.floor(shares).astype(int)
+    rest = np.argsort(-(shares - draws), kind="stable")[: total - draws.sum()]
+    draws[rest] += 1
+    return draws.tolist()
+
+
+class TaskSampler(Sampler):
+    """Draw one epoch of samples over all tasks, a function of (seed, epoch) alone.
+
+    A task's images are drawn in shuffled rounds: each is seen once before any is seen again. Call `set_epoch` before
+    each epoch; what it draws does not depend on what was drawn before, so a resumed run goes on as it would have.
+
+    Args:
+        task_of_item: task index of each item of the data set.
+        strategy: ``"natural"`` (each image once), ``"balanced"`` (each task as often), or ``"temperature"``
+            (p_t ∝ n_t^(1/T)).
+        temperature: T of ``"temperature"``, at least 1.
+        num_samples: draws of one epoch over all processes; None for the number of items.
+        seed: any whole number of at least 0.
+        rank: number of this process.
+        world_size: number of processes; each gets as many draws (the last are drawn again where it does not divide).
+        seeds: yield `Draw` tuples, for data sets with random crops, in place of plain indices.
+
+    Raises:
+        LoRKDError: for an argument that does not fit.
+
+    Example::
+
+        sampler = TaskSampler(dataset.task_of_item, "temperature", temperature=2.0, seed=0)
+        loader = DataLoader(dataset, batch_size=32, sampler=sampler)
+    """
+
+    def __init__(
+        self,
+        task_of_item: Sequence[int],
+        strategy: str = "temperature",
+        temperature: float = 2.0,
+        num_samples: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        seeds: bool = True,
+    ) -> None:
+        if strategy not in ("natural", "balanced", "temperature"):
+            raise LoRKDError(f"strategy must be 'natural', 'balanced' or 'temperature', got {strategy!r}.")
+        if not temperature >= 1:
+            raise LoRKDError(f"temperature must be at least 1, got {temperature!r}.")
+        if not len(task_of_item):
+            raise LoRKDError("there is nothing to sample: the data set has no items.")
+        if num_samples is not None and num_samples < 1:
+            raise LoRKDError(f"num_samples must be at least 1, or None for one draw per item, got {num_samples!r}.")
+        if seed < 0 or not 0 <= rank < world_size:
+            raise LoRKDError(f"expected seed >= 0 and 0 <= rank < world_size, got {seed}, {rank} and {world_size}.")
+        tasks = np.asarray(task_of_item)
+        self.items_of_task = [np.flatnonzero(tasks == t) for t in range(int(tasks.max()) + 1)]
+        self.temperature = {"natural": 1.0, "balanced": math.inf, "temperature": float(temperature)}[strategy]
+        self.num_samples = len(tasks) if num_samples is None else int(num_samples)
+        self.seed, self.epoch, self.rank, self.world_size, self.seeds = int(seed), 0, rank, world_size, seeds
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (0, 1, …) whose draws come next."""
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.world_size)
+
+    def __iter__(self) -> Iterator[Draw] | Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = np.concatenate(self.draw(rng))
+        order = order[rng.permutation(len(order))]
+        order = np.resize(order, len(self) * self.world_size)  # np.resize starts again from the front
+        yield from self.with_seeds(order, rng)[self.rank :: self.world_size]
+
+    def draw(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """Return the items that each task gives to one epoch, in shuffled rounds."""
+        counts = draws_per_task([len(items) for items in self.items_of_task], self.num_samples, self.temperature)
+        drawn = []
+        for items, count in zip(self.items_of_task, counts, strict=True):
+            rounds = -(-count // len(items)) if len(items) else 0
+            shuffled = [rng.permutation(items) for _ in range(rounds)]
+            drawn.append(np.concatenate(shuffled)[:count] if shuffled else np.empty(0, dtype=np.int64))
+        return drawn
+
+    def with_seeds(self, order: np.ndarray, rng: np.random.Generator) -> list[Draw] | list[int]:
+        """Return the indices with a seed each, or as plain integers."""
+        if not self.seeds:
+            return [int(i) for i in order]
+        return [Draw(int(i), int(s)) for i, s in zip(order, rng.integers(2**31, size=len(order)), strict=True)]
+
+
+class TaskBatchSampler(Sampler):
+    """Make batches of few tasks out of a `TaskSampler`'s draws.
+
+    The epoch's draws stay those of the sampler; they are cut into pieces of one task, and ``tasks_per_batch`` pieces
+    make a batch. Fewer tasks in a batch mean fewer segments, so faster routing. Batches hold at most ``batch_size``
+    samples, some of them fewer.
+
+    Args:
+        sampler: says what is drawn, and the rank and world size.
+        batch_size: most samples in a batch.
+        tasks_per_batch: most tasks in a batch.
+
+    Raises:
+        LoRKDError: where ``tasks_per_batch`` is not in 1..``batch_size``.
+    """
+
+    def __init__(self, sampler: TaskSampler, batch_size: int, tasks_per_batch: int) -> None:
+        if not 1 <= tasks_per_batch <= batch_size:
+            raise LoRKDError(f"tasks_per_batch must be in 1..batch_size ({batch_size}), got {tasks_per_batch!r}.")
+        self.sampler, self.batch_size, self.tasks_per_batch = sampler, batch_size, tasks_per_batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (0, 1, …) whose batches come next."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        sizes = [len(items) for items in self.sampler.items_of_task]
+        counts = draws_per_task(sizes, self.sampler.num_samples, self.sampler.temperature)
+        pieces = sum(-(-count // self._piece) for count in counts)
+        return math.ceil(math.ceil(pieces / self.tasks_per_batch) / self.sampler.world_size)
+
+    def __iter__(self) -> Iterator[list[Draw]] | Iterator[list[int]]:
+        sampler = self.sampler
+        rng = np.random.default_rng([sampler.seed, sampler.epoch])
+        pieces = [d[i : i + self._piece] for d in sampler.draw(rng) for i in range(0, len(d), self._piece)]
+        order = rng.permutation(len(pieces))
+        groups = [order[i : i + self.tasks_per_batch] for i in range(0, len(order), self.tasks_per_batch)]
+        batches = [sampler.with_seeds(np.concatenate([pieces[p] for p in group]), rng) for group in groups]
+        for number in range(len(self)):  # each process gets as many batches; the first are used again if need be
+            yield batches[(number * sampler.world_size + sampler.rank) % len(batches)]
+
+    @property
+    def _piece(self) -> int:
+        return self.batch_size // self.tasks_per_batch

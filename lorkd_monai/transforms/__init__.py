@@ -1,0 +1,24 @@
+"""What MONAI's transforms lack, and the stock configs that training and expert bundles share."""
+
+from .loading import ImageFacts, ItemLoader, describe_image, wrap_array
+from .preprocessing import (
+    CT_WINDOW,
+    PERCENTILES,
+    default_intensity,
+    postprocessing,
+    preprocessing,
+    saving_handlers,
+)
+
+__all__ = [
+    "CT_WINDOW",
+    "PERCENTILES",
+    "ImageFacts",
+    "ItemLoader",
+    "default_intensity",
+    "describe_image",
+    "postprocessing",
+    "preprocessing",
+    "saving_handlers",
+    "wrap_array",
+]

@@ -1,0 +1,199 @@
+"""Reading one item: from a file through MONAI's readers, or from an array that was a slice of an ``.npz`` file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import Compose, LoadImage, LoadImaged
+
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["ImageFacts", "ItemLoader", "describe_image", "wrap_array"]
+
+_PIL_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
+_NIFTI_SUFFIXES = (".nii", ".nii.gz")
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What can be known of an image without its preprocessing; ``spacing`` is in mm along the axes of RAS."""
+
+    spatial_dims: int
+    channels: int
+    bits: int
+    spacing: tuple[float, ...] | None
+
+
+def wrap_array(array: np.ndarray, spatial_dims: int) -> MetaTensor:
+    """Return an array as `LoadImaged` would have returned it from a file that holds it.
+
+    Args:
+        array: H×W[×C] or H×W×D[×C]; the channels come last, a fourth (or second) one of 2D images is alpha.
+        spatial_dims: 2 or 3.
+
+    Raises:
+        LoRKDError: for an array with another number of axes.
+    """
+    extra = array.ndim - spatial_dims
+    if extra not in (0, 1):
+        raise LoRKDError(
+            f"expected {spatial_dims} axes, or one more for channels, got an array of shape {array.shape}."
+        )
+    if extra and spatial_dims == 2 and array.shape[-1] in (2, 4):
+        array = array[..., :-1]
+    tensor = torch.as_tensor(np.ascontiguousarray(array).astype(np.float32))
+    affine = torch.eye(spatial_dims + 1, dtype=torch.float64)
+    meta = {
+        "original_channel_dim": -1 if extra else float("nan"),
+        "original_affine": affine.clone(),
+        "spatial_shape": np.asarray(array.shape[:spatial_dims]),
+    }
+    return MetaTensor(tensor, affine=affine, meta=meta)
+
+
+def describe_image(path: str | Sequence[str]) -> ImageFacts:
+    """Return an image's `ImageFacts`: from its header (NIfTI, PNG, JPEG, …), else by reading it with MONAI.
+
+    A list of files is one image with a file for each channel.
+
+    Raises:
+        LoRKDError: where the file cannot be read.
+    """
+    if not isinstance(path, str):
+        facts = describe_image(path[0])
+        return ImageFacts(facts.spatial_dims, len(path), facts.bits, facts.spacing)
+    try:
+        if path.lower().endswith(_PIL_SUFFIXES):
+            return _describe_pil(path)
+        if path.lower().endswith(_NIFTI_SUFFIXES):
+            return _describe_nifti(path)
+        image = LoadImage(image_only=True, ensure_channel_first=True)(path)
+        return ImageFacts(image.ndim - 1, image.shape[0], 0, _ras_spacing(np.asarray(image.affine)))
+    except Exception as error:  # each reader raises its own kinds
+        raise LoRKDError(_cannot_read(path, error)) from error
+
+
+class ItemLoader:
+    """Apply preprocessing configs to items whose image is a file or an array.
+
+    Args:
+        configs: dictionaries of `lorkd_monai.transforms.preprocessing`, which begin with ``LoadImaged``.
+        spatial_dims: 2 or 3.
+
+    Example::
+
+        load = ItemLoader(preprocessing(task, "classification", 2, in_channels=3, image_size=64), 2)
+        load({"image": "scan.png"})["image"].shape          # torch.Size([3, 64, 64])
+        load({"image": np.zeros((28, 28), "uint8")})["image"].shape
+    """
+
+    def __init__(self, configs: Sequence[dict[str, Any]], spatial_dims: int) -> None:
+        parser = ConfigParser({"transforms": list(configs)})
+        transforms = parser.get_parsed_content("transforms")
+        self.spatial_dims = spatial_dims
+        self.files = Compose([t for t in transforms if isinstance(t, LoadImaged)])
+        self.rest = Compose([t for t in transforms if not isinstance(t, LoadImaged)])
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Return the item with its tensors. Raises a `LoRKDError` that names the file where that fails."""
+        try:
+            if isinstance(item["image"], np.ndarray):
+                item = {**item, "image": wrap_array(item["image"], self.spatial_dims)}
+            else:
+                item = self.files(item)
+        except Exception as error:
+            raise LoRKDError(_cannot_read(_names(item), error)) from error
+        if isinstance(item.get("label"), MetaTensor):
+            _fit_mask(item["image"], item["label"], self.spatial_dims, _names(item))
+        try:
+            return self.rest(item)
+        except Exception as error:
+            raise LoRKDError(f"cannot preprocess {_names(item)}: {_last_words(error)}") from error
+
+
+def _describe_pil(path: str) -> ImageFacts:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        mode = image.mode
+    channels = 1 if mode in ("1", "L", "LA", "La", "F") or mode.startswith("I") else 3
+    bits = 16 if mode.startswith("I") else 32 if mode == "F" else 8
+    return ImageFacts(2, channels, bits, None)
+
+
+def _describe_nifti(path: str) -> ImageFacts:
+    import nibabel
+
+    image = nibabel.load(path)
+    shape = image.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    channels = shape[3] if len(shape) > 3 else 1
+    bits = 8 * image.get_data_dtype().itemsize
+    return ImageFacts(min(len(shape), 3), int(channels), bits, _ras_spacing(image.affine))
+
+
+def _ras_spacing(affine: np.ndarray) -> tuple[float, ...]:
+    import nibabel
+
+    lengths = np.linalg.norm(affine[:-1, :-1], axis=0)
+    if len(lengths) != 3:
+        return tuple(float(length) for length in lengths)
+    world_axes = nibabel.io_orientation(affine)[:, 0].astype(int)
+    spacing = np.empty(3)
+    spacing[world_axes] = lengths
+    return tuple(float(length) for length in spacing)
+
+
+def _fit_mask(image: MetaTensor, mask: MetaTensor, spatial_dims: int, names: str) -> None:
+    """Refuse a mask that lies elsewhere than its image; give it the image's affine where they differ by rounding."""
+    sizes = [tuple(int(n) for n in t.meta["spatial_shape"])[:spatial_dims] for t in (image, mask)]
+    if sizes[0] != sizes[1]:
+        raise LoRKDError(f"{names}: the image is of size {sizes[0]}, its mask of {sizes[1]}; they must be the same.")
+    if spatial_dims == 2:
+        return
+    corners = np.asarray(np.meshgrid(*[(0, n - 1) for n in sizes[0]])).reshape(3, -1)
+    affine = np.asarray(image.affine, dtype=np.float64)
+    change = np.asarray(mask.affine, dtype=np.float64) - affine
+    shift = np.linalg.norm(change[:3, :3] @ corners + change[:3, 3:], axis=0).max()
+    if shift > 0.5 * np.linalg.norm(affine[:3, :3], axis=0).min():
+        raise LoRKDError(f"{names}: the mask lies up to {shift:.2f} mm beside its image; both need the same affine.")
+    mask.affine = image.affine.clone()
+
+
+def _names(item: dict[str, Any]) -> str:
+    def name(value: Any) -> str:
+        if isinstance(value, MetaTensor):
+            return str(value.meta.get("filename_or_obj", "an array"))
+        if isinstance(value, (np.ndarray, torch.Tensor)):
+            return "an array"
+        return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    names = [name(item["image"])]
+    if isinstance(item.get("label"), (str, Path, MetaTensor)):
+        names.append(name(item["label"]))
+    return " with mask ".join(names)
+
+
+def _cannot_read(names: str, error: Exception) -> str:
+    message = f"cannot read {names}: {_last_words(error)}"
+    plain = all(name.lower().endswith(_PIL_SUFFIXES + _NIFTI_SUFFIXES) for name in names.split(" with mask "))
+    if not plain and importlib.util.find_spec("itk") is None:
+        return f"{message}\nFormats other than NIfTI and PNG or JPEG need itk: pip install 'lorkd-monai[itk]'."
+    return f"{message}\nThe file may be damaged, or of another format than its name says."
+
+
+def _last_words(error: BaseException) -> str:
+    """Return one line for an error: MONAI's own are tracebacks of many lines, whose first cause says most."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

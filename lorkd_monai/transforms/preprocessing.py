@@ -1,0 +1,273 @@
+"""The stock MONAI transforms that turn a file into a network's input, as JSON-able configs.
+
+They are the one source of preprocessing: training builds its transforms from them, and an expert bundle's
+``configs/inference.json`` carries the same dictionaries. Only classes of MONAI appear in them, and every
+expression in them (a string that starts with ``$``) is a constant of this file: no text of a data list gets in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorkd_monai.errors import LoRKDError
+
+if TYPE_CHECKING:
+    from lorkd_monai.data.datalist import TaskSpec
+
+__all__ = ["CT_WINDOW", "PERCENTILES", "default_intensity", "postprocessing", "preprocessing", "saving_handlers"]
+
+CT_WINDOW = (-160.0, 240.0)
+"""Default window of 3D CT, in HU: the soft-tissue window of the abdomen (level 40, width 400)."""
+
+PERCENTILES = (0.5, 99.5)
+"""Default intensity limits of other 3D images: percentiles of each image."""
+
+# Grey and colour stay as they are, also 16-bit grey; palettes become colours, an alpha channel is dropped.
+_READ_COLOURS = (
+    "$lambda image: image if image.mode in ('L', 'RGB', 'F') or image.mode.startswith('I')"
+    " else image.convert('L' if image.mode in ('1', 'LA', 'La') else 'RGB')"
+)
+# Weights of red, green and blue after ITU-R 601, which PIL's own conversion to grey uses.
+_TO_GREY = (
+    "$lambda x: x if x.shape[0] == 1"
+    " else (x[:3] * x.new_tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(0, keepdim=True)"
+)
+# The stock Lambdad wraps one transform for any number of channels: RepeatChanneld would make nine of three.
+_TO_CHANNELS = "$lambda x: x.expand({channels}, *x.shape[1:])"
+
+
+def check_kind(kind: str, spatial_dims: int) -> None:
+    """Raise a `LoRKDError` unless ``kind`` and ``spatial_dims`` name one of the four kinds of work."""
+    if kind not in ("classification", "segmentation") or spatial_dims not in (2, 3):
+        raise LoRKDError(
+            "expected kind 'classification' or 'segmentation' and spatial_dims 2 or 3, "
+            f"got {kind!r} and {spatial_dims!r}."
+        )
+
+
+def default_intensity(task: TaskSpec, spatial_dims: int) -> dict[str, Any]:
+    """Return what ``task.intensity`` says, or the default of its kind.
+
+    2D: grey values 0 to 255. 3D: `CT_WINDOW` in HU where the task's modality is CT, else the `PERCENTILES` of each
+    image. A data list sets ``{"range": [0, 65535]}`` by itself where a task's 2D images have 16 bits, and
+    ``{"range": [0, 255]}`` where its volumes are 8-bit arrays of an ``.npz`` file.
+    """
+    if task.intensity is not None:
+        return task.intensity
+    if spatial_dims == 2:
+        return {"range": [0.0, 255.0]}
+    if (task.modality or "").strip().upper() == "CT":
+        return {"range": list(CT_WINDOW)}
+    return {"percentiles": list(PERCENTILES)}
+
+
+def preprocessing(
+    task: TaskSpec,
+    kind: str,
+    spatial_dims: int,
+    in_channels: int,
+    image_size: int | Sequence[int],
+    keys: Sequence[str] = ("image",),
+) -> list[dict[str, Any]]:
+    """Return the configs of the transforms that make a network's input of a task's image file.
+
+    Every image ends as float32 C×H×W[×D] in 0..1 with ``in_channels`` channels. Grey images are repeated where the
+    network takes colours; colours become grey (ITU-R 601) where it takes one channel.
+
+    * 2D: axes are rows × columns, as `PIL.Image` and ``.npz`` files have them.
+    * Classification: resized to ``image_size`` (2D: aspect ratio not kept; 3D: turned to RAS first).
+    * 2D segmentation: the longer side becomes ``image_size``, the shorter one is padded with 0 to a square.
+    * 3D segmentation: turned to RAS, resampled to ``task.spacing`` (mm; left as it is where that is None).
+      ``image_size`` is the patch of training and sliding window, and changes nothing here.
+
+    Args:
+        task: gives ``intensity``, ``modality`` and ``spacing``.
+        kind: ``"classification"`` or ``"segmentation"``.
+        spatial_dims: 2 or 3.
+        in_channels: channels of the network's input.
+        image_size: pixels or voxels per side.
+        keys: ``("image",)``, or ``("image", "label")`` for segmentation with masks.
+
+    Raises:
+        LoRKDError: for a kind, key or size that does not fit.
+
+    Example::
+
+        from monai.bundle import ConfigParser
+        configs = preprocessing(task, "segmentation", 3, in_channels=1, image_size=96)
+        parser = ConfigParser({"preprocessing": {"_target_": "Compose", "transforms": configs}})
+        image = parser.get_parsed_content("preprocessing")({"image": "scan.nii.gz"})["image"]
+    """
+    check_kind(kind, spatial_dims)
+    keys = list(keys)
+    if keys not in (["image"], ["image", "label"]) or (keys != ["image"] and kind == "classification"):
+        raise LoRKDError(f"expected keys ['image'], or ['image', 'label'] for segmentation, got {keys} for {kind}.")
+    if isinstance(in_channels, bool) or not isinstance(in_channels, int) or in_channels < 1:
+        raise LoRKDError(f"in_channels must be a whole number of at least 1, got {in_channels!r}.")
+
+    masks = len(keys) == 2
+    steps = _loading(spatial_dims, masks)
+    steps.append({"_target_": "EnsureChannelFirstd", "keys": keys})
+    if spatial_dims == 3:
+        steps.append({"_target_": "Orientationd", "keys": keys, "axcodes": "RAS", "labels": None})
+        if kind == "segmentation" and task.spacing is not None:
+            mode = ["bilinear", "nearest"] if masks else "bilinear"
+            steps.append({"_target_": "Spacingd", "keys": keys, "pixdim": list(map(float, task.spacing)), "mode": mode})
+    if spatial_dims == 2 and in_channels == 1:
+        steps.append({"_target_": "Lambdad", "keys": "image", "func": _TO_GREY})
+    steps.append(_intensity(default_intensity(task, spatial_dims)))
+    if in_channels > 1:
+        steps.append({"_target_": "Lambdad", "keys": "image", "func": _TO_CHANNELS.format(channels=int(in_channels))})
+    if kind == "classification":
+        mode = "bilinear" if spatial_dims == 2 else "trilinear"
+        size = _sides(image_size, spatial_dims)
+        steps.append(
+            {"_target_": "Resized", "keys": "image", "spatial_size": size, "mode": mode, "anti_aliasing": True}
+        )
+    elif spatial_dims == 2:
+        steps += _square(keys, _one_side(image_size))
+    return steps
+
+
+def postprocessing(
+    task: TaskSpec,
+    kind: str,
+    spatial_dims: int,
+    output_dir: str = "@output_dir",
+    preprocessing: str = "@preprocessing",
+    output_ext: str | None = None,
+) -> list[dict[str, Any] | str]:
+    """Return the configs of the transforms that turn the key ``"pred"`` (logits, C×…) into the answer.
+
+    Classification: probabilities by softmax (saved by `saving_handlers`). Segmentation: the geometry of the input
+    comes back (`Invertd` undoes the preprocessing on the logits), then argmax, uint8, and a file in ``output_dir``:
+    ``.png`` with the rows and columns of the input for 2D, ``.nii.gz`` with its affine and shape for 3D.
+
+    Args:
+        task: a segmentation task must have at most 256 classes.
+        kind: ``"classification"`` or ``"segmentation"``.
+        spatial_dims: 2 or 3.
+        output_dir: reference to the config id that holds the output folder.
+        preprocessing: reference to the config id of the preprocessing.
+        output_ext: suffix of the files written.
+
+    Raises:
+        LoRKDError: for a kind that is none, more than 256 classes, or a reference that is none.
+    """
+    check_kind(kind, spatial_dims)
+    for reference in (output_dir, preprocessing):
+        if not reference.startswith("@"):
+            raise LoRKDError(f"expected a reference to a config id such as '@output_dir', got {reference!r}.")
+    if kind == "classification":
+        return [{"_target_": "Activationsd", "keys": "pred", "softmax": True}]
+    if task.num_classes > 256:
+        raise LoRKDError(f"task {task.name!r} has {task.num_classes} classes; masks are uint8 and hold at most 256.")
+    steps: list[dict[str, Any] | str] = [
+        {
+            "_target_": "Invertd",
+            "keys": "pred",
+            "transform": preprocessing,
+            "orig_keys": "image",
+            "nearest_interp": False,
+            "to_tensor": True,
+        },
+        {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+        {"_target_": "CastToTyped", "keys": "pred", "dtype": "$torch.uint8"},
+    ]
+    extension = output_ext or (".png" if spatial_dims == 2 else ".nii.gz")
+    if extension not in (".png", ".nii.gz", ".nii", ".nrrd", ".mha"):
+        raise LoRKDError(f"output_ext must be one of .png .nii.gz .nii .nrrd .mha, got {extension!r}.")
+    if spatial_dims == 3:
+        save: dict[str, Any] | str = {
+            "_target_": "SaveImaged",
+            "keys": "pred",
+            "output_dir": output_dir,
+            "output_postfix": "seg",
+            "output_ext": extension,
+            "output_dtype": "$np.uint8",
+            "resample": False,
+            "separate_folder": False,
+        }
+    else:
+        # SaveImaged turns rows into columns unless the writer is told not to, and only set_options reaches the writer.
+        save = (
+            f"$monai.transforms.SaveImaged(keys='pred', output_dir={output_dir}, output_postfix='seg', "
+            f"output_ext='{extension}', output_dtype=np.uint8, resample=False, separate_folder=False)"
+            ".set_options(write_kwargs={'reverse_indexing': False})"
+        )
+    steps.append(save)
+    return steps
+
+
+def saving_handlers(kind: str, output_dir: str = "@output_dir") -> list[dict[str, Any]]:
+    """Return the handler configs of an evaluator that write what no transform writes.
+
+    Classification: ``predictions.csv`` in ``output_dir``, a line of file name and probabilities for each image.
+    Segmentation needs none: its `postprocessing` ends in a transform that saves.
+    """
+    if kind != "classification":
+        return []
+    return [
+        {
+            "_target_": "ClassificationSaver",
+            "output_dir": output_dir,
+            "filename": "predictions.csv",
+            "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
+            "output_transform": "$monai.handlers.from_engine(['pred'])",
+        }
+    ]
+
+
+def _loading(spatial_dims: int, masks: bool) -> list[dict[str, Any]]:
+    if spatial_dims == 3:
+        return [{"_target_": "LoadImaged", "keys": ["image", "label"] if masks else ["image"]}]
+    image = {"_target_": "PILReader", "reverse_indexing": False, "converter": _READ_COLOURS}
+    steps = [{"_target_": "LoadImaged", "keys": ["image"], "reader": image}]
+    if masks:  # a palette's indices are the classes, so masks are not converted
+        mask = {"_target_": "PILReader", "reverse_indexing": False}
+        steps.append({"_target_": "LoadImaged", "keys": ["label"], "reader": mask})
+    return steps
+
+
+def _intensity(spec: dict[str, Any]) -> dict[str, Any]:
+    (how, (low, high)), *more = spec.items()
+    low, high = float(low), float(high)
+    if how == "range" and not more and low < high:
+        limits = {"_target_": "ScaleIntensityRanged", "keys": "image", "a_min": low, "a_max": high}
+    elif how == "percentiles" and not more and 0 <= low < high <= 100:
+        limits = {"_target_": "ScaleIntensityRangePercentilesd", "keys": "image", "lower": low, "upper": high}
+        limits["channel_wise"] = True
+    else:
+        raise LoRKDError(
+            'intensity must be {"range": [low, high]} with low < high, or '
+            f'{{"percentiles": [low, high]}} within 0..100, got {spec!r}.'
+        )
+    return {**limits, "b_min": 0.0, "b_max": 1.0, "clip": True}
+
+
+def _square(keys: list[str], side: int) -> list[dict[str, Any]]:
+    masks = len(keys) == 2
+    resize = {
+        "_target_": "Resized",
+        "keys": keys,
+        "spatial_size": side,
+        "size_mode": "longest",
+        "mode": ["bilinear", "nearest-exact"] if masks else "bilinear",
+        "anti_aliasing": [True, False] if masks else True,
+    }
+    return [resize, {"_target_": "SpatialPadd", "keys": keys, "spatial_size": [side, side]}]
+
+
+def _sides(image_size: int | Sequence[int], spatial_dims: int) -> list[int]:
+    sides = [image_size] * spatial_dims if isinstance(image_size, int) else list(image_size)
+    if len(sides) != spatial_dims or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
+        raise LoRKDError(f"image_size must be a whole number above 0, or {spatial_dims} of them, got {image_size!r}.")
+    return sides
+
+
+def _one_side(image_size: int | Sequence[int]) -> int:
+    sides = _sides(image_size, 2)
+    if sides[0] != sides[1]:
+        raise LoRKDError(f"2D segmentation resizes to a square: image_size must be one number, got {image_size!r}.")
+    return sides[0]
