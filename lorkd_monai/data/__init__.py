@@ -2,6 +2,7 @@
 
 from .datalist import DataList, TaskSpec, load_data_list, measure_spacing
 from .datasets import TaskDataset
+from .phantoms import make_phantoms
 from .samplers import Draw, TaskBatchSampler, TaskSampler, draws_per_task
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "TaskSpec",
     "draws_per_task",
     "load_data_list",
+    "make_phantoms",
     "measure_spacing",
 ]

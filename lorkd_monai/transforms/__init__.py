@@ -1,5 +1,6 @@
 """What MONAI's transforms lack, and the stock configs that training and expert bundles share."""
 
+from .augment import BatchAugment
 from .loading import ImageFacts, ItemLoader, describe_image, wrap_array
 from .preprocessing import (
     CT_WINDOW,
@@ -13,6 +14,7 @@ from .preprocessing import (
 __all__ = [
     "CT_WINDOW",
     "PERCENTILES",
+    "BatchAugment",
     "ImageFacts",
     "ItemLoader",
     "default_intensity",

@@ -1,0 +1,36 @@
+"""Writing a data list: never half of one, and never over another unless told to."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["refuse_existing", "write_data_list"]
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> Path:
+    """Return the path of the folder's ``dataset.json``; raise a `LoRKDError` if it exists and must not be replaced."""
+    file = folder / "dataset.json"
+    if folder.exists() and not folder.is_dir():
+        raise LoRKDError(f"expected a folder to write the data list into, and {folder} is a file.")
+    if file.exists() and not overwrite:
+        raise LoRKDError(f"{file} already exists. Choose another folder, or allow it to be replaced: overwrite=True.")
+    return file
+
+
+def write_data_list(folder: Path, content: dict[str, Any], overwrite: bool = False) -> Path:
+    """Write ``content`` as the folder's ``dataset.json``, all of it or nothing, and return its path.
+
+    Raises:
+        LoRKDError: where one is there already and ``overwrite`` is False.
+    """
+    file = refuse_existing(folder, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".dataset.{os.getpid()}.json"
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+    return file
