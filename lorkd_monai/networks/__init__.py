@@ -1,0 +1,7 @@
+"""Decomposed networks: low-rank layers, routing, heads and :class:`LoRKDNet`."""
+
+from lorkd_monai.networks.lorkd_net import LoRKDNet
+from lorkd_monai.networks.low_rank import LowRankLayer
+from lorkd_monai.networks.routing import Routing, current_routing, route
+
+__all__ = ["LoRKDNet", "LowRankLayer", "Routing", "current_routing", "route"]

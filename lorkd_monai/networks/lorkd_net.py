@@ -1,0 +1,453 @@
+"""LoRKDNet: a shared backbone with one low-rank expert and one head for each task."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor, nn
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks import decompose
+from lorkd_monai.networks.banks import collect_features
+from lorkd_monai.networks.folding import find_folding
+from lorkd_monai.networks.functional import LAYOUTS
+from lorkd_monai.networks.heads import head_like
+from lorkd_monai.networks.low_rank import LowRankLayer
+from lorkd_monai.networks.outputs import fill_classes, narrow_classes, select_rows
+from lorkd_monai.networks.routing import RoutedModule, Routing, UnverifiedFolding, route, task_list
+from lorkd_monai.networks.serving import PlainView
+from lorkd_monai.networks.spec import checked_ranks, checked_tasks, differences, read_spec, write_spec
+
+__all__ = ["LoRKDNet"]
+
+NORMS = ("shared", "task")
+
+
+class LoRKDNet(nn.Module):
+    """A backbone decomposed into one low-rank expert for each task (LoRKD, arXiv 2404.17184).
+
+    The weights of ``backbone`` are shared by all tasks. Every convolution and linear layer but the head gets one
+    low-rank expert for each task (:class:`LowRankLayer`), and the head is replaced by one head for each task. A batch
+    may hold samples of any tasks in any order; the result is that of separate passes.
+
+    Args:
+        backbone: the network, or a MONAI config dict with ``_target_``. A module is copied, its source untouched.
+        tasks: name of each task -> number of its output channels, in this order.
+        rank: rank of every expert, or one for each task. 0 makes a plain multi-task network: heads, no experts.
+        alpha: the factor of ΔW is ``alpha / rank`` of the layer's expert; or give the factor itself as ``scale``.
+        layout: ``"lorkd"`` (the papers') or ``"conv"``; see :func:`~lorkd_monai.networks.functional.factor_shapes`.
+        head: dotted name (or names) of the last layer; None: found by itself.
+        include: glob patterns of layer names that get experts; None: all that can.
+        exclude: glob patterns of layer names that stay shared.
+        rank_pattern: glob pattern of layer names -> factor of the rank, such as the extended paper's doubled decoder
+            rank; the first pattern that matches counts.
+        norm: ``"shared"`` as in the papers, or ``"task"``: own batch and instance norms for each task.
+        scale: factor of ΔW in place of ``alpha / rank``.
+
+    Raises:
+        LoRKDError: no tasks, a bad task name or class count, bad ranks, patterns that match nothing, no head found, a
+            layer whose weight is tied or changed behind our back.
+
+    Example::
+
+        net = LoRKDNet(monai.networks.nets.resnet10(spatial_dims=2, n_input_channels=1), {"breast": 2, "xray": 6})
+        y = net(torch.rand(4, 1, 64, 64), torch.tensor([0, 1, 1, 0]))  # 4 × 6; rows of "breast" end in four -inf
+        plain = net.extract("breast")                                  # a plain ResNet with 2 outputs
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module | Mapping | functools.partial,
+        tasks: Mapping[str, int],
+        rank: int | Mapping[str, int] = 4,
+        alpha: float = 16.0,
+        layout: str = "lorkd",
+        head: str | Sequence[str] | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        rank_pattern: Mapping[str, float] | None = None,
+        norm: str = "shared",
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self._num_classes = checked_tasks(tasks)
+        self._rank = checked_ranks(rank, list(self._num_classes))
+        if layout not in LAYOUTS:
+            raise LoRKDError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        if norm not in NORMS:
+            raise LoRKDError(f"norm must be one of {NORMS}, got {norm!r}")
+        if not isinstance(alpha, (int, float)) or not (scale is None or isinstance(scale, (int, float))):
+            raise LoRKDError(f"alpha and scale must be numbers, got alpha={alpha!r}, scale={scale!r}")
+        self._options = {
+            "alpha": float(alpha),
+            "scale": None if scale is None else float(scale),
+            "layout": layout,
+            "head": head if head is None or isinstance(head, str) else list(head),
+            "include": None if include is None else list(include),
+            "exclude": None if exclude is None else list(exclude),
+            "rank_pattern": dict(rank_pattern or {}),
+            "norm": norm,
+        }
+        self._frozen = False
+        self._serving: int | None = None
+        self._verified: set[bool] = set()
+        self.backbone, self._config = decompose.build_backbone(backbone, max(self._num_classes.values()))
+        self._heads, self._built_classes = decompose.insert_heads(self.backbone, head, list(self._num_classes.values()))
+        self._norms = (
+            decompose.insert_norms(self.backbone, list(self._heads), len(self.tasks)) if norm == "task" else {}
+        )
+        self._layers: dict[str, LowRankLayer] = {}
+        self._insert_experts()
+        for module in self._routed().values():
+            module.fold = None  # until the first batch of several tasks
+        self._view = PlainView(self)
+
+    def _insert_experts(self) -> None:
+        options = self._options
+        layers = decompose.expert_layers(self.backbone, list(self._heads), options["include"], options["exclude"])
+        if not any(self._rank.values()):
+            return
+        if not layers:
+            raise LoRKDError("no layer gets an expert: include and exclude leave none of the backbone's layers")
+        for pattern in options["rank_pattern"]:
+            if not any(fnmatchcase(n, pattern) for n in layers):
+                raise LoRKDError(f"rank_pattern: {pattern!r} matches no layer that gets experts")
+        for name, layer in layers.items():
+            ranks = [self._layer_rank(name, task) for task in self.tasks]
+            wrapped = LowRankLayer(layer, ranks, [self._layer_scale(r) for r in ranks], options["layout"], name)
+            decompose.replace_module(self.backbone, layer, wrapped)
+            self._layers[name] = wrapped
+
+    def _layer_rank(self, layer: str, task: str) -> int:
+        factor = next((f for p, f in self._options["rank_pattern"].items() if fnmatchcase(layer, p)), 1)
+        return max(1, round(self._rank[task] * factor))
+
+    def _layer_scale(self, rank: int) -> float:
+        return self._options["alpha"] / rank if self._options["scale"] is None else self._options["scale"]
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in order."""
+        return list(self._num_classes)
+
+    @property
+    def num_classes(self) -> dict[str, int]:
+        """Output channels of each task."""
+        return dict(self._num_classes)
+
+    @property
+    def expert_layers(self) -> dict[str, LowRankLayer]:
+        """The layers that carry experts, by their name in the backbone."""
+        return dict(self._layers)
+
+    def _routed(self) -> dict[str, RoutedModule]:
+        return {**self._layers, **self._norms, **self._heads}
+
+    def spec(self) -> dict:
+        """What it takes to build this network again, as plain JSON data."""
+        return {
+            "tasks": self.num_classes,
+            "rank": dict(self._rank),
+            **self._options,
+            "backbone": self._config,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: Mapping, backbone: nn.Module | Mapping | None = None) -> LoRKDNet:
+        """Build the network that :meth:`spec` describes.
+
+        Args:
+            spec: as :meth:`spec` gives it.
+            backbone: the backbone, needed where the described network was not built from a configuration.
+
+        Raises:
+            LoRKDError: there is no backbone in ``spec`` and none was given.
+        """
+        backbone = spec["backbone"] if backbone is None else backbone
+        if backbone is None:
+            raise LoRKDError("this decomposition was made from a network object: give that backbone, or its config")
+        return cls(backbone, **{k: v for k, v in spec.items() if k != "backbone"})
+
+    def backbone_config(self, task: str) -> dict | None:
+        """A MONAI config of the plain network that :meth:`extract` gives for ``task``; None without a known config."""
+        classes = self._num_classes[self.tasks[self.task_index(task)]]
+        if self._config is None:
+            return None
+        argument = decompose.class_argument(self._config)
+        return copy.deepcopy(self._config) | ({argument: classes} if argument else {})
+
+    def task_index(self, task: str | int) -> int:
+        """Index of a task given by name or index.
+
+        Raises:
+            LoRKDError: there is no such task.
+        """
+        if isinstance(task, str):
+            if task not in self._num_classes:
+                raise LoRKDError(f"unknown task {task!r}: this network has {', '.join(self.tasks)}")
+            return self.tasks.index(task)
+        if isinstance(task, bool) or not hasattr(task, "__index__"):
+            raise LoRKDError(f"a task is a name or an index, got {task!r}")
+        if not 0 <= int(task) < len(self.tasks):
+            raise LoRKDError(
+                f"unknown task {int(task)}: this network has {len(self.tasks)} tasks, 0 to {len(self.tasks) - 1}"
+            )
+        return int(task)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        x: Tensor,
+        task: str | int | Sequence[str | int] | Tensor | None = None,
+        *,
+        return_features: bool = False,
+        **kwargs: object,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Each sample through its own task's expert and head.
+
+        Args:
+            x: batch, BCHW[D].
+            task: task of each sample: a name, an index, a LongTensor[B] or a list of either; a single one serves the
+                whole batch (also as a tensor of length 1). May be left out after :meth:`switch_to`.
+            return_features: also return the head's input, pooled over space: B × F.
+            kwargs: passed to the backbone; tensors with B rows are routed with the batch.
+
+        Returns:
+            B × C_max × …, C_max being the widest head's channels; channels past a sample's own head are -inf. After
+            :meth:`switch_to` and without ``task``: the channels of that task alone.
+
+        Raises:
+            LoRKDError: no task, an unknown task, or a number of tasks that is neither 1 nor B.
+        """
+        if isinstance(x, MetaTensor):
+            y = self(x.as_tensor(), task, return_features=return_features, **kwargs)
+            if not isinstance(y, Tensor):
+                return y
+            return MetaTensor(y, meta=x.meta, applied_operations=x.applied_operations)
+        narrow = None
+        if task is None:
+            if self._serving is None:
+                raise LoRKDError("task is needed: give the task of each sample, or call switch_to(task) first")
+            task = self._serving
+            narrow = self._num_classes[self.tasks[task]]
+        routing = self._routing(task, x.shape[0])
+        if routing.uniform is not None and not return_features and self._view.usable():
+            return self._view(routing.uniform, x, kwargs, None if narrow else max(self._num_classes.values()))
+        y, features = self._routed_forward(x, routing, return_features, kwargs)
+        if narrow is not None:
+            y = narrow_classes(y, max(self._num_classes.values()), narrow)
+        return (y, features) if return_features else y
+
+    def _routing(self, task: str | int | Sequence | Tensor, batch: int) -> Routing:
+        if isinstance(task, str):
+            indices = [self.task_index(task)]
+        elif isinstance(task, (list, tuple)) and any(isinstance(t, str) for t in task):
+            indices = [self.task_index(t) for t in task]
+        else:
+            indices = task_list(task)
+            for index in set(indices):
+                self.task_index(index)
+        return Routing(indices, batch)
+
+    def _routed_forward(
+        self, x: Tensor, routing: Routing, return_features: bool, kwargs: Mapping
+    ) -> tuple[Tensor, Tensor | None]:
+        if routing.uniform is None and self.training not in self._verified:
+            self._find_folding(x, kwargs)
+        try:
+            return self._sorted_forward(x, routing, return_features, kwargs)
+        except UnverifiedFolding:  # a branch that was not taken when the folding was found
+            self._find_folding(x, kwargs)
+            return self._sorted_forward(x, routing, return_features, kwargs)
+
+    def _sorted_forward(
+        self, x: Tensor, routing: Routing, return_features: bool, kwargs: Mapping
+    ) -> tuple[Tensor, Tensor | None]:
+        # One sort for the whole network, so that every layer finds each task in one piece.
+        shuffle = not routing.is_sorted
+        if shuffle:
+            size = x.shape[0]
+            x = select_rows(x, routing.order)
+            kwargs = {
+                k: select_rows(v, routing.order) if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else v
+                for k, v in kwargs.items()
+            }
+        with route(routing.sorted):
+            if return_features:
+                with collect_features() as collected:
+                    y = self.backbone(x, **kwargs)
+                features = collected[0]
+            else:
+                y, features = self.backbone(x, **kwargs), None
+        y = fill_classes(y, routing.sorted, list(self._num_classes.values()))
+        if shuffle:
+            y = select_rows(y, routing.inverse)
+            features = None if features is None else select_rows(features, routing.inverse)
+        return y, features
+
+    def _find_folding(self, x: Tensor, kwargs: Mapping) -> None:
+        """Find out how the backbone folds its batch, once for training and once for evaluation mode."""
+
+        def call(batch: Tensor) -> object:
+            pair = {k: v[:2] if isinstance(v, Tensor) and v.ndim and len(v) == len(x) else v for k, v in kwargs.items()}
+            with route(0, batch_size=batch.shape[0]):
+                return self.backbone(batch, **pair)
+
+        for module, fold in find_folding(call, self.backbone, self._routed().values(), x).items():
+            module.fold = fold
+        self._verified.add(self.training)
+
+    def train(self, mode: bool = True) -> LoRKDNet:
+        """Set training mode; norms shared by frozen tasks keep their statistics."""
+        super().train(mode)
+        self._view.clear()
+        if self._frozen:
+            for module in self.backbone.modules():
+                if getattr(module, "track_running_stats", False) and not any(
+                    p.requires_grad for p in module.parameters()
+                ):
+                    module.training = False
+        return self
+
+    # ------------------------------------------------------------------ experts as plain networks
+
+    def extract(self, task: str | int) -> nn.Module:
+        """A plain network of the backbone's own class that computes what this one does for ``task`` (fusion).
+
+        Its weights are W0 + ΔW of the task, its head is the task's, and its keys are the backbone's own; nothing in it
+        belongs to this package.
+
+        Raises:
+            LoRKDError: unknown task.
+        """
+        return self._plain(self.task_index(task), {})
+
+    def _plain(self, task: int, memo: dict) -> nn.Module:
+        replaced = {id(m): m.plain(task, memo) for m in self._routed().values()}
+        plain = copy.deepcopy(self.backbone, {**decompose.detached(self.backbone), **memo, **replaced})
+        for attribute in ("out_channels", "num_classes"):
+            if getattr(plain, attribute, None) == self._built_classes:
+                setattr(plain, attribute, self._num_classes[self.tasks[task]])
+        return plain
+
+    def switch_to(self, task: str | int) -> None:
+        """Serve one task: calls without ``task`` give what :meth:`extract` of it gives, bit for bit.
+
+        W0 is not touched: the fused weights stand beside it.
+        """
+        self._serving = self.task_index(task)
+
+    def switch_off(self) -> None:
+        """Serve no task by default any more."""
+        self._serving = None
+        self._view.clear()
+
+    # ------------------------------------------------------------------ experts as weights
+
+    def expert_state_dict(self, task: str | int) -> dict[str, Tensor]:
+        """What belongs to one task alone: its factors, head and norms, by name."""
+        index = self.task_index(task)
+        return {k: v.detach() for k, v in self._expert_tensors(index).items()}
+
+    def _expert_tensors(self, index: int) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": tensor
+            for name, module in self._routed().items()
+            for key, tensor in module.expert_tensors(index).items()
+        }
+
+    @torch.no_grad()
+    def load_expert_state_dict(self, task: str | int, state: Mapping[str, Tensor]) -> None:
+        """Load what :meth:`expert_state_dict` gave. Nothing is changed where it does not fit.
+
+        Raises:
+            LoRKDError: a key too many or too few, or a shape that differs (another rank, layout or class count).
+        """
+        own = self._expert_tensors(self.task_index(task))
+        problems = [f"missing {k}" for k in own if k not in state] + [f"unknown {k}" for k in state if k not in own]
+        problems += [
+            f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+            for k in own
+            if k in state and state[k].shape != own[k].shape
+        ]
+        if problems:
+            raise LoRKDError(f"expert of task {task!r} does not fit: " + "; ".join(problems[:6]))
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+
+    def add_task(self, name: str, num_classes: int, rank: int | None = None, freeze: bool = False) -> None:
+        """Add a fresh expert and head for one more task.
+
+        Args:
+            name: name of the task.
+            num_classes: its output channels.
+            rank: rank of its expert; None: that of the first task.
+            freeze: leave all that existed untouched by training: only the new task's parameters require gradients,
+                and norms that are shared keep their statistics.
+
+        Raises:
+            LoRKDError: the name is taken or bad, or the class count or rank is.
+        """
+        if name in self._num_classes:
+            raise LoRKDError(f"task {name!r} exists already; tasks: {', '.join(self.tasks)}")
+        checked_tasks({name: num_classes})
+        rank = self._rank[self.tasks[0]] if rank is None else rank
+        checked_ranks(rank, [name])
+        if bool(rank) != bool(self._layers):
+            raise LoRKDError(
+                f"rank {rank} for task {name!r}: this network {'has' if self._layers else 'has no'} experts"
+            )
+        heads = {n: head_like(bank.tasks[0], num_classes, n) for n, bank in self._heads.items()}
+        if freeze:
+            self.requires_grad_(False)
+            self._frozen = True
+        self._num_classes[name] = num_classes
+        self._rank[name] = rank
+        for layer_name, layer in self._layers.items():
+            layer_rank = self._layer_rank(layer_name, name)
+            layer.add_expert(layer_rank, self._layer_scale(layer_rank))
+        for head_name, bank in self._heads.items():
+            for module in heads[head_name].modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            bank.add(heads[head_name].requires_grad_(True), num_classes)
+        for bank in self._norms.values():
+            bank.add(copy.deepcopy(bank.tasks[0]).requires_grad_(True))
+        self._view.clear()
+        self.train(self.training)
+
+    def remove_task(self, task: str | int) -> None:
+        """Delete a task's expert and head; later tasks move up by one.
+
+        Raises:
+            LoRKDError: unknown task, or the last one.
+        """
+        index = self.task_index(task)
+        if len(self.tasks) == 1:
+            raise LoRKDError(f"task {self.tasks[0]!r} is the last one and can't be removed")
+        name = self.tasks[index]
+        for module in self._routed().values():
+            module.remove_expert(index)
+        del self._num_classes[name], self._rank[name]
+        self._serving = None
+        self._view.clear()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def get_extra_state(self) -> Tensor:
+        """The spec as bytes, so that every checkpoint says what it belongs to, in any file format."""
+        return write_spec(self.spec())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse a checkpoint of another decomposition, with the differences by name."""
+        differing = differences(read_spec(state), self.spec())
+        if differing:
+            raise LoRKDError("the checkpoint belongs to another decomposition: " + "; ".join(differing))

@@ -1,0 +1,164 @@
+"""One layer with a low-rank expert for each task."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.functional import LayerOp, eks, factor_shapes, fuse
+from lorkd_monai.networks.routing import RoutedModule
+
+__all__ = ["LowRankLayer"]
+
+# What other modules may read of a wrapped layer. Not `weight` and `bias`: code that computes with them by itself would
+# leave the experts out, silently.
+_GEOMETRY = {
+    "in_channels", "out_channels", "in_features", "out_features", "kernel_size", "stride", "padding", "dilation",
+    "groups", "padding_mode", "output_padding", "transposed",
+}  # fmt: skip
+
+
+def _refuse_bypass(who: str, layer: nn.Module, args: tuple) -> None:
+    raise LoRKDError(
+        f"{who} was called directly, past its experts: the network keeps a second reference to it; exclude it"
+    )
+
+
+class LowRankLayer(RoutedModule):
+    """A convolution, transposed convolution or linear layer with one low-rank expert for each task.
+
+    For a sample of task t the layer computes with the weight W0 + scale_t · (B_t A_t), W0 being the wrapped layer's
+    own (shared) weight; the bias is shared. A starts kaiming-uniform (a = √5) and B at 0, so that a fresh layer is the
+    wrapped layer (LoRKD, arXiv 2404.17184, eq. 2). Call it inside :func:`route`.
+
+    Args:
+        layer: Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear. It is used, not copied.
+        ranks: rank of each task's expert; its length is the number of tasks.
+        scale: factor of ΔW, one for all tasks or one for each.
+        layout: ``"lorkd"`` or ``"conv"``, see :func:`~lorkd_monai.networks.functional.factor_shapes`.
+        name: name of the layer in its network, for messages.
+
+    Raises:
+        LoRKDError: a layer of another type, no ranks, a rank below 1, a wrong number of scales, an unknown layout.
+
+    Example::
+
+        layer = LowRankLayer(nn.Conv3d(8, 16, 3, padding=1), ranks=[4, 4, 8], scale=2.0)
+        with route([2, 0, 1]):
+            y = layer(torch.rand(3, 8, 12, 12, 12))
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        ranks: Sequence[int],
+        scale: float | Sequence[float] = 1.0,
+        layout: str = "lorkd",
+        name: str = "",
+    ) -> None:
+        super().__init__(num_tasks=0, name=name)
+        if not LayerOp.supports(layer):
+            raise LoRKDError(
+                f"{self._who()}: expected a convolution, transposed convolution or linear layer of torch, "
+                f"got {type(layer).__name__}"
+            )
+        if isinstance(ranks, (int, float, str)) or len(ranks) == 0:
+            raise LoRKDError(f"{self._who()}: ranks must hold one rank for each task, got {ranks!r}")
+        scales = [scale] * len(ranks) if isinstance(scale, (int, float)) else list(scale)
+        if len(scales) != len(ranks):
+            raise LoRKDError(f"{self._who()}: got {len(scales)} scales for {len(ranks)} tasks")
+        if layer._forward_hooks or layer._forward_pre_hooks or parametrize.is_parametrized(layer):
+            raise LoRKDError(
+                f"{self._who()} has forward hooks or a parametrization (weight norm, spectral norm, …), which "
+                f"change its weight behind the expert's back: remove them or exclude this layer (exclude=[{name!r}])"
+            )
+        # This module computes with the layer's weight and never calls the layer: whoever does goes past the experts.
+        layer.register_forward_pre_hook(functools.partial(_refuse_bypass, self._who()))
+        self.layer = layer
+        self.layout = layout
+        self.op = LayerOp(layer)
+        self.scales: list[float] = []
+        self.lora_A = nn.ParameterList()
+        self.lora_B = nn.ParameterList()
+        for rank, task_scale in zip(ranks, scales, strict=True):
+            self.add_expert(rank, task_scale)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Rank of each task's expert."""
+        blocks = factor_shapes(self.layer.weight.shape, 1, self.layout)[0][0]
+        return [a.shape[0] // blocks for a in self.lora_A]
+
+    def add_expert(self, rank: int, scale: float) -> None:
+        """Append a fresh expert for one more task."""
+        shape_a, shape_b = factor_shapes(self.layer.weight.shape, rank, self.layout)
+        a, b = self.layer.weight.new_empty(shape_a), self.layer.weight.new_zeros(shape_b)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.lora_A.append(nn.Parameter(a))
+        self.lora_B.append(nn.Parameter(b))
+        self.scales.append(float(scale))
+        self.num_tasks = len(self.lora_A)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Apply the layer to a batch of mixed tasks; ``output_size`` as in transposed convolutions."""
+        kwargs = {} if output_size is None else {"output_size": output_size}
+        return eks(
+            self.op,
+            x,
+            self.layer.weight,
+            self.layer.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scales,
+            self.routing(x),
+            **kwargs,
+        )
+
+    def fused_weight(self, task: int) -> Tensor:
+        """W0 + ΔW_t, as extraction and the forward pass both use it."""
+        return fuse(self.layer.weight, self.lora_A[task], self.lora_B[task], self.scales[task])
+
+    @torch.no_grad()
+    def plain(self, task: int, memo: dict) -> nn.Module:
+        """A layer of the wrapped layer's class with the expert of ``task`` fused into its weight.
+
+        Args:
+            task: task index.
+            memo: deepcopy memo: tensors found in it are shared instead of copied.
+        """
+        weight = nn.Parameter(self.fused_weight(task), self.layer.weight.requires_grad)
+        layer = copy.deepcopy(self.layer, {**memo, id(self.layer.weight): weight})
+        layer._forward_pre_hooks.clear()  # the guard set in __init__; a layer with hooks of its own was refused there
+        return layer
+
+    def expert_tensors(self, task: int) -> dict[str, Tensor]:
+        """The parameters of one task's expert by name."""
+        return {"lora_A": self.lora_A[task], "lora_B": self.lora_B[task]}
+
+    def remove_expert(self, task: int) -> None:
+        """Delete the expert of one task; later tasks move up by one."""
+        for factors in (self.lora_A, self.lora_B):
+            kept = [p for t, p in enumerate(factors) if t != task]
+            factors.__init__(kept)
+        del self.scales[task]
+        self.num_tasks = len(self.scales)
+
+    def __getattr__(self, item: str) -> object:
+        if item in _GEOMETRY:
+            return getattr(super().__getattr__("layer"), item)
+        if item in ("weight", "bias"):
+            raise AttributeError(
+                f"{self._who()} was asked for its {item}: it has one for each task. Code that computes with a layer's "
+                f"weight by itself would leave the experts out: exclude this layer (exclude=[{self.name!r}])"
+            )
+        return super().__getattr__(item)
+
+    def extra_repr(self) -> str:
+        return f"ranks={self.ranks}, layout={self.layout!r}"

@@ -1,0 +1,85 @@
+"""Rows and class channels of what a network returns: a tensor, or a list, tuple or dict of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.banks import pad_channels
+from lorkd_monai.networks.routing import Routing, take_rows
+
+__all__ = ["fill_classes", "narrow_classes", "select_rows", "widen_classes"]
+
+Output = object
+
+
+def _map(function: Callable[[Tensor], Tensor], y: Output) -> Output:
+    if isinstance(y, Tensor):
+        return function(y)
+    if isinstance(y, dict):
+        return {k: _map(function, v) for k, v in y.items()}
+    if isinstance(y, tuple) and hasattr(y, "_fields"):
+        return type(y)(*(_map(function, v) for v in y))
+    if isinstance(y, (list, tuple)):
+        return type(y)(_map(function, v) for v in y)
+    return y
+
+
+def _map_classes(function: Callable[[Tensor, int], Tensor], y: Output, classes: int) -> Output:
+    """``function(tensor, class dimension)`` over the class outputs in ``y``.
+
+    The first tensor is one, and so are all of as many dimensions (deep supervision); others, such as the hidden states
+    that a ViT returns beside its classes, stay as they are.
+    """
+    first: list[int] = []
+
+    def apply(t: Tensor) -> Tensor:
+        if not first:
+            first.append(t.ndim)
+        return function(t, _class_dim(t, classes)) if t.ndim == first[0] else t
+
+    return _map(apply, y)
+
+
+def _class_dim(y: Tensor, classes: int) -> int:
+    """The dimension that holds the class channels: 1; or 2, where outputs of several resolutions are stacked in 1."""
+    for dim in (1, 2, -1):
+        if -y.ndim <= dim < y.ndim and y.shape[dim] == classes:
+            return dim
+    raise LoRKDError(
+        f"the network's output of shape {tuple(y.shape)} has no dimension of {classes} class channels: its head is not "
+        "the last layer that sets them. Name the head with head=…"
+    )
+
+
+def select_rows(y: Output, order: Sequence[int]) -> Output:
+    """The rows of every tensor in ``y``, in the given order."""
+    return _map(lambda t: take_rows(t, order), y)
+
+
+def fill_classes(y: Output, routing: Routing, num_classes: Sequence[int]) -> Output:
+    """``y`` with -inf in the channels past each row's own head, whatever the layers after the head made of them."""
+    widest = max(num_classes)
+
+    def fill(t: Tensor, dim: int) -> Tensor:
+        own = torch.tensor([num_classes[task] for task in routing.tasks], device=t.device)
+        past = torch.arange(widest, device=t.device) >= own[:, None]
+        shape = [1] * t.ndim
+        shape[0], shape[dim] = past.shape
+        return t.masked_fill(past.view(shape), float("-inf"))
+
+    full = all(num_classes[task] == widest for task in routing.present)
+    return _map_classes((lambda t, dim: t) if full else fill, y, widest)
+
+
+def widen_classes(y: Output, own: int, widest: int) -> Output:
+    """Class channels filled up from ``own`` to ``widest`` with -inf."""
+    return _map_classes(lambda t, dim: pad_channels(t, dim, widest), y, own)
+
+
+def narrow_classes(y: Output, widest: int, own: int) -> Output:
+    """The first ``own`` of ``widest`` class channels."""
+    return _map_classes(lambda t, dim: t.narrow(dim, 0, own), y, widest)

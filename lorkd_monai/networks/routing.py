@@ -1,0 +1,235 @@
+"""Routing: which sample of a batch belongs to which task.
+
+A network is written for plain batches; none of its code knows of tasks. The routing therefore does not travel through
+the network's arguments: :func:`route` sets it for the calls made inside a ``with`` block, and every routed module
+reads it there. It lives in a :class:`contextvars.ContextVar`, so two threads (or two asyncio tasks) that use one
+network with different tasks never see each other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["RoutedModule", "Routing", "Segment", "UnverifiedFolding", "current_routing", "route"]
+
+
+class Segment(NamedTuple):
+    """Rows ``start:stop`` of a batch, all of one task."""
+
+    task: int
+    start: int
+    stop: int
+
+
+class Routing:
+    """The task of every row of a batch.
+
+    Args:
+        tasks: task index of each row, in any order. One entry with ``size=None`` stands for a batch of any size.
+        size: number of rows; a single task is repeated to it.
+
+    Raises:
+        LoRKDError: no task at all, a negative task, or a number of tasks that is neither 1 nor ``size``.
+    """
+
+    def __init__(self, tasks: Sequence[int], size: int | None = None) -> None:
+        tasks = tuple(int(t) for t in tasks)
+        if not tasks:
+            raise LoRKDError("task is empty: expected one task for the batch, or one for each sample")
+        if min(tasks) < 0:
+            raise LoRKDError(f"task must not be negative, got {min(tasks)}")
+        if size is not None and len(tasks) not in (1, size):
+            raise LoRKDError(
+                f"task has {len(tasks)} entries for a batch of {size} samples: give one for each sample, or one for all"
+            )
+        self.uniform = tasks[0] if len(set(tasks)) == 1 else None
+        self.size = size if size is not None else (len(tasks) if len(tasks) > 1 else None)
+        self.tasks = tasks * self.size if len(tasks) == 1 and self.size else tasks
+        self._expanded: dict[tuple[int, str], Routing] = {}
+
+    @cached_property
+    def present(self) -> tuple[int, ...]:
+        """The tasks that occur, ascending."""
+        return tuple(sorted(set(self.tasks)))
+
+    @cached_property
+    def is_sorted(self) -> bool:
+        """True where the rows of each task stand together, so that each task is one segment."""
+        return all(a <= b for a, b in zip(self.tasks, self.tasks[1:], strict=False))
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """Row numbers in the order that sorts the batch by task; rows of one task keep their order."""
+        return tuple(sorted(range(len(self.tasks)), key=self.tasks.__getitem__))
+
+    @cached_property
+    def inverse(self) -> tuple[int, ...]:
+        """Row numbers that undo :attr:`order`."""
+        inverse = [0] * len(self.order)
+        for position, row in enumerate(self.order):
+            inverse[row] = position
+        return tuple(inverse)
+
+    @cached_property
+    def sorted(self) -> Routing:
+        """The routing of the batch after sorting by task."""
+        return self if self.is_sorted else Routing([self.tasks[i] for i in self.order], self.size)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """One segment for each task present. Only for a sorted routing of known size."""
+        segments, start = [], 0
+        for task in self.present:
+            stop = start + self.tasks.count(task)
+            segments.append(Segment(task, start, stop))
+            start = stop
+        return tuple(segments)
+
+    def expand(self, rows: int, fold: str) -> Routing:
+        """The routing of a tensor into which the network folded the batch.
+
+        Args:
+            rows: number of rows of that tensor, a multiple of the batch size.
+            fold: ``"major"``: row r belongs to sample r // (rows / batch); ``"minor"``: to sample r % batch.
+        """
+        if rows == self.size:
+            return self
+        key = (rows, fold)
+        if key not in self._expanded:
+            times = rows // self.size
+            tasks = [t for t in self.tasks for _ in range(times)] if fold == "major" else self.tasks * times
+            self._expanded[key] = Routing(tasks, rows)
+        return self._expanded[key]
+
+
+# What is told of every input that a routed module gets; used to find out how a network folds its batch.
+_WATCH: ContextVar[Callable[[nn.Module, Tensor], None] | None] = ContextVar("lorkd_watch", default=None)
+_ROUTING: ContextVar[Routing | None] = ContextVar("lorkd_routing", default=None)
+
+
+def current_routing() -> Routing | None:
+    """The routing in force, or None outside of :func:`route`."""
+    return _ROUTING.get()
+
+
+@contextmanager
+def watch_inputs(watch: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Tell ``watch`` of every routed module that is called inside the block, with its input."""
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
+
+
+@contextmanager
+def route(task: int | Sequence[int] | Tensor | Routing, batch_size: int | None = None) -> Iterator[Routing]:
+    """Set the routing that low-rank layers read, for the calls inside the block.
+
+    Args:
+        task: task index of each sample, in any order (LongTensor[B] or sequence), or one index for all of them.
+        batch_size: B, the number of samples. May be left out where ``task`` names each sample, or where one task
+            serves a batch of any size.
+
+    Raises:
+        LoRKDError: ``task`` is empty, negative, not integer, or of another length than ``batch_size``.
+
+    Example::
+
+        layer = LowRankLayer(nn.Conv2d(3, 8, 3), ranks=[4, 4], scale=2.0)
+        with route([1, 0, 1], batch_size=3):
+            y = layer(torch.rand(3, 3, 16, 16))
+    """
+    token = _ROUTING.set(task if isinstance(task, Routing) else Routing(task_list(task), batch_size))
+    try:
+        yield _ROUTING.get()
+    finally:
+        _ROUTING.reset(token)
+
+
+def task_list(task: int | Sequence[int] | Tensor) -> list[int]:
+    """``task`` as a list of integers; refuses everything that is not a task index or a flat row of them."""
+    if isinstance(task, Tensor):
+        if task.dtype.is_floating_point or task.dtype.is_complex or task.dtype == torch.bool or task.ndim > 1:
+            raise LoRKDError(
+                f"task must be a LongTensor[B] of task indices, got {task.dtype} of shape {tuple(task.shape)}"
+            )
+        return task.reshape(-1).tolist()
+    if isinstance(task, (bool, float, str)):
+        raise LoRKDError(f"task must be a task index or one for each sample, got {task!r}")
+    if isinstance(task, int):
+        return [task]
+    tasks = list(task)
+    if not all(isinstance(t, int) or (hasattr(t, "__index__") and not isinstance(t, bool)) for t in tasks):
+        raise LoRKDError(f"task must hold task indices (integers), got {tasks[:8]}")
+    return [int(t) for t in tasks]
+
+
+class UnverifiedFolding(LoRKDError):
+    """A mixed batch reached a module for which it is not known which rows belong to which sample."""
+
+
+class RoutedModule(nn.Module):
+    """Base of all modules that treat the rows of a batch by task.
+
+    Attributes:
+        name: name of the module in its network, for messages.
+        fold: how dim 0 of the input holds the batch: ``"rows"``: one row a sample; ``"major"`` and ``"minor"``: see
+            :meth:`Routing.expand`; None: not known yet, mixed batches are refused (:class:`LoRKDNet` finds out).
+    """
+
+    def __init__(self, num_tasks: int, name: str = "") -> None:
+        super().__init__()
+        self.num_tasks = num_tasks
+        self.name = name
+        self.fold: str | None = "rows"
+
+    def routing(self, x: Tensor) -> Routing:
+        """The routing of the rows of ``x``.
+
+        Raises:
+            LoRKDError: no routing is in force, a task is out of range, or ``x`` does not hold one row a sample.
+        """
+        routing, watch = _ROUTING.get(), _WATCH.get()
+        if watch is not None:
+            watch(self, x)
+        if routing is None:
+            raise LoRKDError(
+                f"{self._who()} was called without a routing: call the LoRKDNet with a task, or use `with route(task):`"
+            )
+        if routing.present[-1] >= self.num_tasks:
+            raise LoRKDError(
+                f"{self._who()} has experts for {self.num_tasks} tasks (0 to {self.num_tasks - 1}), "
+                f"got task {routing.present[-1]}"
+            )
+        if routing.uniform is not None:
+            return routing
+        if self.fold is None:
+            raise UnverifiedFolding(
+                f"{self._who()} was not reached when the routing of this network was verified, so a batch of several "
+                "tasks cannot be routed through it: call it with one task at a time, or exclude this layer"
+            )
+        rows = x.shape[0]
+        if rows != routing.size and (self.fold == "rows" or rows % routing.size):
+            raise LoRKDError(
+                f"{self._who()} got {rows} rows for a batch of {routing.size} samples of several tasks, and it is not "
+                "known which row belongs to which sample: call it with one task at a time, or exclude this layer"
+            )
+        return routing.expand(rows, self.fold)
+
+    def _who(self) -> str:
+        return f"layer {self.name!r}" if self.name else type(self).__name__
+
+
+def take_rows(x: Tensor, order: Sequence[int]) -> Tensor:
+    """Rows of ``x`` in the given order."""
+    return x.index_select(0, torch.tensor(order, device=x.device))

@@ -1,0 +1,74 @@
+"""Serving one task at the price of a plain network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lorkd_monai.networks.outputs import widen_classes
+
+if TYPE_CHECKING:
+    from lorkd_monai.networks.lorkd_net import LoRKDNet
+
+__all__ = ["PlainView"]
+
+
+class PlainView:
+    """The extracted network of one task, kept while the weights stay what they are.
+
+    It shares all tensors with the decomposed network but the fused weights, and is made anew as soon as any parameter
+    or buffer was changed in place or replaced. Only used without gradients in evaluation mode. One view is kept, as a
+    single reference, so that threads that serve different tasks replace it without disturbing each other.
+    """
+
+    def __init__(self, net: LoRKDNet) -> None:
+        self._net = net
+        self._slots: list[tuple[dict, str]] | None = None
+        self._kept: tuple[int, tuple, nn.Module] | None = None
+
+    def usable(self) -> bool:
+        """True where a call may go through the view: evaluation mode, no gradients, not while compiling."""
+        return not (self._net.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+    def clear(self) -> None:
+        """Forget the view."""
+        self._kept = None
+        self._slots = None
+
+    def __call__(self, task: int, x: Tensor, kwargs: Mapping, widest: int | None) -> object:
+        """Run the view of ``task``; with class channels filled up to ``widest`` where that is given."""
+        y = self.network(task)(x, **kwargs)
+        classes = list(self._net.num_classes.values())[task]
+        return y if widest is None or widest == classes else widen_classes(y, classes, widest)
+
+    def network(self, task: int) -> nn.Module:
+        """The plain network of ``task``, for the weights as they are now."""
+        state = self._state()
+        kept = self._kept
+        if kept is None or kept[0] != task or kept[1] != state:
+            shared = {id(t): t for t in (*self._net.backbone.parameters(), *self._net.backbone.buffers())}
+            with torch.no_grad():
+                kept = (task, state, self._net._plain(task, shared))
+            self._kept = kept
+        return kept[2]
+
+    def _state(self) -> tuple:
+        if self._slots is None:
+            self._slots = [
+                (tensors, name)
+                for module in self._net.backbone.modules()
+                for tensors in (module._parameters, module._buffers)
+                for name in tensors
+            ]
+        tensors = [t for t in (d.get(name) for d, name in self._slots) if t is not None]
+        return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+
+    def __deepcopy__(self, memo: dict) -> PlainView:
+        return PlainView(copy.deepcopy(self._net, memo))
+
+    def __getstate__(self) -> dict:
+        return {"_net": self._net, "_slots": None, "_kept": None}
