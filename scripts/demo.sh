@@ -33,7 +33,7 @@ bundle_run() {
 }
 
 step "1/5 drawing phantoms: several tasks that look like different modalities"
-"$python" -m lorkd_monai phantoms "$data"
+"$python" -c 'import sys; from lorkd_monai.data.phantoms import make_phantoms; make_phantoms(sys.argv[1], "classification", 2)' "$data"
 
 step "2/5 pretraining: a teacher for all tasks at once"
 bundle_run pretraining --max_epochs 4
@@ -44,14 +44,15 @@ bundle_run training --max_epochs 6
 step "4/5 evaluating: every expert on the test split of its task"
 bundle_run evaluating
 
-expert=$(find "$out/run/experts" -mindepth 1 -maxdepth 1 -type d | sort | head -n 1)
-image=$("$python" - "$data" "$(basename "$expert" _classification)" <<'PYTHON'
+# The first test image that is a file of its own (some tasks keep theirs in one .npz), and the expert of its task.
+{ read -r image; read -r task; } < <("$python" - "$data" <<'PYTHON'
 import json, pathlib, sys
-folder, task = pathlib.Path(sys.argv[1]), sys.argv[2]
-items = json.loads((folder / "dataset.json").read_text())["test"]
-print(folder / next(item["image"] for item in items if item["task"] == task))
+folder = pathlib.Path(sys.argv[1])
+item = json.loads((folder / "dataset.json").read_text())["test"][0]
+print(folder / item["image"], item["task"], sep="\n")
 PYTHON
 )
+expert=$out/run/experts/${task}_classification
 step "5/5 one expert by itself, with stock MONAI: $(basename "$expert") on $(basename "$image")"
 "$python" -m monai.bundle run --bundle_root "$expert" --config_file "$expert/configs/inference.json" \
   --dataset_dir "$image" --output_dir "$out/prediction"
