@@ -1,5 +1,483 @@
-"""stub"""
-from dataclasses import dataclass
+"""What the MONAI model zoo's CI asks of a bundle, and what our expert bundles promise beyond that.
+
+One function a subject; each yields a `Problem` for each fault, with the file and what to do about it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from lorkd_monai.bundle.metadata import needed_packages, strings_of
+from lorkd_monai.bundle.readme import SECTIONS
+from lorkd_monai.bundle.text import is_inert
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["Problem", "check_bundle"]
+
+REQUIRED_FILES = (
+    "LICENSE",
+    "configs/metadata.json",
+    "configs/inference.json",
+    "configs/logging.conf",
+    "models/model.pt",
+    "docs/README.md",
+    "docs/data_license.txt",
+)
+_METADATA_TEXT = ("schema", "version", "monai_version", "pytorch_version", "numpy_version", "task", "description",
+                  "authors", "copyright")  # fmt: skip
+_TENSOR = ("type", "format", "num_channels", "spatial_shape", "dtype", "value_range", "is_patch_data", "channel_def")
+_TEXT_SUFFIXES = (".json", ".yaml", ".yml", ".md", ".txt", ".conf", ".py", ".csv")
+_PERSONAL = re.compile(
+    r"(?<![\w.])(?:/(?:home|Users|root|workspace|work|mnt|media|tmp)/[^\s\"'`,;)]+|[A-Za-z]:\\{1,2}Users\\[^\s\"']+)"
+)
+_EXACT = re.compile(r"\d+(\.\d+)+((a|b|rc|\.post|\.dev)\d+)*")
+_LARGE = 25 * 2**20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault of a bundle: a short ``code``, the ``file`` it is in, what is wrong, and what to do."""
+
+    code: str
+    file: str
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.message}; {self.fix} [{self.code}]"
+
+
 @dataclass
-class Problem: pass
-def check_bundle(*a, **k): return []
+class _Bundle:
+    """A bundle's folder with what was read of it; a file that cannot be read is absent from ``json``."""
+
+    folder: Path
+    name: str
+    json: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self.json.get("configs/metadata.json", {})
+
+    @property
+    def inference(self) -> dict[str, Any]:
+        return self.json.get("configs/inference.json", {})
+
+    def tensor(self, side: str, name: str) -> Mapping[str, Any]:
+        item = self.metadata.get("network_data_format", {})
+        for key in (side, name):
+            item = item.get(key, {}) if isinstance(item, Mapping) else {}
+        return item if isinstance(item, Mapping) else {}
+
+    @property
+    def readable(self) -> bool:
+        """True where the network can be built and its input is known."""
+        shape = self.tensor("inputs", "image").get("spatial_shape")
+        known = isinstance(shape, list) and shape and all(isinstance(n, int) for n in shape)
+        return bool(self.inference.get("network_def")) and bool(known)
+
+
+def _files(bundle: _Bundle) -> Iterator[Problem]:
+    for name in REQUIRED_FILES:
+        if not (bundle.folder / name).is_file():
+            yield Problem("missing-file", name, "the file is missing", "export the bundle again, or put the file back")
+    for path in sorted((bundle.folder / "configs").glob("*.json")):
+        name = path.relative_to(bundle.folder).as_posix()
+        text = path.read_text(encoding="utf-8")
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            yield Problem("bad-json", name, f"it is no JSON ({error})", "mend it, or export the bundle again")
+            continue
+        if not isinstance(content, dict):
+            yield Problem("bad-json", name, f"expected an object, got {type(content).__name__}", "export it again")
+            continue
+        bundle.json[name] = content
+        forms = {json.dumps(content, indent=4, ensure_ascii=ascii_only) for ascii_only in (False, True)}
+        if text.strip() not in forms:
+            yield Problem("indent", name, "JSON must be indented by 4", "write it with json.dump(…, indent=4)")
+
+
+def _names(bundle: _Bundle) -> Iterator[Problem]:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+_(classification|segmentation)", bundle.name):
+        yield Problem(
+            "name", ".", f"the folder is named {bundle.name!r}, expected <task>_classification or <task>_segmentation",
+            "rename the folder: MONAI Label reads the kind of work from it",
+        )  # fmt: skip
+    display = bundle.metadata.get("name")
+    if bundle.metadata and not (isinstance(display, str) and display.strip()):
+        yield Problem("name", "configs/metadata.json", "'name' must hold a display name", "add one in plain words")
+
+
+def _metadata(bundle: _Bundle) -> Iterator[Problem]:
+    file, metadata = "configs/metadata.json", bundle.metadata
+    if not metadata:
+        return
+    for key in _METADATA_TEXT:
+        if not isinstance(metadata.get(key), str) or not metadata[key].strip():
+            yield Problem("schema", file, f"{key!r} must be a text, got {metadata.get(key)!r}", "fill it in")
+    for key in ("changelog", "required_packages_version", "supported_apps", "network_data_format"):
+        if not isinstance(metadata.get(key), dict):
+            yield Problem("schema", file, f"{key!r} must be an object, got {metadata.get(key)!r}", "fill it in")
+    if isinstance(metadata.get("changelog"), dict) and metadata.get("version") not in metadata["changelog"]:
+        yield Problem(
+            "changelog", file, f"version {metadata.get('version')!r} is not in 'changelog'", "add a line for it"
+        )
+    for side, name in (("inputs", "image"), ("outputs", "pred")):
+        tensor = bundle.tensor(side, name)
+        where = f"network_data_format#{side}#{name}"
+        missing = [key for key in _TENSOR if key not in tensor]
+        if missing:
+            yield Problem("schema", file, f"{where} lacks {', '.join(missing)}", "describe the tensor completely")
+            continue
+        channels = tensor["channel_def"]
+        expected = [str(i) for i in range(tensor["num_channels"])] if isinstance(tensor["num_channels"], int) else []
+        if not isinstance(channels, Mapping) or list(channels) != expected:
+            yield Problem(
+                "channels", file, f"{where}: num_channels is {tensor['num_channels']} but channel_def names the "
+                f"channels {list(channels)}", "make them agree: one name per channel, keys '0', '1', …",
+            )  # fmt: skip
+    live = [text for text in strings_of(metadata) if not is_inert(text)]
+    if live:
+        yield Problem(
+            "expression", file, f"MONAI would evaluate or replace the text {live[0]!r}", "put a space in front of it"
+        )
+
+
+def _schema(bundle: _Bundle, schema: str | Path | None) -> Iterator[Problem]:
+    if schema is None or not bundle.metadata:
+        return
+    try:
+        import jsonschema
+    except ImportError:
+        raise LoRKDError(
+            "checking against a schema file needs the package jsonschema: pip install 'lorkd-monai[schema]'"
+        ) from None
+    rules = json.loads(Path(schema).read_text(encoding="utf-8"))
+    for error in jsonschema.validators.validator_for(rules)(rules).iter_errors(bundle.metadata):
+        where = "#".join(map(str, error.absolute_path)) or "the file"
+        yield Problem("schema", "configs/metadata.json", f"{where}: {error.message[:200]}", "do as the schema says")
+
+
+def _packages(bundle: _Bundle) -> Iterator[Problem]:
+    file, stated = "configs/metadata.json", bundle.metadata.get("required_packages_version")
+    if not isinstance(stated, dict):
+        return
+    versions = {key: bundle.metadata.get(key) for key in ("monai_version", "pytorch_version", "numpy_version")} | stated
+    for package, version in versions.items():
+        if not isinstance(version, str) or not _EXACT.fullmatch(version):
+            yield Problem("unpinned", file, f"{package} has the version {version!r}", "name one exact version")
+    shape = bundle.tensor("inputs", "image").get("spatial_shape") or []
+    for package in needed_packages(*bundle.json.values(), spatial_dims=len(shape) or None):
+        if package not in stated:
+            yield Problem(
+                "unlisted-package", file, f"the configs need {package}, which required_packages_version does not name",
+                "add it with its exact version",
+            )  # fmt: skip
+
+
+def _stock_only(bundle: _Bundle) -> Iterator[Problem]:
+    for name, content in bundle.json.items():
+        for text in strings_of(content):
+            if re.search(r"\b(lorkd_monai|scripts)\.", text) and name != "configs/metadata.json":
+                yield Problem(
+                    "not-stock", name, f"it refers to {text!r}, which is not there where only MONAI is installed",
+                    "use classes of MONAI and torch",
+                )  # fmt: skip
+
+
+def _personal_paths(bundle: _Bundle) -> Iterator[Problem]:
+    for path in sorted(bundle.folder.rglob("*")):
+        if not path.is_file() or path.suffix.lower() not in _TEXT_SUFFIXES:
+            continue
+        found = _PERSONAL.search(path.read_text(encoding="utf-8", errors="replace"))
+        if found:
+            name = path.relative_to(bundle.folder).as_posix()
+            yield Problem("personal-path", name, f"it holds the path {found[0]!r}", "write it relative to @bundle_root")
+
+
+def _sizes(bundle: _Bundle) -> Iterator[Problem]:
+    listed = {}
+    for path in bundle.folder.glob("large_files.y*ml"):
+        import yaml
+
+        entries = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("large_files", [])
+        listed = {entry.get("path"): entry.get("hash_val") for entry in entries}
+    for path in sorted(bundle.folder.rglob("*")):
+        if not path.is_file() or path.stat().st_size <= _LARGE:
+            continue
+        name = path.relative_to(bundle.folder).as_posix()
+        if name not in listed:
+            yield Problem("large-file", name, "it is above 25 MB", "list it in large_files.yml with its sha256")
+        elif listed[name] != sha256(path.read_bytes()).hexdigest():
+            yield Problem("large-file", name, "large_files.yml has another hash for it", "write its sha256 there")
+
+
+def _pages(bundle: _Bundle) -> Iterator[Problem]:
+    readme = bundle.folder / "docs" / "README.md"
+    if readme.is_file():
+        heads = re.findall(r"^#{2,4} +\**(.+?)\** *$", readme.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for section in SECTIONS:
+            if section not in heads:
+                yield Problem("readme", "docs/README.md", f"the section {section!r} is missing", "add it")
+        if "not for clinical use" not in readme.read_text(encoding="utf-8").lower():
+            yield Problem("readme", "docs/README.md", "it does not say 'not for clinical use'", "say so in Limitations")
+    licence = bundle.folder / "LICENSE"
+    if licence.is_file() and "Apache License" not in licence.read_text(encoding="utf-8", errors="replace"):
+        yield Problem("licence", "LICENSE", "it is not the Apache License 2.0", "put that text there")
+    data = bundle.folder / "docs" / "data_license.txt"
+    if data.is_file() and not data.read_text(encoding="utf-8").strip():
+        yield Problem("licence", "docs/data_license.txt", "it is empty", "say what is known of the data's licence")
+
+
+def _has(config: Any, key: str) -> bool:
+    for part in key.split("#"):
+        if not isinstance(config, Mapping) or part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+def _properties(bundle: _Bundle) -> Iterator[Problem]:
+    from monai.bundle import ConfigWorkflow
+
+    meta = bundle.folder / "configs" / "metadata.json"
+    for name, workflow_type in (("inference", "infer"), ("train", "train")):
+        path = bundle.folder / "configs" / f"{name}.json"
+        if f"configs/{name}.json" not in bundle.json or not bundle.metadata:
+            continue
+        # The properties are instantiated: an item that is never loaded stands for the data, and `initialize`, which
+        # may change the state of this process, is left out.
+        content, data = bundle.json[f"configs/{name}.json"], [{"image": "", "label": 0}]
+        sections = ["dataset"] if name == "inference" else ["train#dataset", "validate#dataset"]
+        data = {f"{key}#data": data for key in sections if _has(content, key)}
+        try:
+            workflow = ConfigWorkflow(str(path), str(meta), False, "_none_", workflow_type=workflow_type, **data)
+            workflow.initialize()
+            missing = workflow.check_properties() or []
+        except (Exception, SystemExit) as error:  # a config may raise anything
+            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+            yield Problem("property", f"configs/{name}.json", f"it cannot be built ({reason})", "mend the config")
+            continue
+        for item in missing:
+            yield Problem("property", f"configs/{name}.json", f"the required property {item!r} is missing", "add it")
+    inference = bundle.inference
+    for key in ("preprocessing", "postprocessing", "inferer", "device"):
+        if inference and key not in inference:
+            yield Problem("property", "configs/inference.json", f"MONAI Label and Deploy need {key!r}", "add it")
+    train = bundle.json.get("configs/train.json")
+    if train is not None:
+        handlers = train.get("train", {}).get("handlers")
+        if "network" not in train or not isinstance(handlers, list) or not all(isinstance(h, dict) for h in handlers):
+            yield Problem(
+                "property", "configs/train.json", "MONAI Label needs 'network' and a literal list train#handlers",
+                "write the handlers out",
+            )  # fmt: skip
+
+
+def _network(bundle: _Bundle) -> Iterator[Problem]:
+    import torch
+
+    from lorkd_monai.bundle.formats import build_network
+
+    path = bundle.folder / "models" / "model.pt"
+    if not path.is_file() or not bundle.readable:
+        return
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
+        reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
+        yield Problem("weights", "models/model.pt", f"it cannot be read ({reason})", "export it again")
+        return
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        yield Problem("weights", "models/model.pt", "expected a flat state_dict", "save network.state_dict()")
+        return
+    try:
+        network = build_network(bundle.inference["network_def"], weights)
+    except LoRKDError as error:
+        yield Problem("weights", "models/model.pt", f"it does not fit network_def: {error}", "export it again")
+        return
+    inputs, outputs = bundle.tensor("inputs", "image"), bundle.tensor("outputs", "pred")
+    shape = (1, inputs["num_channels"], *inputs["spatial_shape"])
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    try:
+        with torch.no_grad():
+            result = network(image)
+    except RuntimeError as error:
+        yield Problem(
+            "channels", "configs/metadata.json", f"the network does not take the input that it describes, {shape}: "
+            f"{str(error).splitlines()[0]}", "give the network's own input channels and size",
+        )  # fmt: skip
+        return
+    if result.shape[1] != outputs.get("num_channels"):
+        yield Problem(
+            "channels", "configs/metadata.json", f"it says {outputs.get('num_channels')} output channels, the network "
+            f"gives {result.shape[1]}", "make num_channels and channel_def those of the network",
+        )  # fmt: skip
+    yield from _formats(bundle, weights, image, result)
+
+
+def _formats(bundle: _Bundle, weights: Mapping[str, Any], image: Any, expected: Any) -> Iterator[Problem]:
+    """Every other form of the weights must give the output of model.pt."""
+    import torch
+
+    from lorkd_monai.bundle.formats import TOLERANCE, run_onnx
+
+    def differs(got: Any) -> bool:
+        scale = max(1.0, float(expected.abs().max()))
+        return got.shape != expected.shape or float((got - expected).abs().max()) > TOLERANCE * scale
+
+    models = bundle.folder / "models"
+    again = "write it again from model.pt"
+    if (models / "model.safetensors").is_file():
+        from safetensors.torch import load_file
+
+        try:
+            stored = load_file(models / "model.safetensors")
+            same = stored.keys() == weights.keys() and all(torch.equal(stored[k], weights[k]) for k in weights)
+        except Exception:  # safetensors has an error class of its own for a damaged header
+            same = False
+        if not same:
+            yield Problem("formats", "models/model.safetensors", "its tensors are not those of model.pt", again)
+    for path in sorted(models.glob("*.ts")):
+        name = f"models/{path.name}"
+        yield from _archive(bundle, path)
+        try:
+            with torch.no_grad():
+                wrong = differs(torch.jit.load(str(path), map_location="cpu").eval()(image))
+        except Exception as error:  # TorchScript's errors have no common class
+            reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
+            yield Problem("formats", name, f"it cannot be run ({reason})", again)
+            continue
+        if wrong:
+            yield Problem("formats", name, "its output is not that of model.pt", again)
+    onnx = models / "model.onnx"
+    if onnx.is_file():
+        try:
+            if differs(run_onnx(onnx, image)):
+                yield Problem("formats", "models/model.onnx", "its output is not that of model.pt", again)
+        except ImportError:
+            pass  # onnxruntime is an extra; what cannot be run here is not judged here
+        except Exception as error:  # onnxruntime's errors have no common public class
+            yield Problem("formats", "models/model.onnx", f"it cannot be run ({str(error)[:200]})", again)
+
+
+def _archive(bundle: _Bundle, path: Path) -> Iterator[Problem]:
+    name = f"models/{path.name}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            root = names[0].split("/")[0]
+            extra = {item: archive.read(item) for item in names if item.startswith(f"{root}/extra/")}
+    except (OSError, zipfile.BadZipFile, IndexError):
+        return  # running it says so
+    if root != path.stem:
+        yield Problem(
+            "renamed-ts", name, f"its archive's root is {root!r}: the file was renamed after its export",
+            "export it under its final name with monai.bundle ckpt_export",
+        )  # fmt: skip
+    for config in ("metadata", "inference"):
+        stored = extra.get(f"{root}/extra/{config}.json")
+        try:
+            same = stored is not None and json.loads(stored) == bundle.json.get(f"configs/{config}.json")
+        except ValueError:
+            same = False
+        if not same:
+            yield Problem(
+                "archive", name, f"its extra/{config}.json is missing or not configs/{config}.json",
+                "export it again with monai.bundle ckpt_export",
+            )  # fmt: skip
+
+
+def _zoo_commands(bundle: _Bundle) -> Iterator[Problem]:
+    """MONAI's own commands, as the zoo's CI runs them."""
+    from monai.bundle import ckpt_export, verify_net_in_out
+
+    if not bundle.readable or not (bundle.folder / "models" / "model.pt").is_file():
+        return
+    configs = bundle.folder / "configs"
+    files = {"meta_file": str(configs / "metadata.json"), "config_file": str(configs / "inference.json")}
+    root = {"bundle_root": str(bundle.folder)}
+    try:
+        verify_net_in_out("network_def", **files, device="cpu", **root)
+    except Exception as error:  # the network may raise anything
+        fix = "describe the tensors of network_def as they are"
+        yield Problem("verify", "configs/metadata.json", f"verify_net_in_out fails: {error}", fix)
+    how = bundle.metadata.get("torchscript", "script")
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            ckpt_export(
+                "network_def", filepath=str(Path(temporary) / "model.ts"), use_trace=how == "trace",
+                ckpt_file=str(bundle.folder / "models" / "model.pt"), **files, **root,
+            )  # fmt: skip
+        except Exception as error:  # TorchScript's errors have no common class
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            yield Problem(
+                "torchscript", "models/model.pt", f"ckpt_export by {how} fails: {reason}",
+                "set 'torchscript' in metadata.json to 'trace' where the network cannot be scripted",
+            )  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """MONAI's commands log and warn about every step; only what we return counts here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def check_bundle(
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    thorough: bool = True,
+    schema: str | Path | None = None,
+) -> list[Problem]:
+    """Check an expert bundle as the model zoo's CI does and return its problems; an empty list means none.
+
+    Files, names, sizes, JSON, metadata, exact versions of all packages that the configs need, personal paths, README
+    sections, licences, required properties, weights that fit the network, and every format's output.
+    The network is built from the bundle's own config: check only bundles that you would also run.
+
+    Args:
+        name: the name to judge instead of the folder's own.
+        thorough: also run MONAI's own `verify_net_in_out` and `ckpt_export`.
+        schema: file of MONAI's metadata schema, to validate against as well (needs ``lorkd-monai[schema]``).
+
+    Raises:
+        LoRKDError: ``folder`` is no folder.
+
+    Example::
+
+        for problem in check_bundle("experts/breast_classification"):
+            print(problem)
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LoRKDError(f"expected the folder of a bundle, got {str(folder)!r}, which is no folder")
+    bundle = _Bundle(folder, name or folder.resolve().name)
+    subjects: list[Callable[[_Bundle], Iterator[Problem]]] = [
+        _files, _names, _metadata, _packages, _stock_only, _personal_paths, _sizes, _pages, _properties, _network,
+    ]  # fmt: skip
+    with _quiet():
+        problems = [problem for subject in subjects for problem in subject(bundle)]
+        problems += _schema(bundle, schema)
+        if thorough and not problems:
+            problems += _zoo_commands(bundle)
+    return problems

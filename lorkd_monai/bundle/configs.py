@@ -45,10 +45,6 @@ _NO_WEIGHTS = (
     "$os.path.isfile(@ckpt_path) or sys.exit('error: no weights at ' + repr(@ckpt_path) + ': expected --bundle_root "
     "to be the folder of this bundle')"
 )
-_NO_LIST = (
-    " if os.path.isfile(@data_list) else sys.exit('error: no data list at ' + repr(@data_list) + ': expected "
-    "--dataset_dir to be a folder with a dataset.json of labelled images')"
-)
 
 
 def _compose(steps: list[dict]) -> dict[str, Any]:
@@ -92,7 +88,7 @@ def inference_config(
     """
     handlers = [_loader(network="@network_def"), {"_target_": "StatsHandler", "iteration_log": False}]
     run = [_NO_WEIGHTS, _NO_IMAGES]
-    if kind == "classification" and not "SaveClassification" in str(postprocessing):
+    if kind == "classification" and "SaveClassification" not in str(postprocessing):
         # CSVSaver writes no header: one is written first, and the saver appends to it.
         run += [
             "$os.makedirs(@output_dir, exist_ok=True)",
@@ -216,7 +212,7 @@ def train_config(
         return {
             "_target_": "Dataset",
             "data": f"$[item for item in monai.data.load_decathlon_datalist(@data_list, {segmentation}, '{section}', "
-            f"@dataset_dir) if item.get('task', @task) == @task]{_NO_LIST}",
+            f"@dataset_dir) if item.get('task', @task) == @task]",
             "transform": "@train#preprocessing" if section == "training" else "@validate#preprocessing",
         }
 
@@ -342,7 +338,7 @@ def evaluate_config(kind: str) -> dict[str, Any]:
     segmentation = kind == "segmentation"
     return {
         "validate#dataset#data": f"$[item for item in monai.data.load_decathlon_datalist(@data_list, {segmentation}, "
-        f"'test', @dataset_dir) if item.get('task', @task) == @task]{_NO_LIST}",
+        f"'test', @dataset_dir) if item.get('task', @task) == @task]",
         "validate#handlers": [_loader(), {"_target_": "StatsHandler", "iteration_log": False}, saver],
         "run": [_NO_WEIGHTS, "$@validate#evaluator.run()"],
         "evaluating": "%run",

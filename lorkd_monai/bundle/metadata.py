@@ -14,9 +14,7 @@ from lorkd_monai.errors import LoRKDError
 
 __all__ = ["SCHEMA_URL", "VERSION", "build_metadata", "needed_packages", "strings_of"]
 
-SCHEMA_URL = (
-    "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
-)
+SCHEMA_URL = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 VERSION = "0.1.0"
 REFERENCES = [
     "Zhou, Y., Li, H., et al. Low-Rank Knowledge Decomposition for Medical Foundation Models. CVPR 2024. "

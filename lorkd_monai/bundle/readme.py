@@ -84,7 +84,8 @@ def _facts(facts: Mapping[str, Any], left_out: tuple[str, ...]) -> list[str]:
             continue
         words = markdown_text(str(key).replace("_", " "))
         if isinstance(value, Mapping):
-            value = ", ".join(f"{markdown_text(k)} {_number(v)}" for k, v in value.items() if not isinstance(v, Mapping))
+            plain = {k: v for k, v in value.items() if not isinstance(v, Mapping)}
+            value = ", ".join(f"{markdown_text(k)} {_number(v)}" for k, v in plain.items())
         elif isinstance(value, (list, tuple)):
             value = ", ".join(_number(item) for item in value)
         else:
@@ -117,7 +118,8 @@ def _usage(name: str, kind: str, formats: tuple[str, ...], trace: bool) -> str:
 Images (one file, or a folder) to {result}:
 
 ```
-python -m monai.bundle run --bundle_root $B --config_file $B/configs/inference.json --dataset_dir IMAGES --output_dir OUT
+python -m monai.bundle run --bundle_root $B --config_file $B/configs/inference.json \
+--dataset_dir IMAGES --output_dir OUT
 ```
 
 Chosen files: `--images "['a', 'b']"` in place of `--dataset_dir`.

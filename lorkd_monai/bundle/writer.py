@@ -270,9 +270,7 @@ def write_expert_bundle(
     inference = bundle_configs.inference_config(
         kind, spatial_dims, network_config, preprocessing, postprocessing, inferer
     )
-    train = bundle_configs.train_config(
-        name, kind, len(task.labels), network_config, train_preprocessing, inferer
-    )
+    train = bundle_configs.train_config(name, kind, len(task.labels), network_config, train_preprocessing, inferer)
     readme = readme_text(
         metadata, folder_name=folder.name, task=task, kind=kind, preprocessing=preprocessing, metrics=metrics,
         parent=parent, measured=measure(plain, image.shape), formats=formats,

@@ -1,0 +1,76 @@
+"""The files of a teacher's bundle: one network, one output, the classes of all tasks one after the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from lorkd_monai.bundle.configs import default_inferer
+from lorkd_monai.bundle.metadata import build_metadata
+from lorkd_monai.bundle.text import inert_text, markdown_text
+
+__all__ = ["teacher_files"]
+
+
+def teacher_files(
+    *,
+    kind: str,
+    spatial_dims: int,
+    in_channels: int,
+    image_size: tuple[int, ...],
+    channels: Sequence[str],
+    network_config: dict,
+    preprocessing: list[dict],
+    metrics: Mapping[str, Any],
+    description: str | None,
+    tasks: Sequence[str],
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return the content of metadata.json, of inference.json, and the text of docs/README.md.
+
+    ``channels`` names the output channels, ``"<task>: <class>"``. An output of many tasks has no one softmax or
+    argmax, so that inference.json holds the network and its input only.
+    """
+    task = SimpleNamespace(name="multi_task", labels=dict(enumerate(channels)), modality=None)
+    metadata = build_metadata(
+        task=task, kind=kind, spatial_dims=spatial_dims, in_channels=in_channels, image_size=image_size,
+        preprocessing=preprocessing, postprocessing=[], network_config=network_config, metrics=metrics, parent={},
+    )  # fmt: skip
+    metadata["name"] = f"Multi-task {kind} teacher"
+    metadata["description"] = inert_text(
+        description or f"A {spatial_dims}D {kind} network of {len(tasks)} tasks ({', '.join(tasks)}), a teacher for a "
+        "low-rank knowledge decomposition (LoRKD). Its output holds the classes of all tasks one after the other."
+    )
+    metadata["task"] = f"{spatial_dims}D {kind}: {', '.join(tasks)}"
+    metadata["changelog"] = {metadata["version"]: "first version"}
+    metadata["network_data_format"]["outputs"]["pred"]["type"] = "image" if kind == "segmentation" else "logits"
+    del metadata["torchscript"]
+    inference = {
+        "imports": ["$import os"],
+        "bundle_root": ".",
+        "ckpt_path": "$@bundle_root + '/models/model.pt'",
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "network_def": copy.deepcopy(network_config),
+        "network": "$@network_def.to(@device)",
+        "preprocessing": {"_target_": "Compose", "transforms": copy.deepcopy(preprocessing)},
+        "inferer": default_inferer(kind, image_size),
+    }
+    listed = "\n".join(f"* {i}: {markdown_text(name)}" for i, name in enumerate(channels))
+    readme = f"""# {metadata["name"]}
+
+## **Model Description**
+{markdown_text(metadata["description"])}
+
+Its output channels:
+
+{listed}
+
+## **Usage**
+`python -m monai.bundle run training … --teacher_bundle FOLDER` of a LoRKD training bundle takes this folder as it is;
+`monai.bundle.load(NAME, bundle_dir=DIR, workflow_type="inference")` gives the network with its weights.
+
+## **Limitations**
+Not for clinical use: this is research software that no regulatory agency has cleared or approved.
+"""
+    return metadata, inference, readme
