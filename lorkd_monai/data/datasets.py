@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import PersistentDataset
-from monai.transforms import Compose, RandCropByPosNegLabeld, SpatialPadd
+from monai.transforms import Compose, RandCropByPosNegLabeld, SpatialPadd, Transform
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from lorkd_monai.data.checks import mask_fault
 from lorkd_monai.data.datalist import DataList, TaskSpec
 from lorkd_monai.data.samplers import Draw
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, find_lorkd_error
 from lorkd_monai.transforms.loading import ItemLoader
 from lorkd_monai.transforms.preprocessing import default_intensity, preprocessing
 
@@ -78,6 +79,13 @@ class TaskDataset(Dataset):
         self.data, self.in_channels, self.image_size = data, in_channels, image_size
         self.items = data.split(split)
         self.task_of_item = [data.tasks[item["task"]].index for item in self.items]
+        for task in data.tasks.values():
+            to_grey = data.spatial_dims == 2 and in_channels == 1 and task.channels == 3
+            if task.channels not in (None, 1, in_channels) and not to_grey:
+                raise LoRKDError(
+                    f"task {task.name!r} has images of {task.channels} channels, the network takes {in_channels}; "
+                    "set in_channels to fit."
+                )
         keys = ("image", "label") if data.kind == "segmentation" else ("image",)
         self._configs = {
             name: preprocessing(task, data.kind, data.spatial_dims, in_channels, image_size, keys)
@@ -144,7 +152,12 @@ class TaskDataset(Dataset):
                         bar.update()
 
     def _load(self, index: int) -> dict[str, torch.Tensor]:
-        return self._prepare(self.items[index]) if self._disk is None else self._disk[index]
+        if self._disk is None:
+            return self._prepare(self.items[index])
+        try:
+            return self._disk[index]
+        except RuntimeError as error:  # MONAI wraps what a transform raises
+            raise find_lorkd_error(error) or error from error
 
     def _prepare(self, item: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Return one item after its deterministic transforms, as plain tensors in as few bytes as they need."""
@@ -213,7 +226,17 @@ class TaskDataset(Dataset):
             stamps = [[os.path.getmtime(f), os.path.getsize(f)] for f in files]
             rows.append({**item, "made_from": json.dumps([stamps, self._configs[item["task"]], patch])})
         folder.mkdir(parents=True, exist_ok=True)
-        return PersistentDataset(rows, Compose([self._prepare]), cache_dir=folder)
+        return PersistentDataset(rows, Compose([_Step(self._prepare)]), cache_dir=folder)
+
+
+class _Step(Transform):
+    """A method as a transform: `PersistentDataset` takes other callables for random and stores nothing of theirs."""
+
+    def __init__(self, method: Callable[[dict[str, Any]], dict[str, torch.Tensor]]) -> None:
+        self.method = method
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return self.method(data)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
