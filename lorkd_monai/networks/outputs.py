@@ -11,7 +11,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.banks import pad_channels
 from lorkd_monai.networks.routing import Routing, take_rows
 
-__all__ = ["fill_classes", "narrow_classes", "select_rows", "widen_classes"]
+__all__ = ["fill_classes", "map_classes", "narrow_classes", "select_rows", "widen_classes"]
 
 Output = object
 
@@ -28,7 +28,7 @@ def _map(function: Callable[[Tensor], Tensor], y: Output) -> Output:
     return y
 
 
-def _map_classes(function: Callable[[Tensor, int], Tensor], y: Output, classes: int) -> Output:
+def map_classes(function: Callable[[Tensor, int], Tensor], y: Output, classes: int) -> Output:
     """``function(tensor, class dimension)`` over the class outputs in ``y``.
 
     The first tensor is one, and so are all of as many dimensions (deep supervision); others, such as the hidden states
@@ -55,6 +55,19 @@ def _class_dim(y: Tensor, classes: int) -> int:
     )
 
 
+def first_tensor(y: Output) -> Tensor:
+    """The first tensor in ``y``: a network's main output.
+
+    Raises:
+        LoRKDError: there is none.
+    """
+    found: list[Tensor] = []
+    _map(lambda t: found.append(t) or t, y)
+    if not found:
+        raise LoRKDError(f"the network returned no tensor but a {type(y).__name__}")
+    return found[0]
+
+
 def select_rows(y: Output, order: Sequence[int]) -> Output:
     """The rows of every tensor in ``y``, in the given order."""
     return _map(lambda t: take_rows(t, order), y)
@@ -72,14 +85,14 @@ def fill_classes(y: Output, routing: Routing, num_classes: Sequence[int]) -> Out
         return t.masked_fill(past.view(shape), float("-inf"))
 
     full = all(num_classes[task] == widest for task in routing.present)
-    return _map_classes((lambda t, dim: t) if full else fill, y, widest)
+    return map_classes((lambda t, dim: t) if full else fill, y, widest)
 
 
 def widen_classes(y: Output, own: int, widest: int) -> Output:
     """Class channels filled up from ``own`` to ``widest`` with -inf."""
-    return _map_classes(lambda t, dim: pad_channels(t, dim, widest), y, own)
+    return map_classes(lambda t, dim: pad_channels(t, dim, widest), y, own)
 
 
 def narrow_classes(y: Output, widest: int, own: int) -> Output:
     """The first ``own`` of ``widest`` class channels."""
-    return _map_classes(lambda t, dim: t.narrow(dim, 0, own), y, widest)
+    return map_classes(lambda t, dim: t.narrow(dim, 0, own), y, widest)

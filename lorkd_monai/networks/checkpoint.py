@@ -1,0 +1,236 @@
+"""Reading and writing weights safely, and building a decomposition from its checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.lorkd_net import LoRKDNet
+from lorkd_monai.networks.spec import SPEC_KEY, read_spec
+
+__all__ = ["fit_weights", "load_decomposition", "load_weights", "read_decomposition_spec", "save_weights"]
+
+# Where trainers put the state dict of the network inside a checkpoint, in the order they are looked for.
+_NESTED = ("model", "state_dict", "network", "net", "model_state_dict")
+_NETS = "monai.networks.nets"
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state dict in a file, on the CPU; nothing but tensors is ever unpickled.
+
+    Args:
+        path: a ``.safetensors`` file, or what ``torch.save`` wrote: a state dict, or a checkpoint that holds one under
+            ``model``, ``state_dict``, ``network``, ``net`` or ``model_state_dict``. The prefix ``module.`` that
+            distributed training puts before every key is taken off.
+
+    Raises:
+        LoRKDError: no such file, a truncated or foreign file, a pickle of other objects, or no state dict in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LoRKDError(f"no weights file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            content: object = safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError, ValueError) as e:
+            raise LoRKDError(f"{path} is no complete safetensors file: {_first_line(e)}") from e
+    else:
+        content = _load_pickle(path)
+    state = _state_dict_in(content)
+    if state is None:
+        raise LoRKDError(
+            f"{path} holds no state dict: expected names with tensors, at the top or under {', '.join(_NESTED)}; got "
+            f"{_describe(content)}"
+        )
+    if state and all(k.startswith("module.") for k in state):
+        state = {k[len("module.") :]: v for k, v in state.items()}
+    return state
+
+
+def _load_pickle(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        if "weights_only" in str(e).lower() or "weights only" in str(e).lower():
+            raise LoRKDError(
+                f"{path} holds Python objects that are no tensors, and loading them could run code. Save the network's "
+                "state_dict() in its place"
+            ) from e
+        raise LoRKDError(f"{path} is no complete weights file: {_first_line(e)}") from e
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as e:
+        raise LoRKDError(
+            f"{path} is no complete weights file; it may be truncated, or not be one at all: {_first_line(e)}"
+        ) from e
+
+
+def _state_dict_in(content: object) -> dict[str, Tensor] | None:
+    candidates = [content]
+    if isinstance(content, Mapping):
+        candidates += [content[k] for k in _NESTED if k in content]
+    for candidate in candidates:
+        if (
+            isinstance(candidate, Mapping)
+            and candidate
+            and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in candidate.items())
+        ):
+            return dict(candidate)
+    return None
+
+
+def _describe(content: object) -> str:
+    if isinstance(content, Mapping):
+        return f"a dict with the keys {', '.join(map(repr, list(content)[:5])) or '(none)'}"
+    return f"a {type(content).__name__}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def save_weights(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
+    """Write a flat state dict as ``.safetensors`` or, under any other suffix, with ``torch.save``.
+
+    The file is there in full or not at all: it is written beside its place and then moved there.
+
+    Raises:
+        LoRKDError: ``state`` is no state dict, or the folder does not exist.
+    """
+    path = Path(path)
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise LoRKDError(f"expected a state dict, names with tensors, to save in {path}, got {_describe(state)}")
+    if not path.parent.is_dir():
+        raise LoRKDError(f"the folder of {path} does not exist: make it first")
+    state = {k: v.detach().cpu() for k, v in state.items()}
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        if path.suffix == ".safetensors":
+            # safetensors knows no tensors that share memory (tied weights): each is written by itself.
+            safetensors.torch.save_file({k: v.contiguous().clone() for k, v in state.items()}, temporary)
+        else:
+            torch.save(state, temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def fit_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load ``state`` strictly into ``network``; nothing is changed where it does not fit.
+
+    Args:
+        network: the network.
+        state: a state dict.
+        source: what ``state`` is, for the message.
+
+    Raises:
+        LoRKDError: keys missing or unknown, or shapes that differ; the first of each are listed.
+    """
+    own = {k: v for k, v in network.state_dict().items() if isinstance(v, Tensor)}
+    missing = [k for k in own if k not in state]
+    unknown = [k for k in state if k not in own]
+    other = [k for k in own if k in state and k != SPEC_KEY and own[k].shape != state[k].shape]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:4])}{', …' if len(keys) > 4 else ''})"
+        for what, keys in (("missing", missing), ("unknown", unknown))
+        if keys
+    ]
+    problems += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in other[:4]]
+    if problems:
+        raise LoRKDError(f"{source} does not fit the network {type(network).__name__}: {'; '.join(problems)}")
+    network.load_state_dict(dict(state))
+
+
+def read_decomposition_spec(state: Mapping[str, Tensor], source: str = "the checkpoint") -> dict:
+    """The spec in the state dict of a `LoRKDNet`.
+
+    Raises:
+        LoRKDError: there is none, or it is none.
+    """
+    if SPEC_KEY not in state:
+        raise LoRKDError(
+            f"{source} holds no decomposition: it lacks the key {SPEC_KEY!r} that the state dict of a LoRKDNet has"
+        )
+    spec = read_spec(state[SPEC_KEY])
+    if not isinstance(spec, dict) or not isinstance(spec.get("tasks"), dict):
+        raise LoRKDError(f"{source}: its description of the decomposition names no tasks")
+    return spec
+
+
+def load_decomposition(path: str | os.PathLike, backbone: nn.Module | Mapping | None = None) -> LoRKDNet:
+    """Build the decomposition that a checkpoint holds, and load it.
+
+    Args:
+        path: a checkpoint, see :func:`load_weights`.
+        backbone: the backbone, or its config. Needed where the decomposition was made from a network object, or from a
+            config of a network that is not MONAI's: a weights file may name no other code to run.
+
+    Raises:
+        LoRKDError: no decomposition in the file, no backbone, or one that does not fit the checkpoint.
+    """
+    state = load_weights(path)
+    spec = read_decomposition_spec(state, str(path))
+    if backbone is None:
+        if spec.get("backbone") is None:
+            raise LoRKDError(f"{path} was made from a network object: give that backbone, or a config of it")
+        check_inert_config(spec["backbone"], str(path))
+    try:
+        net = LoRKDNet.from_spec(spec, backbone)
+    except (TypeError, KeyError) as e:
+        raise LoRKDError(f"{path}: the decomposition it describes can't be built: {_first_line(e)}") from e
+    fit_weights(net, state, str(path))
+    return net
+
+
+def check_inert_config(config: object, source: str) -> None:
+    """Refuse a network config, read from a weights file, that could do anything but build one of MONAI's networks.
+
+    Raises:
+        LoRKDError: an expression, a reference, a special key, or a ``_target_`` outside of MONAI's networks.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if key == "_target_":
+                _check_target(value, source)
+            elif str(key).startswith("_"):
+                raise LoRKDError(f"{source}: its backbone's config has the key {key!r}. Give the backbone yourself")
+            else:
+                check_inert_config(value, source)
+    elif isinstance(config, list):
+        for value in config:
+            check_inert_config(value, source)
+    elif isinstance(config, str) and config.lstrip()[:1] in ("$", "@", "%"):
+        raise LoRKDError(
+            f"{source}: its backbone's config holds the expression {config[:40]!r}. Give the backbone yourself"
+        )
+
+
+def _check_target(target: object, source: str) -> None:
+    module, _, name = (target if "." in str(target) else f"{_NETS}.{target}").rpartition(".")
+    if module == _NETS or module.startswith(f"{_NETS}."):
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except ImportError:
+            found = None
+        builds = inspect.isfunction(found) or (inspect.isclass(found) and issubclass(found, nn.Module))
+        if builds and found.__module__.startswith(_NETS):
+            return
+    raise LoRKDError(
+        f"{source} names {str(target)[:80]!r} as its backbone, which is no network of MONAI's: give the backbone, or "
+        "its config, yourself"
+    )

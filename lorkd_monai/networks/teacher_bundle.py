@@ -1,0 +1,261 @@
+"""Teachers from files: any MONAI bundle folder, or a checkpoint with the config of its network."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from monai.bundle import ConfigParser
+from torch import nn
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.checkpoint import fit_weights, load_weights
+from lorkd_monai.networks.decompose import build_backbone
+from lorkd_monai.networks.teacher import Channel, Teacher
+
+__all__ = ["channels_by_name", "load_teacher", "teacher_from_checkpoint"]
+
+_CONFIGS = ("inference.json", "inference.yaml", "inference.yml", "train.json", "train.yaml", "train.yml")
+_NETWORK_IDS = ("network_def", "network", "net", "model")
+_WEIGHTS = ("model.pt", "model.safetensors")
+_BACKGROUND = "background"
+
+
+def channels_by_name(
+    channel_def: Mapping[str | int, str],
+    labels: Mapping[str, Mapping[int, str]],
+    activation: str = "softmax",
+) -> dict[str, list[Channel] | None]:
+    """Where each class of each task stands among the channels of a teacher, found by the classes' names.
+
+    A class is looked for as ``"<task>: <class>"`` first, then as ``"<class>"``; upper and lower case, spaces and
+    underscores make no difference. A class "background" that the teacher does not keep for this task is, for a softmax
+    teacher, everything that is none of the task's other classes; for a sigmoid teacher, unknown.
+
+    Args:
+        channel_def: channel -> class name, as in the metadata of a MONAI bundle (``{"0": "background", …}``).
+        labels: task -> class id -> class name.
+        activation: ``"softmax"`` or ``"sigmoid"``.
+
+    Returns:
+        For each task what `Teacher` takes as its channels; None where the teacher knows none of its classes.
+
+    Raises:
+        LoRKDError: no task has any class in the teacher, or some tasks have some of their classes only; all that was
+            not found is listed.
+
+    Example::
+
+        channels_by_name({"0": "background", "1": "spleen", "2": "liver"}, {"liver": {0: "background", 1: "Liver"}})
+        # {"liver": [(0, 1), 2]}
+    """
+    channels = {int(k): str(v) for k, v in channel_def.items()}
+    found: dict[str, list[Channel] | None] = {}
+    problems = []
+    for task, classes in labels.items():
+        names = [str(classes[i]) for i in sorted(classes)]
+        matches = [_find(channels, task, name) for name in names]
+        foreground = [i for i, name in enumerate(names) if _plain(name) != _BACKGROUND]
+        if not any(matches[i] for i in foreground):
+            found[task] = None
+            continue
+        problems += [
+            f"{task}: {names[i]!r} "
+            + (f"stands for several channels {matches[i]}" if matches[i] else "is no class of the teacher")
+            for i in foreground
+            if len(matches[i]) != 1
+        ]
+        own = {c for i in foreground for c in matches[i]}
+        entries: list[Channel] = []
+        for i, name in enumerate(names):
+            if i in foreground:
+                entries.append(matches[i][0] if matches[i] else None)
+            elif _qualified(channels, task, name):
+                entries.append(_qualified(channels, task, name)[0])
+            else:
+                rest = tuple(c for c in sorted(channels) if c not in own)
+                entries.append(None if activation == "sigmoid" or not rest else rest if len(rest) > 1 else rest[0])
+        found[task] = entries
+    shown = ", ".join(list(channels.values())[:40])
+    if problems:
+        raise LoRKDError(
+            f"the teacher knows some classes of a task but not all: {'; '.join(problems)}. Its classes are: {shown}. "
+            "Name the classes in the data list as the teacher does, or give the channels of each task yourself"
+        )
+    if not any(entries for entries in found.values()):
+        wanted = "; ".join(f"{t}: {', '.join(map(str, c.values()))}" for t, c in labels.items())
+        raise LoRKDError(f"the teacher knows no class of any task. Its classes are: {shown}. The tasks' are: {wanted}")
+    return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_]+", "", name).casefold()
+
+
+def _matching(channels: Mapping[int, str], name: str) -> list[int]:
+    exact = [c for c, other in channels.items() if other == name]
+    return exact if len(exact) == 1 else [c for c, other in channels.items() if _plain(other) == _plain(name)]
+
+
+def _qualified(channels: Mapping[int, str], task: str, name: str) -> list[int]:
+    return _matching(channels, f"{task}: {name}")
+
+
+def _find(channels: Mapping[int, str], task: str, name: str) -> list[int]:
+    return _qualified(channels, task, name) or _matching(channels, name)
+
+
+def load_teacher(
+    bundle_folder: str | os.PathLike,
+    tasks: Mapping[str, object],
+    *,
+    channels: Mapping[str, Sequence[Channel] | None] | None = None,
+    activation: str | None = None,
+    head: str | None = None,
+) -> Teacher:
+    """A teacher from a MONAI bundle folder.
+
+    Its network is the ``network_def`` (or ``network``, ``net``, ``model``) of ``configs/inference.json`` or ``.yaml``,
+    its weights are ``models/model.pt``, its classes the ``channel_def`` of the output in ``configs/metadata.json``.
+    A bundle's config may hold expressions, which are run as MONAI runs them: use bundles that you trust.
+
+    Args:
+        bundle_folder: the bundle's root.
+        tasks: task -> its class names by id, or an object with such ``labels`` (``TaskSpec``), in the student's order.
+        channels: the channels of each task, in place of finding them by name.
+        activation: ``"softmax"`` or ``"sigmoid"``; None: what the bundle's postprocessing does.
+        head: name of the network's last layer, where it is not found.
+
+    Raises:
+        LoRKDError: no such folder, no network or weights in it, weights that do not fit, no class names, or classes
+            that could not be matched.
+    """
+    folder = Path(bundle_folder)
+    if not folder.is_dir():
+        raise LoRKDError(f"no teacher bundle at {folder}: there is no such folder")
+    parser, config_file = _read_config(folder)
+    network = _build(parser, config_file)
+    weights = next((folder / "models" / n for n in _WEIGHTS if (folder / "models" / n).is_file()), None)
+    if weights is None:
+        raise LoRKDError(f"the teacher bundle {folder} has no weights: expected models/{' or models/'.join(_WEIGHTS)}")
+    fit_weights(network, load_weights(weights), str(weights))
+    activation = activation or _activation_of(parser)
+    formats = _data_format(folder)
+    labels = {name: getattr(task, "labels", task) for name, task in tasks.items()}
+    if channels is None:
+        names = _class_names(formats)
+        if not names:
+            raise LoRKDError(
+                f"{folder}/configs/metadata.json does not name the teacher's classes (network_data_format, outputs, "
+                "channel_def): add them, or give the channels of each task yourself"
+            )
+        channels = channels_by_name(names, labels, activation)
+    counts = {name: len(classes) for name, classes in labels.items()}
+    return Teacher(network, channels, counts, activation, _input_channels(formats), head)
+
+
+def teacher_from_checkpoint(
+    checkpoint: str | os.PathLike,
+    network_config: Mapping,
+    channel_def: Mapping[str | int, str] | Sequence[str] | None,
+    tasks: Mapping[str, object],
+    *,
+    channels: Mapping[str, Sequence[Channel] | None] | None = None,
+    activation: str = "softmax",
+    head: str | None = None,
+) -> Teacher:
+    """A teacher from a checkpoint and the MONAI config of its network.
+
+    Args:
+        checkpoint: a weights file, see `lorkd_monai.networks.checkpoint.load_weights`.
+        network_config: config dict with ``_target_``.
+        channel_def: the class name of each channel; not needed where ``channels`` is given.
+        tasks, channels, activation, head: as for :func:`load_teacher`.
+
+    Raises:
+        LoRKDError: as :func:`load_teacher`.
+    """
+    network, _ = build_backbone(network_config, 1)
+    fit_weights(network, load_weights(checkpoint), str(checkpoint))
+    labels = {name: getattr(task, "labels", task) for name, task in tasks.items()}
+    if channels is None:
+        if not channel_def:
+            raise LoRKDError("the teacher's classes are not known: give channel_def, or the channels of each task")
+        names = channel_def if isinstance(channel_def, Mapping) else dict(enumerate(channel_def))
+        channels = channels_by_name(names, labels, activation)
+    return Teacher(network, channels, {n: len(c) for n, c in labels.items()}, activation, head=head)
+
+
+def _read_config(folder: Path) -> tuple[ConfigParser, Path]:
+    file = next((folder / "configs" / n for n in _CONFIGS if (folder / "configs" / n).is_file()), None)
+    if file is None:
+        raise LoRKDError(f"{folder} is no MONAI bundle: expected configs/{' or configs/'.join(_CONFIGS[:2])}")
+    parser = ConfigParser()
+    try:
+        parser.read_config(str(file))
+        metadata = folder / "configs" / "metadata.json"
+        if metadata.is_file():
+            parser.read_meta(str(metadata))
+    except Exception as e:
+        raise LoRKDError(f"the config of the teacher bundle {folder} can't be read: {_root_cause(e)}") from e
+    parser["bundle_root"] = str(folder)
+    return parser, file
+
+
+def _build(parser: ConfigParser, file: Path) -> nn.Module:
+    config = parser.config
+    ids = [i for i in _NETWORK_IDS if i in config]
+    # The definition comes before what is made of it, such as "$@network_def.to(@device)".
+    ids.sort(key=lambda i: not (isinstance(config[i], Mapping) and "_target_" in config[i]))
+    if not ids:
+        raise LoRKDError(f"{file} defines no network: expected one of the ids {', '.join(_NETWORK_IDS)}")
+    try:
+        network = parser.get_parsed_content(ids[0])
+    except Exception as e:
+        raise LoRKDError(f"{file}: {ids[0]!r} could not be built: {_root_cause(e)}") from e
+    if not isinstance(network, nn.Module):
+        raise LoRKDError(f"{file}: {ids[0]!r} gives a {type(network).__name__}, expected a network")
+    return network
+
+
+def _activation_of(parser: ConfigParser) -> str:
+    """``"sigmoid"`` where a step of the postprocessing says ``sigmoid: true``."""
+    steps = parser.config.get("postprocessing")
+    steps = steps.get("transforms", []) if isinstance(steps, Mapping) else []
+    return "sigmoid" if any(isinstance(s, Mapping) and s.get("sigmoid") is True for s in steps) else "softmax"
+
+
+def _data_format(folder: Path) -> Mapping:
+    file = folder / "configs" / "metadata.json"
+    if not file.is_file():
+        return {}
+    try:
+        formats = ConfigParser.load_config_file(str(file)).get("network_data_format")
+    except Exception as e:
+        raise LoRKDError(f"{file} can't be read: {_root_cause(e)}") from e
+    return formats if isinstance(formats, Mapping) else {}
+
+
+def _first(formats: Mapping, side: str) -> Mapping:
+    tensors = formats.get(side)
+    first = next(iter(tensors.values()), None) if isinstance(tensors, Mapping) else None
+    return first if isinstance(first, Mapping) else {}
+
+
+def _class_names(formats: Mapping) -> dict[int, str]:
+    names = _first(formats, "outputs").get("channel_def")
+    return {int(k): str(v) for k, v in names.items() if str(k).isdigit()} if isinstance(names, Mapping) else {}
+
+
+def _input_channels(formats: Mapping) -> int | None:
+    count = _first(formats, "inputs").get("num_channels")
+    return count if isinstance(count, int) and not isinstance(count, bool) else None
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300] if text else ''}"
