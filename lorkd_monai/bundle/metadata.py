@@ -69,7 +69,11 @@ def needed_packages(*configs: Any, spatial_dims: int | None = None) -> list[str]
     needed = {"fire", "pytorch-ignite"}
     if spatial_dims is not None:
         needed.add("pillow" if spatial_dims == 2 else "nibabel")
-    for word in strings_of(list(configs)):
+    # "suffixes" says which files are looked for, not which have to be readable: itk is the user's choice.
+    wanted = [
+        {k: v for k, v in item.items() if k != "suffixes"} if isinstance(item, Mapping) else item for item in configs
+    ]
+    for word in strings_of(wanted):
         package = _NEEDED_BY_WORD.get(word) or _NEEDED_BY_WORD.get(word.rsplit(".", 1)[-1])
         if package:
             needed.add(package)

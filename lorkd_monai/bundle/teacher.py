@@ -39,7 +39,8 @@ def teacher_files(
     )  # fmt: skip
     metadata["name"] = f"Multi-task {kind} teacher"
     metadata["description"] = inert_text(
-        description or f"A {spatial_dims}D {kind} network of {len(tasks)} tasks ({', '.join(tasks)}), a teacher for a "
+        description
+        or f"A {spatial_dims}D {kind} network of {len(tasks)} tasks ({', '.join(tasks)}), a teacher for a "
         "low-rank knowledge decomposition (LoRKD). Its output holds the classes of all tasks one after the other."
     )
     metadata["task"] = f"{spatial_dims}D {kind}: {', '.join(tasks)}"

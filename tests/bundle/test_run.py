@@ -1,0 +1,177 @@
+"""Every kind of expert runs with stock MONAI's commands, from any working directory, without this package."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from PIL import Image
+
+KINDS = ("2d_classification", "3d_classification", "2d_segmentation", "3d_segmentation")
+
+# Runs `python -m monai.bundle` where importing this package fails, as it does on a machine that has only MONAI.
+WITHOUT_US = """
+import sys, runpy
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lorkd_monai":
+            raise ImportError("lorkd_monai is not installed here")
+sys.meta_path.insert(0, Refuse())
+sys.argv = ["monai.bundle", *sys.argv[1:]]
+runpy.run_module("monai.bundle", run_name="__main__")
+"""
+
+
+def monai_bundle(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_US, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def run_here(config_files: list[Path], **overrides: Any) -> None:
+    """The same as the command, in this process: a second saved for each of many runs."""
+    from monai.bundle import ConfigWorkflow
+
+    workflow = ConfigWorkflow([str(path) for path in config_files], logging_file=False, workflow_type=None, **overrides)
+    workflow.initialize()
+    workflow.run()
+
+
+def prepared(case: Any, image: Path) -> torch.Tensor:
+    steps = {"_target_": "Compose", "transforms": case.arguments["preprocessing"]}
+    transform = ConfigParser({"steps": json.loads(json.dumps(steps))}).get_parsed_content("steps")
+    return transform({"image": str(image)})["image"]
+
+
+@pytest.mark.parametrize("case", ["2d_classification", "3d_classification"], indirect=True)
+def test_classification_writes_probabilities(case, tmp_path, write_images, monkeypatch):
+    images = write_images(tmp_path / "images", case.arguments["spatial_dims"])
+    monkeypatch.chdir(tmp_path)
+    config = case.folder / "configs" / "inference.json"
+    run_here([config], bundle_root=str(case.folder), dataset_dir=str(tmp_path / "images"), output_dir="out")
+    rows = list(csv.reader((tmp_path / "out" / "predictions.csv").open()))
+    assert rows[0] == ["file", "benign", "malignant", "other", "class"]
+    assert [row[0] for row in rows[1:]] == [str(path) for path in images]
+    for row, path in zip(rows[1:], images, strict=True):
+        with torch.no_grad():
+            expected = case.network(prepared(case, path)[None].as_tensor()).softmax(1)[0]
+        assert np.allclose([float(value) for value in row[1:4]], expected, atol=1e-5)
+        assert int(float(row[4])) == int(expected.argmax())
+
+
+@pytest.mark.parametrize("case", ["2d_segmentation", "3d_segmentation"], indirect=True)
+def test_segmentation_keeps_the_geometry(case, tmp_path, write_images, monkeypatch):
+    images = write_images(tmp_path / "images", case.arguments["spatial_dims"], count=1)
+    monkeypatch.chdir(tmp_path)
+    config = case.folder / "configs" / "inference.json"
+    run_here([config], bundle_root=str(case.folder), dataset_dir=str(images[0]), output_dir="out")
+    (written,) = (tmp_path / "out").iterdir()
+    if written.suffix == ".png":
+        mask = np.asarray(Image.open(written))
+        assert mask.shape == np.asarray(Image.open(images[0])).shape
+    else:
+        volume, given = nib.load(written), nib.load(images[0])
+        assert np.allclose(volume.affine, given.affine, atol=1e-4)
+        assert volume.shape == given.shape
+        mask = np.asarray(volume.dataobj)
+    assert mask.dtype == np.uint8
+    assert set(np.unique(mask)) <= {0, 1}
+
+
+def test_command_line_without_this_package(make_case, tmp_path, write_images):
+    case = make_case("2d_classification")
+    folder = shutil.copytree(case.folder, tmp_path / "elsewhere" / case.folder.name)
+    write_images(tmp_path / "images", 2, count=1)
+    done = monai_bundle(
+        "run", "--bundle_root", folder, "--config_file", folder / "configs" / "inference.json",
+        "--dataset_dir", tmp_path / "images", "--output_dir", tmp_path / "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out" / "predictions.csv").is_file()
+
+
+def test_no_images_is_one_message(make_case, tmp_path):
+    case = make_case("2d_classification")
+    with pytest.raises(SystemExit, match="no image in .*nothing.*expected --dataset_dir"):
+        run_here(
+            [case.folder / "configs" / "inference.json"],
+            bundle_root=str(case.folder),
+            dataset_dir=str(tmp_path / "nothing"),
+        )
+
+
+def test_a_wrong_bundle_root_is_one_message(make_case, tmp_path):
+    case = make_case("2d_classification")
+    with pytest.raises(SystemExit, match="no weights at .*expected --bundle_root"):
+        run_here([case.folder / "configs" / "inference.json"], bundle_root=str(tmp_path))
+
+
+@pytest.mark.parametrize("case", KINDS, indirect=True)
+def test_training_and_evaluating_go_on_from_the_expert(case, tmp_path, write_images, write_masks):
+    dims, kind = case.arguments["spatial_dims"], case.arguments["kind"]
+    images = write_images(tmp_path / "data" / "images", dims, count=3)
+    labels = [str(path) for path in write_masks(images, tmp_path / "data" / "labels")]
+    labels = labels if kind == "segmentation" else [0, 1, 2]
+    items = [{"image": str(image), "label": label} for image, label in zip(images, labels, strict=True)]
+    other = [{"image": "missing.png", "label": 0, "task": "another"}]
+    data_list = {"training": items + other, "validation": items, "test": items}
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(data_list))
+    configs, root = case.folder / "configs", str(case.folder)
+    places = {"dataset_dir": str(tmp_path / "data"), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path / "eval")}
+    run_here([configs / "train.json"], bundle_root=root, max_epochs=1, learning_rate=0.01, **places)
+    trained = torch.load(tmp_path / "model.pt", weights_only=True)
+    before = case.network.state_dict()
+    assert trained.keys() == before.keys()
+    assert any(not torch.equal(trained[key], before[key]) for key in before)
+    run_here([configs / "train.json", configs / "evaluate.json"], bundle_root=root, **places)
+    written = (tmp_path / "eval" / "metrics.csv").read_text()
+    assert ("val_mean_dice" if kind == "segmentation" else "val_balanced_accuracy") in written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["2d_classification"], indirect=True)
+def test_two_processes_train_one_expert(case, tmp_path, write_images):
+    images = write_images(tmp_path / "data", 2, count=4)
+    items = [{"image": str(path), "label": i % 3} for i, path in enumerate(images)]
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"training": items, "validation": items}))
+    configs = case.folder / "configs"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "monai.bundle",
+    ]
+    command += ["run", "training", "--bundle_root", str(case.folder), "--dataset_dir", str(tmp_path / "data")]
+    command += ["--config_file", f"['{configs / 'train.json'}','{configs / 'multi_gpu_train.json'}']"]
+    command += ["--ckpt_dir", str(tmp_path), "--max_epochs", "1", "--batch_size", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    trained = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert trained.keys() == case.network.state_dict().keys()
+
+
+@pytest.mark.parametrize("case", KINDS, indirect=True)
+def test_monai_load_builds_the_network_from_another_folder(case, tmp_path, monkeypatch):
+    import monai.bundle
+
+    monkeypatch.chdir(tmp_path)
+    for workflow_type in ("inference", "train"):
+        network = monai.bundle.load(
+            case.folder.name, bundle_dir=str(case.folder.parent), workflow_type=workflow_type, source="github"
+        )
+        for key, value in case.network.state_dict().items():
+            assert torch.equal(network.state_dict()[key].cpu(), value)
