@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.functional import LayerOp, eks, factor_shapes, fuse
-from lorkd_monai.networks.routing import RoutedModule
+from lorkd_monai.networks.routing import RoutedModule, Routing
 
 __all__ = ["LowRankLayer"]
 
@@ -109,6 +109,8 @@ class LowRankLayer(RoutedModule):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Apply the layer to a batch of mixed tasks; ``output_size`` as in transposed convolutions."""
         kwargs = {} if output_size is None else {"output_size": output_size}
+        routing = self.routing(x)
+        self._refuse_unbatched(x, routing)
         return eks(
             self.op,
             x,
@@ -117,9 +119,19 @@ class LowRankLayer(RoutedModule):
             self.lora_A,
             self.lora_B,
             self.scales,
-            self.routing(x),
+            routing,
             **kwargs,
         )
+
+    def _refuse_unbatched(self, x: Tensor, routing: Routing) -> None:
+        # torch takes an input without batch dimension too: cut into rows, its channels would pass for samples.
+        layer = self.layer
+        expected = 2 if isinstance(layer, nn.Linear) else 2 + len(layer.kernel_size)
+        if routing.uniform is None and (x.ndim < expected if isinstance(layer, nn.Linear) else x.ndim != expected):
+            raise LoRKDError(
+                f"{self._who()}: a batch of several tasks needs a batch dimension, expected {expected} dimensions, "
+                f"got shape {tuple(x.shape)}"
+            )
 
     def fused_weight(self, task: int) -> Tensor:
         """W0 + ΔW_t, as extraction and the forward pass both use it."""

@@ -8,7 +8,8 @@ network with different tasks never see each other's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -164,14 +165,25 @@ def task_list(task: int | Sequence[int] | Tensor) -> list[int]:
                 f"task must be a LongTensor[B] of task indices, got {task.dtype} of shape {tuple(task.shape)}"
             )
         return task.reshape(-1).tolist()
-    if isinstance(task, (bool, float, str)):
+    if isinstance(task, Iterable) and not isinstance(task, str):
+        entries = list(task)
+        wrong = [t for t in entries if not _is_index(t)]
+        if wrong:
+            raise LoRKDError(f"task must hold task indices (integers), got {wrong[0]!r}")
+        return [operator.index(t) for t in entries]
+    if not _is_index(task):
         raise LoRKDError(f"task must be a task index or one for each sample, got {task!r}")
-    if isinstance(task, int):
-        return [task]
-    tasks = list(task)
-    if not all(isinstance(t, int) or (hasattr(t, "__index__") and not isinstance(t, bool)) for t in tasks):
-        raise LoRKDError(f"task must hold task indices (integers), got {tasks[:8]}")
-    return [int(t) for t in tasks]
+    return [operator.index(task)]
+
+
+def _is_index(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 class UnverifiedFolding(LoRKDError):
