@@ -349,7 +349,12 @@ def multi_gpu_config(network_config: dict) -> dict[str, Any]:
     """Return multi_gpu_train.json, used over train.json under torchrun (nccl on GPUs, gloo on CPUs)."""
     first = "$dist.get_rank() > 0"
     return {
-        "imports": ["$import os", "$import sys", "$import torch.distributed as dist"],
+        "imports": [
+            "$import os",
+            "$import sys",
+            "$import torch.distributed as dist",
+            "$import ignite.distributed as idist",
+        ],
         "device": "$torch.device('cuda', int(os.environ['LOCAL_RANK'])) if torch.cuda.is_available() else "
         "torch.device('cpu')",
         "network": {
@@ -374,6 +379,8 @@ def multi_gpu_config(network_config: dict) -> dict[str, Any]:
         "initialize": [
             "$dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')",
             "$torch.cuda.set_device(@device) if torch.cuda.is_available() else None",
+            # A collective call, which ignite would make by itself at different times in different processes.
+            "$idist.sync()",
             "$monai.utils.set_determinism(seed=0)",
         ],
         "run": [_NO_WEIGHTS, "$@train#trainer.run()"],
