@@ -1,9 +1,11 @@
 """Multi-task data: lists, data sets, samplers, synthetic phantoms, and builders of lists."""
 
+from .builders import combine, fetch_medmnist, fetch_mednist, from_class_folders, from_medmnist
 from .datalist import DataList, TaskSpec, load_data_list, measure_spacing
 from .datasets import TaskDataset
 from .phantoms import make_phantoms
 from .samplers import Draw, TaskBatchSampler, TaskSampler, draws_per_task
+from .segmentation_folders import from_segmentation_folders
 
 __all__ = [
     "DataList",
@@ -12,7 +14,13 @@ __all__ = [
     "TaskDataset",
     "TaskSampler",
     "TaskSpec",
+    "combine",
     "draws_per_task",
+    "fetch_mednist",
+    "fetch_medmnist",
+    "from_class_folders",
+    "from_medmnist",
+    "from_segmentation_folders",
     "load_data_list",
     "make_phantoms",
     "measure_spacing",

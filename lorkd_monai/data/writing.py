@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lorkd_monai.data.datalist import load_data_list
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["refuse_existing", "write_data_list"]
@@ -22,15 +23,30 @@ def refuse_existing(folder: Path, overwrite: bool) -> Path:
     return file
 
 
-def write_data_list(folder: Path, content: dict[str, Any], overwrite: bool = False) -> Path:
+def write_data_list(
+    folder: Path, content: dict[str, Any], overwrite: bool = False, check: tuple[str, int] | None = None
+) -> Path:
     """Write ``content`` as the folder's ``dataset.json``, all of it or nothing, and return its path.
 
+    Args:
+        folder: is made if need be.
+        content: what to write.
+        overwrite: replace a list that is there.
+        check: kind and spatial_dims for `load_data_list`, which must accept the list before it gets its name.
+
     Raises:
-        LoRKDError: where one is there already and ``overwrite`` is False.
+        LoRKDError: where one is there already and ``overwrite`` is False, or the check finds problems.
     """
     file = refuse_existing(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".dataset.{os.getpid()}.json"
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        if check is not None:
+            load_data_list(temporary, *check)
+        os.replace(temporary, file)
+    except LoRKDError as error:
+        raise LoRKDError(str(error).replace(str(temporary), str(file))) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return file

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +78,8 @@ def describe_image(path: str | Sequence[str]) -> ImageFacts:
             return _describe_pil(path)
         if path.lower().endswith(_NIFTI_SUFFIXES):
             return _describe_nifti(path)
-        image = LoadImage(image_only=True, ensure_channel_first=True)(path)
+        with _quiet_readers():
+            image = LoadImage(image_only=True, ensure_channel_first=True)(path)
         return ImageFacts(image.ndim - 1, image.shape[0], 0, _ras_spacing(np.asarray(image.affine)))
     except Exception as error:  # each reader raises its own kinds
         raise LoRKDError(_cannot_read(path, error)) from error
@@ -97,7 +101,8 @@ class ItemLoader:
 
     def __init__(self, configs: Sequence[dict[str, Any]], spatial_dims: int) -> None:
         parser = ConfigParser({"transforms": list(configs)})
-        transforms = parser.get_parsed_content("transforms")
+        with _quiet_readers():
+            transforms = parser.get_parsed_content("transforms")
         self.spatial_dims = spatial_dims
         self.files = Compose([t for t in transforms if isinstance(t, LoadImaged)])
         self.rest = Compose([t for t in transforms if not isinstance(t, LoadImaged)])
@@ -117,6 +122,19 @@ class ItemLoader:
             return self.rest(item)
         except Exception as error:
             raise LoRKDError(f"cannot preprocess {_names(item)}: {_last_words(error)}") from error
+
+
+@contextmanager
+def _quiet_readers() -> Iterator[None]:
+    """Keep MONAI from saying, for each `LoadImaged` that is made, that a GPU decoder of DICOM is not installed."""
+    logger = logging.getLogger("monai.data.nvimgcodec_pydicom_plugin")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+            yield
+    finally:
+        logger.disabled = before
 
 
 def _describe_pil(path: str) -> ImageFacts:

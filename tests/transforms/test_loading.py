@@ -143,6 +143,13 @@ def test_a_corrupt_file_is_named(tmp_path):
             describe_image(str(tmp_path / name))
 
 
+def test_formats_of_itk_without_itk_name_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "bad.mha").write_bytes(b"no image at all")
+    with pytest.raises(LoRKDError, match=r"pip install 'lorkd-monai\[itk\]'"):
+        describe_image(str(tmp_path / "bad.mha"))
+
+
 def test_a_truncated_png_is_named(tmp_path):
     IMAGES["rgb"].save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])

@@ -1,0 +1,333 @@
+"""Making a multi-task data list from what people have: the functions behind ``lorkd data``.
+
+Images stay where they are: the list names them relative to its own folder. Each function writes
+``<output>/dataset.json``, which `load_data_list` has checked by then, and returns its path. A list that is there
+already is replaced only with ``overwrite=True``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorkd_monai.data.checks import SPLITS, check_task_name
+from lorkd_monai.data.splitting import Row, assign_splits, read_patients
+from lorkd_monai.data.writing import refuse_existing, write_data_list
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.transforms.preprocessing import check_kind
+
+__all__ = ["combine", "fetch_mednist", "fetch_medmnist", "from_class_folders", "from_medmnist"]
+
+MEDMNIST_URL = "https://zenodo.org/records/10519652/files"
+_SUFFIXES = {
+    2: (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"),
+    3: (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd"),
+}
+_SPLIT_FOLDERS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
+_MEDMNIST = re.compile(r"[a-z0-9]+mnist[a-z0-9_]*")
+
+Sources = str | os.PathLike | Sequence[str] | Mapping[str, str]
+
+
+def from_class_folders(
+    sources: Sources,
+    output: str | os.PathLike,
+    spatial_dims: int = 2,
+    fractions: Sequence[float] = (0.7, 0.1, 0.2),
+    seed: int = 0,
+    patients_csv: str | None = None,
+    patient_regex: str | None = None,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a classification list from folders that have a sub-folder for each class.
+
+    A task folder may hold ``train``, ``val`` and ``test`` first, with the class folders in them: these splits are
+    kept. In 3D, a class holds volume files, or a folder of DICOM slices for each image.
+
+    Args:
+        sources: a folder with a sub-folder per task; or the task folders, as a list or as ``{task: folder}``.
+        output: the folder for ``dataset.json``.
+        spatial_dims: 2 or 3.
+        fractions: of training, validation and test.
+        seed: of the split.
+        patients_csv: see `lorkd_monai.data.splitting.read_patients`.
+        patient_regex: see there.
+        facts: more about a task, as ``{task: {"modality": "US", "intensity": {"range": [0, 4095]}}}``.
+        overwrite: replace a list that is there.
+
+    Raises:
+        LoRKDError: for a folder without classes or images, or what `load_data_list` refuses.
+
+    Example::
+
+        from_class_folders({"breast": "~/ultrasound", "chest": "~/xray"}, "my_list", patient_regex=r"^(P\\d+)_")
+    """
+    check_kind("classification", spatial_dims)
+    output = Path(output)
+    refuse_existing(output, overwrite)
+    tasks: dict[str, dict[str, Any]] = {}
+    rows: list[Row] = []
+    for task, folder in task_folders(sources, parent=True).items():
+        found = _class_images(folder, spatial_dims)
+        classes = sorted({name for _, name, _ in found})
+        if len(classes) < 2:
+            raise LoRKDError(
+                f"{folder} must have a sub-folder with {'/'.join(_SUFFIXES[spatial_dims])} images for each of two or "
+                f"more classes; found images of {len(classes)}."
+            )
+        tasks[task] = {"labels": {str(i): name for i, name in enumerate(classes)}}
+        rows += [Row(task, image, classes.index(name), split) for split, name, image in found]
+    assign_splits(rows, read_patients(rows, patients_csv, patient_regex), fractions, seed)
+    return finish(output, "classification", spatial_dims, tasks, rows, facts, overwrite)
+
+
+def from_medmnist(
+    sources: Sources,
+    output: str | os.PathLike,
+    spatial_dims: int = 2,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a classification list of ``.npz`` files in MedMNIST's form; their splits are kept.
+
+    Classes are named by the file's array ``class_names`` where it has one, else by ``facts``
+    (``{task: {"labels": {"0": "malignant", …}}}``), else ``"class 0"`` and so on.
+
+    Args:
+        sources: the files, as one path, a list (the file names become the tasks), or ``{task: file}``.
+        output: the folder for ``dataset.json``.
+        spatial_dims: 2 or 3.
+        facts: more about a task.
+        overwrite: replace a list that is there.
+
+    Raises:
+        LoRKDError: for a file that is missing or not in this form.
+    """
+    check_kind("classification", spatial_dims)
+    output = Path(output)
+    refuse_existing(output, overwrite)
+    tasks: dict[str, dict[str, Any]] = {}
+    for task, file in task_folders(sources, parent=False).items():
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                labels = [arrays[key] for key in arrays.files if key.endswith("_labels")]
+                names = arrays["class_names"].tolist() if "class_names" in arrays.files else None
+        except Exception as error:  # zip, value and system errors alike
+            raise LoRKDError(f"{file} is no npz file of plain arrays: {error}") from error
+        if not labels or any(part.dtype.kind not in "ui" or not part.size for part in labels):
+            raise LoRKDError(f"{file} is not in MedMNIST's form: it needs train_labels and others of whole numbers.")
+        count = max(2, max(int(part.max()) for part in labels) + 1)
+        names = names if names is not None and len(names) >= count else [f"class {i}" for i in range(count)]
+        labels_of_ids = {str(i): str(name) for i, name in enumerate(names)}
+        tasks[task] = {"npz": _relative(str(file), output), "labels": labels_of_ids}
+    return finish(output, "classification", spatial_dims, tasks, [], facts, overwrite)
+
+
+def fetch_medmnist(
+    names: str | Sequence[str],
+    output: str | os.PathLike,
+    spatial_dims: int = 2,
+    base_url: str = MEDMNIST_URL,
+    md5: Mapping[str, str] | None = None,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Download MedMNIST files through MONAI's downloader into ``output`` and write a list of them.
+
+    Args:
+        names: such as ``"breastmnist"``, ``"pneumoniamnist_64"`` or, in 3D, ``"adrenalmnist3d"``.
+        output: the folder for the files and ``dataset.json``.
+        spatial_dims: 2 or 3.
+        base_url: where the files lie.
+        md5: checksums of files, ``{name: md5}``, which are checked where given.
+        facts: more about a task.
+        overwrite: replace a list that is there; files that are there are kept.
+
+    Raises:
+        LoRKDError: for a name that is none, or a download that fails.
+    """
+    from monai.apps import download_url
+
+    output = Path(output)
+    refuse_existing(output, overwrite)
+    names = [names] if isinstance(names, str) else list(names)
+    files = {}
+    for name in names:
+        if not isinstance(name, str) or not _MEDMNIST.fullmatch(name):
+            raise LoRKDError(f"expected names of MedMNIST sets such as 'breastmnist', got {name!r}.")
+        files[name] = str(output / f"{name}.npz")
+        try:
+            download_url(f"{base_url}/{name}.npz", files[name], hash_val=(md5 or {}).get(name), hash_type="md5")
+        except Exception as error:  # network errors come in many kinds
+            raise LoRKDError(
+                f"cannot fetch {name} from {base_url}: {error}\nWith a copy of the file, use from_medmnist instead."
+            ) from error
+    return from_medmnist(files, output, spatial_dims, facts, overwrite)
+
+
+def fetch_mednist(
+    output: str | os.PathLike,
+    fractions: Sequence[float] = (0.7, 0.1, 0.2),
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Download MedNIST through MONAI's own data set into ``output`` and write a list with one task, ``mednist``.
+
+    Its subjects are not published: one person may stand in two splits.
+
+    Raises:
+        LoRKDError: where the download fails.
+    """
+    from monai.apps import MedNISTDataset
+
+    output = Path(output)
+    refuse_existing(output, overwrite)
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        MedNISTDataset(str(output), "training", download=True, cache_num=0, progress=False)
+    except Exception as error:  # network errors come in many kinds
+        raise LoRKDError(f"cannot fetch MedNIST through MONAI: {error}") from error
+    sources = {"mednist": str(output / MedNISTDataset.dataset_folder_name)}
+    return from_class_folders(sources, output, 2, fractions, seed, overwrite=overwrite)
+
+
+def combine(
+    lists: Sequence[str | os.PathLike], output: str | os.PathLike, kind: str, spatial_dims: int, overwrite: bool = False
+) -> Path:
+    """Write one list of the tasks of several; their splits are kept.
+
+    Raises:
+        LoRKDError: where two lists have a task of one name, or what `load_data_list` refuses.
+    """
+    check_kind(kind, spatial_dims)
+    output = Path(output)
+    refuse_existing(output, overwrite)
+    tasks: dict[str, Any] = {}
+    rows: list[Row] = []
+    for path in map(Path, lists):
+        file = path / "dataset.json" if path.is_dir() else path
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            own, folder = dict(content["tasks"]), file.parent.resolve()
+            items = [(split, item) for split in SPLITS for item in content.get(split, [])]
+            rows += [Row(i["task"], _absolute(i["image"], folder), _absolute(i["label"], folder), s) for s, i in items]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LoRKDError(f"{file} is no data list of tasks: {type(error).__name__} {error}") from error
+        for name, entry in own.items():
+            if name in tasks:
+                raise LoRKDError(f"two of the lists have a task {name!r}; rename one of them.")
+            tasks[name] = dict(entry)
+            if "npz" in tasks[name]:
+                tasks[name]["npz"] = _relative(str(folder / tasks[name]["npz"]), output)
+    return finish(output, kind, spatial_dims, tasks, rows, None, overwrite)
+
+
+def task_folders(sources: Sources, parent: bool) -> dict[str, Path]:
+    """Return ``{task: path}`` of what a builder was given; ``parent`` says that one folder holds the task folders.
+
+    Raises:
+        LoRKDError: for a path that is missing, a name that is none for a task, or a name that comes twice.
+    """
+    if isinstance(sources, (str, os.PathLike)):
+        root = Path(sources).expanduser()
+        sources = (
+            sorted(str(p) for p in root.iterdir() if p.is_dir() and p.name[0] not in "._")
+            if (parent and root.is_dir())
+            else [str(root)]
+        )
+    pairs = list(sources.items()) if isinstance(sources, Mapping) else [(None, source) for source in sources]
+    found: dict[str, Path] = {}
+    for name, source in pairs:
+        path = Path(source).expanduser().resolve()
+        if not path.exists():
+            raise LoRKDError(f"expected a task's images at {path}, and there is nothing.")
+        task = _task_name(path) if name is None else name
+        fault = check_task_name(task)
+        if fault:
+            raise LoRKDError(f"{fault} (for {path}; give the tasks as {{name: path}} to name them yourself)")
+        if task in found:
+            raise LoRKDError(f"two tasks would be named {task!r}: {found[task]} and {path}; give {{name: path}}.")
+        found[task] = path
+    if not found:
+        raise LoRKDError("there is no task: give at least one folder or file.")
+    return found
+
+
+def finish(
+    output: Path,
+    kind: str,
+    spatial_dims: int,
+    tasks: Mapping[str, dict[str, Any]],
+    rows: Sequence[Row],
+    facts: Mapping[str, Mapping[str, Any]] | None,
+    overwrite: bool,
+) -> Path:
+    """Write the list of the tasks and rows with paths relative to ``output``, and return its path."""
+    for name, more in (facts or {}).items():
+        if name not in tasks:
+            raise LoRKDError(f"facts of an unknown task {name!r}; the tasks are {', '.join(tasks)}.")
+        tasks[name].update(more)
+    content: dict[str, Any] = {"name": output.resolve().name, "kind": kind, "spatial_dims": spatial_dims}
+    content["tasks"] = dict(tasks)
+    for split in SPLITS:
+        content[split] = [
+            {"image": _relative(row.image, output), "label": _relative(row.label, output), "task": row.task}
+            for row in rows
+            if row.split == split
+        ]
+    return write_data_list(output, content, overwrite, check=(kind, spatial_dims))
+
+
+def _task_name(path: Path) -> str:
+    name = path.name if path.is_dir() else path.name.split(".")[0]
+    name, numbered = re.subn(r"^(Task|Dataset)\d+_", "", name)
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_-")
+    return name.lower() if numbered else name
+
+
+def _class_images(folder: Path, spatial_dims: int) -> list[tuple[str | None, str, str]]:
+    """Return (split or None, class, image) of each image below a task's folder."""
+    subfolders = _subfolders(folder)
+    splits = {sub: SPLITS[_SPLIT_FOLDERS[sub.name.lower()]] for sub in subfolders if sub.name.lower() in _SPLIT_FOLDERS}
+    if splits and len(splits) != len(subfolders):
+        odd = next(sub for sub in subfolders if sub not in splits)
+        raise LoRKDError(f"{folder} holds split folders ({', '.join(s.name for s in splits)}) beside {odd.name!r}.")
+    found = []
+    for root, split in splits.items() or [(folder, None)]:
+        for name in _subfolders(root):
+            for path in sorted(name.iterdir()):
+                series = spatial_dims == 3 and path.is_dir() and any(path.glob("*.dcm"))
+                if path.name[0] != "." and (path.name.lower().endswith(_SUFFIXES[spatial_dims]) or series):
+                    found.append((split, name.name, str(path)))
+    return found
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise LoRKDError(f"expected a folder, got the file {folder}.")
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
+
+
+def _relative(value: Any, output: Path) -> Any:
+    """Return a path as it stands in a list in ``output``; class ids are left as they are."""
+    if isinstance(value, list):
+        return [_relative(part, output) for part in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        return Path(os.path.relpath(value, output.resolve())).as_posix()
+    except ValueError:  # another drive
+        return value
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_absolute(part, folder) for part in value]
+    return os.path.join(folder, value) if isinstance(value, str) else value

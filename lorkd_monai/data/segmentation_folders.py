@@ -1,0 +1,175 @@
+"""Medical Segmentation Decathlon and nnU-Net folders as one multi-task data list."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorkd_monai.data.builders import Sources, finish, task_folders
+from lorkd_monai.data.checks import SPLITS
+from lorkd_monai.data.splitting import Row, assign_splits, read_patients
+from lorkd_monai.data.writing import refuse_existing
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.transforms.preprocessing import check_kind
+
+__all__ = ["from_segmentation_folders"]
+
+
+def from_segmentation_folders(
+    sources: Sources,
+    output: str | os.PathLike,
+    spatial_dims: int = 3,
+    fractions: Sequence[float] = (0.7, 0.1, 0.2),
+    seed: int = 0,
+    patients_csv: str | None = None,
+    patient_regex: str | None = None,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a segmentation list from folders of the Medical Segmentation Decathlon or of nnU-Net, one task each.
+
+    Both have ``imagesTr``, ``labelsTr`` and a ``dataset.json``. A Decathlon folder lists its cases there; in an
+    nnU-Net folder (version 1 or 2) each mask of ``labelsTr`` is a case, whose images carry the suffixes ``_0000``,
+    ``_0001``, … (several are the channels of one image). Masks in ``labelsTs`` make a test split, which is kept, as
+    is a ``validation`` that the Decathlon form lists; the other images are split.
+
+    Args:
+        sources: one folder, a list of them, or ``{task: folder}``. ``Task09_Spleen`` becomes ``spleen``.
+        output: the folder for ``dataset.json``.
+        spatial_dims: 2 or 3.
+        fractions: of training, validation and test.
+        seed: of the split.
+        patients_csv: see `lorkd_monai.data.splitting.read_patients`.
+        patient_regex: see there.
+        facts: more about a task, as ``{task: {"spacing": [1, 1, 2]}}``.
+        overwrite: replace a list that is there.
+
+    Raises:
+        LoRKDError: for a folder of another form, labels that are regions, or what `load_data_list` refuses.
+
+    Example::
+
+        from_segmentation_folders(["Task04_Hippocampus", "Dataset009_Spleen"], "my_list")
+    """
+    check_kind("segmentation", spatial_dims)
+    output = Path(output)
+    refuse_existing(output, overwrite)
+    tasks: dict[str, dict[str, Any]] = {}
+    rows: list[Row] = []
+    for task, folder in task_folders(sources, parent=False).items():
+        content = _read(folder)
+        tasks[task] = _entry(content, folder)
+        is_nnunet = "channel_names" in content or _is_numbered(content, folder)
+        found = _nnunet_rows(task, folder, content) if is_nnunet else _decathlon_rows(task, folder, content)
+        if not found:
+            raise LoRKDError(f"{folder} has no image with a mask.")
+        rows += found
+    unsplit = [row for row in rows if row.split is None]
+    fractions = tuple(fractions)
+    _split(rows, unsplit, fractions, seed, read_patients(rows, patients_csv, patient_regex))
+    return finish(output, "segmentation", spatial_dims, tasks, rows, facts, overwrite)
+
+
+def _split(rows: list[Row], unsplit: list[Row], fractions: tuple, seed: int, patients: list[str]) -> None:
+    if unsplit:
+        assign_splits(rows, patients, fractions, seed)
+    else:
+        assign_splits(rows, patients, (1.0, 0.0, 0.0), seed)  # only looks for patients in two splits
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / "dataset.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoRKDError(
+            f"{folder} must be a Decathlon or nnU-Net folder with a dataset.json: {type(error).__name__} {error}"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
+        raise LoRKDError(f"{file} must be an object with 'labels', as the Decathlon and nnU-Net write it.")
+    return content
+
+
+def _entry(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    labels = content["labels"]
+    if all(isinstance(key, str) and key.isdigit() for key in labels):
+        pairs = [(int(key), value) for key, value in labels.items()]  # {"0": "background"}
+    else:
+        pairs = [(value, key) for key, value in labels.items()]  # {"background": 0}, of nnU-Net version 2
+        if any(isinstance(number, list) for number, _ in pairs):
+            raise LoRKDError(f"{folder}: labels that are regions (lists of numbers) overlap, which is not supported.")
+        if "ignore" in labels:
+            raise LoRKDError(
+                f"{folder}: an 'ignore' label is not supported; give these voxels a class, or leave it out."
+            )
+        try:
+            pairs = [(int(number), name) for number, name in pairs]
+        except (TypeError, ValueError) as error:
+            raise LoRKDError(f"{folder}: labels must be {{name: number}} or {{number: name}}, got {labels}.") from error
+    entry: dict[str, Any] = {"labels": {str(number): name for number, name in sorted(pairs)}}
+    channels = content.get("channel_names") or content.get("modality")
+    if isinstance(channels, dict) and channels:
+        names = [str(name).strip() for name in channels.values()]
+        entry["modality"] = ", ".join(dict.fromkeys("MR" if n.upper().startswith("MR") else n for n in names))
+        entry["channels"] = len(names)
+    return entry
+
+
+def _is_numbered(content: dict[str, Any], folder: Path) -> bool:
+    """Say whether images carry nnU-Net's channel number: version 1 has the Decathlon's ``dataset.json`` otherwise."""
+    images = folder / "imagesTr"
+    return images.is_dir() and any(re.search(r"_0000\.", path.name) for path in images.iterdir())
+
+
+def _decathlon_rows(task: str, folder: Path, content: dict[str, Any]) -> list[Row]:
+    rows = []
+    for split in SPLITS:
+        listed = content.get(split, [])
+        for item in listed if isinstance(listed, list) else []:
+            if isinstance(item, str) and split == "test":
+                continue  # the Decathlon's test images have no masks
+            if not isinstance(item, dict) or not all(isinstance(item.get(k), str) for k in ("image", "label")):
+                raise LoRKDError(f"{folder}: expected {{'image': …, 'label': …}} in {split!r}, got {str(item)[:100]}.")
+            image, label = (os.path.normpath(folder / item[key]) for key in ("image", "label"))
+            rows.append(Row(task, image, label, None if split == "training" else split))
+    return rows
+
+
+def _nnunet_rows(task: str, folder: Path, content: dict[str, Any]) -> list[Row]:
+    rows = []
+    for part, split in (("Tr", None), ("Ts", "test")):
+        images, masks = folder / f"images{part}", folder / f"labels{part}"
+        if not images.is_dir() or not masks.is_dir():
+            if part == "Tr":
+                raise LoRKDError(f"{folder} must have the folders imagesTr and labelsTr.")
+            continue
+        ending = content.get("file_ending") or _common_ending(masks)
+        channels: dict[str, list[str]] = {}
+        for path in sorted(images.iterdir()):
+            match = re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", path.name)
+            if match and path.name[0] != ".":
+                channels.setdefault(match[1], []).append(str(path))
+        for mask in sorted(masks.iterdir()):
+            if mask.name[0] == "." or not mask.name.endswith(ending):
+                continue
+            case = mask.name[: -len(ending)]
+            if case not in channels:
+                raise LoRKDError(f"the mask {mask} has no image {images / case}_0000{ending}.")
+            files = channels[case]
+            rows.append(Row(task, files[0] if len(files) == 1 else files, str(mask), split))
+    counts = {1 if isinstance(row.image, str) else len(row.image) for row in rows}
+    expected = content.get("channel_names") or content.get("modality") or {}
+    if len(counts) > 1 or (expected and counts and counts != {len(expected)}):
+        raise LoRKDError(f"{folder}: cases have {sorted(counts)} channel files, dataset.json names {len(expected)}.")
+    return rows
+
+
+def _common_ending(folder: Path) -> str:
+    names = [path.name for path in folder.iterdir() if path.name[0] != "."]
+    return next(
+        (e for e in (".nii.gz", ".nii", ".png", ".nrrd", ".mha", ".tif") if any(n.endswith(e) for n in names)), ""
+    )

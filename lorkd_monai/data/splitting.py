@@ -1,0 +1,143 @@
+"""Splitting images into training, validation and test so that no patient stands in two of them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorkd_monai.data.checks import SPLITS
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["Row", "assign_splits", "read_patients"]
+
+
+@dataclass
+class Row:
+    """One image of a data list that is being built: absolute paths, and its split where it has one already."""
+
+    task: str
+    image: str | list[str]
+    label: Any
+    split: str | None = None
+
+    @property
+    def first_image(self) -> str:
+        """The path of the image, of its first channel where it has several files."""
+        return self.image if isinstance(self.image, str) else self.image[0]
+
+
+def read_patients(
+    rows: Sequence[Row], patients_csv: str | os.PathLike | None = None, patient_regex: str | None = None
+) -> list[str]:
+    """Return each row's patient: from a CSV file, from its file name, or (with neither) itself.
+
+    Args:
+        rows: the images.
+        patients_csv: file with the columns ``image`` and ``patient``; an image is a path relative to the file's
+            folder, or a bare file name where that is of one patient only.
+        patient_regex: searched in the file name; its first group, or all that it matches, is the patient.
+
+    Raises:
+        LoRKDError: where both are given, or an image has no patient.
+    """
+    if patients_csv is not None and patient_regex is not None:
+        raise LoRKDError("give patients as a CSV file or as a regular expression of the file name, not both.")
+    images = [row.first_image for row in rows]
+    if patients_csv is not None:
+        find = _patients_of_csv(Path(patients_csv))
+        missing = [image for image in images if find(image) is None]
+        if missing:
+            raise LoRKDError(f"{patients_csv} names no patient for {len(missing)} images, such as {missing[0]}.")
+        return [f"patient {find(image)}" for image in images]
+    if patient_regex is None:
+        return images
+    try:
+        pattern = re.compile(patient_regex)
+    except re.error as error:
+        raise LoRKDError(f"the patient pattern {patient_regex!r} is no regular expression: {error}") from error
+    found = [pattern.search(os.path.basename(image)) for image in images]
+    for match, image in zip(found, images, strict=True):
+        if match is None or not (match[1] if pattern.groups else match[0]):
+            raise LoRKDError(f"the patient pattern {patient_regex!r} finds nothing in the file name of {image}.")
+    return [f"patient {match[1] if pattern.groups else match[0]}" for match in found]
+
+
+def assign_splits(
+    rows: Sequence[Row], patients: Sequence[str], fractions: Sequence[float] = (0.7, 0.1, 0.2), seed: int = 0
+) -> None:
+    """Set the split of the rows that have none, whole patients at a time, over all tasks together.
+
+    Each patient, in random order and those with most images first, goes to the split that lacks the largest part of
+    its share of the patient's tasks and classes, so that a split is not left empty where there are enough patients.
+    A patient that stands in a split already stays there.
+
+    Args:
+        rows: the images; their ``split`` is set in place.
+        patients: the patient of each row.
+        fractions: of training, validation and test; they add up to 1.
+        seed: of the order.
+
+    Raises:
+        LoRKDError: for fractions that do not fit, or a patient whose images stand in two splits already.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] == 0:
+        raise LoRKDError(
+            f"fractions must be three shares (training, validation, test) that add up to 1, got {fractions}."
+        )
+    members: dict[str, list[Row]] = {}
+    for row, patient in zip(rows, patients, strict=True):
+        members.setdefault(patient, []).append(row)
+    missing = {key: np.array(fractions) * count for key, count in Counter(map(_group, rows)).items()}
+    totals = Counter(map(_group, rows))
+    kept = {patient: {row.split for row in own} - {None} for patient, own in members.items()}
+    for patient, splits in kept.items():
+        if len(splits) > 1:
+            raise LoRKDError(f"{patient} stands in {' and '.join(sorted(splits))} of the splits that were there.")
+
+    names = sorted(members)
+    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    order.sort(key=lambda patient: (not kept[patient], -len(members[patient])))
+    for patient in order:
+        own = members[patient]
+        if kept[patient]:
+            (split,) = kept[patient]
+        else:
+            lack = sum(missing[_group(row)] / totals[_group(row)] for row in own)
+            relative = [part / share if share else -np.inf for part, share in zip(lack, fractions, strict=True)]
+            split = SPLITS[int(np.argmax(relative))]
+        for row in own:
+            row.split = split
+            missing[_group(row)][SPLITS.index(split)] -= 1
+
+
+def _group(row: Row) -> tuple[str, Any]:
+    return row.task, row.label if isinstance(row.label, int) else None
+
+
+def _patients_of_csv(file: Path) -> Any:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            table = list(csv.DictReader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise LoRKDError(f"cannot read the patients of {file}: {error}") from error
+    if not table or not {"image", "patient"} <= set(table[0]):
+        raise LoRKDError(f"{file} must have the columns 'image' and 'patient' and a line for each image.")
+    by_path: dict[str, str] = {}
+    by_name: dict[str, str | None] = {}
+    for line in table:
+        image, patient = (line["image"] or "").strip(), (line["patient"] or "").strip()
+        if not image or not patient:
+            raise LoRKDError(f"{file} has a line without an image or a patient: {line}")
+        path, name = os.path.realpath(file.parent / image), os.path.basename(image)
+        if by_path.setdefault(path, patient) != patient:
+            raise LoRKDError(f"{file} names two patients for {image}: {by_path[path]} and {patient}.")
+        by_name[name] = patient if by_name.get(name, patient) == patient else None
+    return lambda image: by_path.get(os.path.realpath(image)) or by_name.get(os.path.basename(image))
