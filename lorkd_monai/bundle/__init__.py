@@ -1,6 +1,7 @@
 """Expert bundles: writing, checking, measuring and sharing them."""
 
 from lorkd_monai.bundle.checker import Problem, check_bundle
+from lorkd_monai.bundle.export import export_experts, network_info
 from lorkd_monai.bundle.formats import measure
 from lorkd_monai.bundle.pack import load_expert, pack_bundle, push_bundle
 from lorkd_monai.bundle.writer import expert_name, write_expert_bundle, write_teacher_bundle
@@ -8,9 +9,11 @@ from lorkd_monai.bundle.writer import expert_name, write_expert_bundle, write_te
 __all__ = [
     "Problem",
     "check_bundle",
+    "export_experts",
     "expert_name",
     "load_expert",
     "measure",
+    "network_info",
     "pack_bundle",
     "push_bundle",
     "write_expert_bundle",

@@ -48,6 +48,7 @@ class LoRKDNet(nn.Module):
             rank; the first pattern that matches counts.
         norm: ``"shared"`` as in the papers, or ``"task"``: own batch and instance norms for each task.
         scale: factor of ΔW in place of ``alpha / rank``.
+        info: what every checkpoint of this network is to carry along, as plain JSON data (classes, image size, …).
 
     Raises:
         LoRKDError: no tasks, a bad task name or class count, bad ranks, patterns that match nothing, no head found, a
@@ -73,8 +74,10 @@ class LoRKDNet(nn.Module):
         rank_pattern: Mapping[str, float] | None = None,
         norm: str = "shared",
         scale: float | None = None,
+        info: Mapping | None = None,
     ) -> None:
         super().__init__()
+        self.info = dict(info or {})
         self._num_classes = checked_tasks(tasks)
         self._rank = checked_ranks(rank, list(self._num_classes))
         if layout not in LAYOUTS:
@@ -157,6 +160,7 @@ class LoRKDNet(nn.Module):
             "rank": dict(self._rank),
             **self._options,
             "backbone": self._config,
+            "info": self.info,
         }
 
     @classmethod

@@ -34,11 +34,11 @@ def read_spec(extra_state: Tensor) -> dict:
 
 
 def differences(other: Mapping, own: Mapping) -> list[str]:
-    """What differs between two specs, the backbone aside; the order of the tasks counts."""
+    """What differs between two specs, backbone and info aside; the order of the tasks counts."""
     return [
         f"{key}: checkpoint {other.get(key)}, this network {own[key]}"
         for key in own
-        if key != "backbone" and (other.get(key) != own[key] or _order(other.get(key)) != _order(own[key]))
+        if key not in ("backbone", "info") and (other.get(key) != own[key] or _order(other.get(key)) != _order(own[key]))
     ]
 
 

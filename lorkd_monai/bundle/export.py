@@ -1,0 +1,138 @@
+"""From a decomposed network to one expert bundle for each task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lorkd_monai.bundle.writer import expert_name, write_expert_bundle
+from lorkd_monai.data import DataList, TaskSpec
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.transforms import postprocessing, preprocessing
+
+__all__ = ["export_experts", "network_info", "refuse_existing_experts", "tasks_of_info"]
+
+_log = logging.getLogger(__name__)
+
+_EVERY_EXPERT = ("kind", "spatial_dims", "in_channels", "image_size")
+
+
+def network_info(data: DataList, in_channels: int, image_size: int | Sequence[int]) -> dict[str, Any]:
+    """What an export needs to know beside the network, as plain JSON data for ``LoRKDNet(info=…)``.
+
+    Args:
+        data: the data list that the network is trained on.
+        in_channels: channels of the network's input.
+        image_size: size of its images, or of its patches and windows, in voxels.
+    """
+    return {
+        "data": data.name,
+        "kind": data.kind,
+        "spatial_dims": data.spatial_dims,
+        "in_channels": in_channels,
+        "image_size": image_size if isinstance(image_size, int) else list(image_size),
+        "tasks": {name: asdict(task) for name, task in data.tasks.items()},
+    }
+
+
+def tasks_of_info(info: Mapping[str, Any]) -> dict[str, TaskSpec]:
+    """The tasks that :func:`network_info` wrote down.
+
+    Raises:
+        LoRKDError: ``info`` is not what it wrote.
+    """
+    try:
+        missing = [key for key in _EVERY_EXPERT if key not in info]
+        if missing:
+            raise KeyError(missing[0])
+        tasks = {}
+        for name, fields in info["tasks"].items():
+            fields = {**fields, "labels": {int(k): v for k, v in fields["labels"].items()}}
+            if fields.get("spacing") is not None:
+                fields["spacing"] = tuple(fields["spacing"])
+            tasks[name] = TaskSpec(**fields)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise LoRKDError(
+            f"the decomposition does not say what its tasks are ({type(e).__name__}: {e}): expected a checkpoint made by "
+            "a run of ours; for another one give the data list, the kind and the image size"
+        ) from e
+    return tasks
+
+
+def refuse_existing_experts(folder: str | Path, names: Sequence[str], overwrite: bool) -> None:
+    """Raise where one of these expert bundles stands in ``folder`` already and may not be replaced."""
+    existing = [name for name in names if (Path(folder) / name).exists()]
+    if existing and not overwrite:
+        raise LoRKDError(
+            f"{folder} already holds the experts {', '.join(existing)}: give another --output_dir, or say "
+            "--overwrite true to replace them"
+        )
+
+
+def export_experts(
+    network: LoRKDNet,
+    folder: str | Path,
+    tasks: Sequence[str] | None = None,
+    figures: Mapping[str, Mapping[str, Any]] | None = None,
+    parent: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    formats: Sequence[str] | None = None,
+) -> list[Path]:
+    """Write one complete MONAI bundle for each task: ``<folder>/<task>_classification`` or ``…_segmentation``.
+
+    Args:
+        network: the decomposed network, built from a backbone configuration, with :func:`network_info` as its info.
+        folder: where the bundles go.
+        tasks: which tasks; None: all.
+        figures: measured figures of each task, for the bundles' README and metadata.
+        parent: facts on the decomposition for the README, see `write_expert_bundle`.
+        overwrite: replace bundles that exist.
+        formats: file formats of the weights, see `write_expert_bundle`.
+
+    Returns:
+        The bundles' folders.
+
+    Raises:
+        LoRKDError: an unknown task, a network without configuration or info, bundles that exist already.
+    """
+    info, specs = network.info, tasks_of_info(network.info)
+    chosen = [network.tasks[network.task_index(t)] for t in tasks] if tasks is not None else network.tasks
+    unknown = [name for name in chosen if name not in specs]
+    if unknown:
+        raise LoRKDError(
+            f"the decomposition does not describe the task {unknown[0]!r}; it describes {', '.join(specs)}"
+        )
+    kind, dims = info["kind"], info["spatial_dims"]
+    refuse_existing_experts(folder, [expert_name(name, kind) for name in chosen], overwrite)
+    written = []
+    for name in chosen:
+        config = network.backbone_config(name)
+        if config is None:
+            raise LoRKDError(
+                "this network was made from a network object, and a bundle needs a configuration that builds it again: "
+                "give LoRKDNet its backbone as a MONAI config dict with _target_"
+            )
+        written.append(
+            write_expert_bundle(
+                Path(folder) / expert_name(name, kind),
+                network=network.extract(name).cpu().eval(),
+                network_config=config,
+                task=specs[name],
+                kind=kind,
+                spatial_dims=dims,
+                in_channels=info["in_channels"],
+                image_size=info["image_size"],
+                preprocessing=preprocessing(specs[name], kind, dims, info["in_channels"], info["image_size"]),
+                postprocessing=postprocessing(specs[name], kind, dims),
+                metrics=(figures or {}).get(name, {}),
+                parent=parent or {},
+                overwrite=overwrite,
+                formats=formats,
+            )
+        )
+        _log.info("wrote the expert bundle %s", written[-1])
+    return written

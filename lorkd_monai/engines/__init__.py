@@ -1,0 +1,29 @@
+"""The decomposition trainer, its evaluator, and the figures of a trained decomposition."""
+
+from lorkd_monai.engines.evaluation import evaluate_tasks
+from lorkd_monai.engines.run import (
+    cosine_schedule,
+    figures_of,
+    find_teacher,
+    make_objective,
+    report_figures,
+    run_facts,
+    test_loader,
+    train_loader,
+)
+from lorkd_monai.engines.trainer import AutocastInferer, DecompositionTrainer, TaskEvaluator
+
+__all__ = [
+    "AutocastInferer",
+    "DecompositionTrainer",
+    "TaskEvaluator",
+    "cosine_schedule",
+    "evaluate_tasks",
+    "figures_of",
+    "find_teacher",
+    "make_objective",
+    "report_figures",
+    "run_facts",
+    "test_loader",
+    "train_loader",
+]

@@ -1,0 +1,112 @@
+"""Figures of a network on every task of a data set, and the table that shows them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from monai.inferers import Inferer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lorkd_monai.data import DataList
+from lorkd_monai.engines.trainer import TaskEvaluator
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.metrics import case_scores, classification_figures, segmentation_figures
+
+__all__ = ["evaluate_tasks", "figures_table", "write_figures"]
+
+Figures = dict[str, dict[str, dict[str, float]]]
+
+
+def evaluate_tasks(
+    network: nn.Module,
+    loader: DataLoader,
+    data: DataList,
+    device: torch.device | str = "cpu",
+    inferer: Inferer | None = None,
+    resamples: int = 1000,
+) -> Figures:
+    """Figures with bootstrap intervals for each task that has images in ``loader``.
+
+    Classification: see `classification_figures`. Segmentation: Dice, normalised surface Dice (tolerance 1 mm, or one
+    pixel in 2D) and 95 % Hausdorff distance, on the preprocessed images, see `segmentation_figures`.
+
+    Args:
+        network: takes (image, task).
+        loader: batches as `TaskDataset` gives them.
+        data: the data list, for the tasks and their classes.
+        device: where to run.
+        inferer: such as sliding windows; None: one pass.
+        resamples: bootstrap resamples.
+
+    Returns:
+        ``{task: {figure: {"value", "low", "high", "n"}}}``.
+
+    Raises:
+        LoRKDError: there are no images.
+    """
+    names = list(data.tasks)
+    kept: dict[str, list[tuple[Tensor, Tensor]] | list[dict[str, Tensor]]] = {name: [] for name in names}
+    evaluator = TaskEvaluator(device, loader, network.to(device), inferer=inferer)
+    evaluator.add_event_handler("ITERATION_COMPLETED", lambda engine: _keep(engine.state.output, data, names, kept))
+    if not len(loader):
+        raise LoRKDError("there is nothing to evaluate: the split has no images")
+    evaluator.run()
+    figures = {}
+    for name in names:
+        if not kept[name]:
+            continue
+        if data.kind == "classification":
+            probability, label = (torch.stack(column) for column in zip(*kept[name], strict=True))
+            figures[name] = classification_figures(probability, label, resamples)
+        else:
+            scores = {key: torch.stack([case[key] for case in kept[name]]) for key in kept[name][0]}
+            classes = [text for index, text in sorted(data.tasks[name].labels.items()) if index]
+            figures[name] = segmentation_figures(scores, classes, resamples)
+    return figures
+
+
+def _keep(output: Mapping[str, Tensor], data: DataList, names: Sequence[str], kept: dict[str, list]) -> None:
+    for row, index in enumerate(output["task"].reshape(-1).tolist()):
+        name = names[index]
+        classes = data.tasks[name].num_classes
+        logits, label = output["pred"][row, :classes].float(), output["label"][row]
+        if data.kind == "classification":
+            kept[name].append((logits.softmax(0).cpu(), label.cpu()))
+        else:
+            spacing = output["spacing"][row].tolist() if "spacing" in output and data.spatial_dims == 3 else None
+            kept[name].append(case_scores(logits.argmax(0).cpu(), label[0].cpu(), classes, spacing))
+
+
+def write_figures(path: str | os.PathLike, figures: Mapping) -> Path:
+    """Write figures as JSON, all at once."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def figures_table(columns: Mapping[str, Figures], score: str) -> str:
+    """A Markdown table of one score: a row for each task and their mean, a column for each network."""
+    tasks = list(dict.fromkeys(task for figures in columns.values() for task in figures))
+    lines = ["| task | n | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for task in tasks:
+        count = next(f[task][score]["n"] for f in columns.values() if task in f)
+        cells = [_cell(figures.get(task, {}).get(score)) for figures in columns.values()]
+        lines.append(f"| {task} | {count} | " + " | ".join(cells) + " |")
+    means = [[f[t][score]["value"] for t in tasks if t in f] for f in columns.values()]
+    lines.append("| mean of tasks | | " + " | ".join(f"{sum(m) / len(m):.3f}" if m else "" for m in means) + " |")
+    return "\n".join(lines)
+
+
+def _cell(entry: Mapping[str, float] | None) -> str:
+    if entry is None:
+        return ""
+    interval = f" ({entry['low']:.3f}–{entry['high']:.3f})" if "low" in entry else ""
+    return f"{entry['value']:.3f}{interval}"

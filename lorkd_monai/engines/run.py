@@ -1,0 +1,204 @@
+"""The pieces that the training bundles' configs put together: teacher, objective, schedule, figures."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+from monai.inferers import Inferer
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lorkd_monai import __version__
+from lorkd_monai.data import DataList
+from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table, write_figures
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
+from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.networks.checkpoint import load_weights
+from lorkd_monai.networks.teacher import Teacher
+from lorkd_monai.networks.teacher_bundle import load_teacher
+
+__all__ = [
+    "cosine_schedule",
+    "figures_of",
+    "find_teacher",
+    "make_objective",
+    "report_figures",
+    "run_facts",
+    "test_loader",
+    "train_loader",
+]
+
+
+def train_loader(dataset: Dataset, sampler: Sampler, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """Batches for training; a last batch that is not full is left out, as batch norm may find a single sample in it.
+
+    Raises:
+        LoRKDError: a batch size below 1.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise LoRKDError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    full = len(sampler) >= batch_size
+    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=full, num_workers=num_workers)
+
+
+def test_loader(dataset: Dataset, batch_size: int = 64) -> DataLoader:
+    """Batches for evaluation, in order; images of different sizes need ``batch_size=1``."""
+    return DataLoader(dataset, batch_size, shuffle=False)
+
+
+def run_facts(
+    network: LoRKDNet, data: DataList, teacher_bundle: str | os.PathLike, max_epochs: int, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Facts on a decomposition for the READMEs of its experts."""
+    spec = network.spec()
+    counts = {split: len(data.split(split)) for split in ("training", "validation", "test")}
+    return {
+        "data": f"{data.name}: " + ", ".join(f"{n} {split} images" for split, n in counts.items()),
+        "tasks": ", ".join(f"{name} ({n} classes)" for name, n in network.num_classes.items()),
+        "experts": f"rank {spec['rank']}, layout {spec['layout']}, norm {spec['norm']}",
+        "epochs": max_epochs,
+        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
+        "teacher": {"name": Path(teacher_bundle).name},
+        "versions": f"lorkd-monai {__version__}, monai {monai.__version__}, torch {torch.__version__}",
+    }
+
+
+def find_teacher(teacher_bundle: str | os.PathLike, data: DataList, transfer_weight: float = 1.0) -> Teacher | None:
+    """The teacher of a decomposition from a MONAI bundle folder.
+
+    Args:
+        teacher_bundle: the folder.
+        data: the data list, whose classes are looked up among the teacher's by name.
+        transfer_weight: 0 trains without a teacher: None is returned.
+
+    Raises:
+        LoRKDError: there is no such folder, or it does not fit.
+    """
+    if transfer_weight == 0:
+        return None
+    if not Path(teacher_bundle).is_dir():
+        raise LoRKDError(
+            f"no teacher at {teacher_bundle}: run `pretraining` with the same --output_dir first, name the folder of a "
+            "MONAI bundle with --teacher_bundle, or train without one (--transfer_weight 0)"
+        )
+    return load_teacher(teacher_bundle, data.tasks)
+
+
+def make_objective(
+    network: LoRKDNet | nn.Module,
+    teacher: Teacher | None,
+    data: DataList,
+    dataset: Dataset,
+    transfer_weight: float = 1.0,
+    temperature: float = 4.0,
+) -> LoRKDLoss:
+    """The objective of a run: cross entropy or DiceCE, and the transfer that its teacher allows.
+
+    Tasks that the teacher has classes for are distilled from its logits; where it lacks a task, that task is distilled
+    from pooled features through a learned projection.
+
+    Args:
+        network: the network to train.
+        teacher: None: no transfer.
+        data: the data list.
+        dataset: training images, for the width of the features.
+        transfer_weight: of the transfer beside the task loss.
+        temperature: of the transfer.
+    """
+    features = None
+    if teacher is not None and not teacher.has_logits(list(range(len(data.tasks)))).all():
+        with torch.no_grad():
+            device = next(network.parameters()).device
+            image = dataset[0]["image"][None].to(device)
+            training = network.training
+            student = network.eval()(image, 0, return_features=True)[1]
+            network.train(training)
+            width = teacher.to(device)(image, 0, return_features=True)[1].shape[1]
+        features = FeatureTransferLoss(student.shape[1], width, temperature)
+    return LoRKDLoss(
+        "ce" if data.kind == "classification" else "dice_ce",
+        transfer_weight if teacher is not None else 0.0,
+        temperature,
+        mode="softmax" if teacher is None else teacher.activation,
+        tasks=data.num_classes,
+        feature_transfer=features,
+        feature_weight=transfer_weight,
+    )
+
+
+def cosine_schedule(optimizer: Optimizer, max_epochs: int, warmup: int = 1) -> LambdaLR:
+    """Learning rate by epoch: a linear warm-up, then a half cosine towards 0 at ``max_epochs``."""
+
+    def factor(epoch: int) -> float:
+        if epoch < warmup:
+            return (epoch + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(1, max_epochs - warmup)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def figures_of(
+    loader: DataLoader,
+    data: DataList,
+    device: torch.device | str,
+    path: str | os.PathLike,
+    inferer: Inferer | None = None,
+) -> Any:
+    """A function of a network that measures it on ``loader``, writes the figures to ``path`` and returns them."""
+
+    def measure(network: nn.Module) -> Figures:
+        figures = evaluate_tasks(network, loader, data, device, inferer)
+        write_figures(path, figures)
+        return figures
+
+    return measure
+
+
+def report_figures(
+    network: LoRKDNet,
+    weights: str | os.PathLike,
+    loader: DataLoader,
+    data: DataList,
+    device: torch.device | str,
+    path: str | os.PathLike,
+    teacher_bundle: str | os.PathLike,
+    inferer: Inferer | None = None,
+) -> Mapping[str, Figures]:
+    """Measure the experts, and the teacher beside them where there is one; print a table and write it as JSON.
+
+    Args:
+        network: the decomposed network.
+        weights: file of its weights.
+        loader: the images to measure on.
+        data: the data list.
+        device: where to run.
+        path: JSON file to write: ``{"experts": …, "teacher": …}``.
+        teacher_bundle: folder of the teacher; left out where it does not exist.
+        inferer: such as sliding windows.
+
+    Raises:
+        LoRKDError: there are no weights yet, or they belong to another decomposition.
+    """
+    if not Path(weights).exists():
+        raise LoRKDError(f"no trained weights at {weights}: run `training` with the same --output_dir first")
+    network.load_state_dict(load_weights(weights))
+    figures = {"experts": evaluate_tasks(network.eval(), loader, data, device, inferer)}
+    if Path(teacher_bundle).is_dir():
+        teacher = find_teacher(teacher_bundle, data)
+        if teacher.has_logits(list(range(len(data.tasks)))).all():
+            figures["teacher"] = evaluate_tasks(teacher, loader, data, device, inferer)
+    write_figures(path, figures)
+    score = "balanced_accuracy" if data.kind == "classification" else "dice"
+    print(f"{score} on {len(loader.dataset)} images, with 95 % bootstrap intervals\n")
+    print(figures_table(figures, score))
+    print(f"\nAll figures: {path}")
+    return figures

@@ -1,0 +1,74 @@
+"""Writes the expert bundles when a decomposition has been trained."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+from ignite.engine import Engine, Events
+
+from lorkd_monai.bundle.export import export_experts, refuse_existing_experts
+from lorkd_monai.bundle.writer import expert_name
+from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.networks.checkpoint import load_weights
+
+__all__ = ["ExpertExport"]
+
+_log = logging.getLogger(__name__)
+
+
+class ExpertExport:
+    """Write one MONAI bundle for each task when training ends, from the best weights.
+
+    Experts that stand in the folder already are refused before training starts, not after.
+
+    Args:
+        network: the decomposed network.
+        weights: file of the best weights, loaded before the export; None: the network as it is.
+        folder: where the bundles go.
+        figures: called with the network; gives the measured figures of each task.
+        parent: facts on the decomposition for the bundles' README.
+        overwrite: replace experts that exist.
+        formats: file formats of the weights, see `write_expert_bundle`.
+
+    Raises:
+        LoRKDError: at the start of training, where experts exist and ``overwrite`` is not set.
+    """
+
+    def __init__(
+        self,
+        network: LoRKDNet,
+        weights: str | os.PathLike | None,
+        folder: str | os.PathLike,
+        figures: Callable[[LoRKDNet], Mapping[str, Mapping[str, Any]]] | None = None,
+        parent: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        formats: Sequence[str] | None = None,
+    ) -> None:
+        self.network, self.weights, self.folder = network, weights, Path(folder)
+        self.figures, self.parent, self.overwrite, self.formats = figures, dict(parent or {}), overwrite, formats
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer, after its `RunCheckpoint`."""
+        engine.add_event_handler(Events.STARTED, self.check)
+        engine.add_event_handler(Events.COMPLETED, self.export)
+
+    def check(self, engine: Engine) -> None:
+        """Refuse experts that exist, before any time is spent."""
+        names = [expert_name(task, self.network.info["kind"]) for task in self.network.tasks]
+        refuse_existing_experts(self.folder, names, self.overwrite)
+
+    def export(self, engine: Engine) -> None:
+        """Write the bundles."""
+        if idist.get_rank() != 0:
+            return
+        if self.weights is not None:
+            self.network.load_state_dict(load_weights(self.weights))
+        self.network.eval()
+        figures = {} if self.figures is None else self.figures(self.network)
+        written = export_experts(self.network, self.folder, None, figures, self.parent, self.overwrite, self.formats)
+        _log.info("%d expert bundles in %s", len(written), self.folder)

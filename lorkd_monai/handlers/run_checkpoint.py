@@ -1,0 +1,144 @@
+"""Checkpoints of a run: the last state, to resume from, and the best weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["RunCheckpoint"]
+
+_log = logging.getLogger(__name__)
+
+
+class RunCheckpoint:
+    """Save a run after each epoch so that it can be killed at any moment, and resume it.
+
+    ``last.pt`` holds everything that the run needs to go on; ``model.pt`` the network's weights of the epoch with the
+    best score on the validation images (the first of equals), as a flat state dict. Both are written beside their
+    place and moved there, so that a killed run leaves the former file whole.
+
+    Where ``last.pt`` exists when the run starts, the run goes on from there, provided that it was made with the same
+    settings; where it is complete already, nothing is trained.
+
+    Args:
+        folder: where the two files are.
+        network: the network to save.
+        objects: further objects with ``state_dict`` and ``load_state_dict`` by name: optimizer, scheduler, ….
+        settings: what must be the same for a run to go on, as plain data: seed, batch size, ….
+        evaluator: gives the score, in ``state.metrics[state.key_metric_name]``; None: the last epoch counts as best.
+
+    Raises:
+        LoRKDError: at the start of the run, where ``last.pt`` can't be read or belongs to another run.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        network: nn.Module,
+        objects: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        evaluator: Engine | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.network = network
+        self.objects = dict(objects)
+        self.settings = dict(settings)
+        self.evaluator = evaluator
+        self.best: dict[str, float] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer, after the handler that validates."""
+        engine.add_event_handler(Events.STARTED, self.resume)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    @property
+    def last(self) -> Path:
+        """The file to resume from."""
+        return self.folder / "last.pt"
+
+    @property
+    def model(self) -> Path:
+        """The best weights."""
+        return self.folder / "model.pt"
+
+    def resume(self, engine: Engine) -> None:
+        """Go on from ``last.pt`` where there is one."""
+        if not self.last.exists():
+            return
+        try:
+            state = torch.load(self.last, map_location="cpu", weights_only=True)
+            epoch, best, settings = state["epoch"], state["best"], state["settings"]
+        except Exception as e:
+            raise LoRKDError(
+                f"{self.last} can't be resumed from: it is no checkpoint of a run ({type(e).__name__}). Delete it to "
+                "start anew, or give another --output_dir"
+            ) from e
+        changed = [
+            f"{key} was {settings.get(key)!r}, now {self.settings.get(key)!r}"
+            for key in {**settings, **self.settings}
+            if settings.get(key) != self.settings.get(key)
+        ]
+        if changed:
+            raise LoRKDError(
+                f"{self.last} belongs to a run with other settings: {'; '.join(changed)}. Give them again to go on "
+                "with it, or another --output_dir to start anew"
+            )
+        try:
+            self._unwrapped().load_state_dict(state["network"])
+            for name, item in self.objects.items():
+                item.load_state_dict(state["objects"][name])
+        except LoRKDError:
+            raise
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise LoRKDError(f"{self.last} does not fit this run: {str(e).splitlines()[0]}") from e
+        self.best = dict(best)
+        engine.state.epoch = epoch
+        engine.state.iteration = epoch * engine.state.epoch_length
+        _log.info("resuming after epoch %d of %d from %s", epoch, engine.state.max_epochs, self.last)
+
+    def save(self, engine: Engine) -> None:
+        """Write ``last.pt``, and ``model.pt`` where this epoch is the best."""
+        if self.evaluator is None:
+            score, better = float(engine.state.epoch), True
+        else:
+            score = float(self.evaluator.state.metrics[self.evaluator.state.key_metric_name])
+            evaluated = self.evaluator.state.epoch == engine.state.epoch or not self.best
+            better = evaluated and score > self.best.get("score", float("-inf"))
+        if better:
+            self.best = {"score": score, "epoch": engine.state.epoch}
+        if idist.get_rank() != 0:
+            return
+        network = self._unwrapped().state_dict()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if better:
+            _write(network, self.model)
+        state = {
+            "network": network,
+            "objects": {name: item.state_dict() for name, item in self.objects.items()},
+            "epoch": engine.state.epoch,
+            "best": self.best,
+            "settings": self.settings,
+        }
+        _write(state, self.last)
+
+    def _unwrapped(self) -> nn.Module:
+        return getattr(self.network, "module", self.network)
+
+
+def _write(state: Mapping, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

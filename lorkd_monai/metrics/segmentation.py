@@ -1,0 +1,94 @@
+"""Segmentation: Dice, normalised surface Dice and 95 % Hausdorff distance of one task, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+from monai.networks.utils import one_hot
+from torch import Tensor
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.metrics.bootstrap import figure, resampling_weights
+
+__all__ = ["case_scores", "segmentation_figures"]
+
+
+def case_scores(
+    predicted: Tensor,
+    label: Tensor,
+    num_classes: int,
+    spacing: Sequence[float] | None = None,
+    tolerance: float = 1.0,
+    surface: bool = True,
+) -> dict[str, Tensor]:
+    """Scores of one case, one for each foreground class; NaN where the class is in neither mask.
+
+    Args:
+        predicted: class numbers, H × W [× D].
+        label: class numbers of the same shape.
+        num_classes: number of classes, background (0) included.
+        spacing: size of a voxel in mm; None: distances are in voxels.
+        tolerance: of the surface Dice, in the unit of ``spacing``.
+        surface: compute the surface scores too, which take longer.
+
+    Returns:
+        ``dice``, and with ``surface`` ``nsd`` (normalised surface Dice) and ``hd95`` (95 % Hausdorff distance; infinite
+        where one of the two masks is empty).
+
+    Raises:
+        LoRKDError: the shapes differ.
+    """
+    if predicted.shape != label.shape:
+        raise LoRKDError(f"prediction {tuple(predicted.shape)} and label {tuple(label.shape)} differ in shape")
+    pred, true = (one_hot(m[None, None].long(), num_classes) for m in (predicted, label))
+    scores = {"dice": compute_dice(pred, true, include_background=False)[0]}
+    if not surface:
+        return scores
+    in_either = (pred + true)[0, 1:].flatten(1).any(1)
+    in_both = pred[0, 1:].flatten(1).any(1) & true[0, 1:].flatten(1).any(1)
+    nsd = in_either.double().mul(0)
+    hd95 = torch.full_like(nsd, float("inf"))
+    spacing = None if spacing is None else [float(s) for s in spacing]
+    for c in in_both.nonzero().flatten().tolist():
+        one, other = pred[:, c + 1 : c + 2], true[:, c + 1 : c + 2]
+        nsd[c] = compute_surface_dice(one, other, [tolerance], include_background=True, spacing=spacing).item()
+        hd95[c] = compute_hausdorff_distance(one, other, include_background=True, percentile=95, spacing=spacing).item()
+    nsd[~in_either] = hd95[~in_either] = float("nan")
+    return scores | {"nsd": nsd, "hd95": hd95}
+
+
+def segmentation_figures(
+    scores: Mapping[str, Tensor], classes: Sequence[str], resamples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Figures of one task over N cases.
+
+    Args:
+        scores: name -> N × C values, C being the foreground classes, as :func:`case_scores` gives them for each case.
+        classes: names of the foreground classes.
+        resamples: bootstrap resamples of the cases for the intervals.
+        seed: of the resampling.
+
+    Returns:
+        ``{name: {"value", "low", "high", "n"}}`` for each score: the mean over cases of the mean over classes, and,
+        where there are several classes, ``"<score> <class>"`` for each.
+    """
+    figures = {}
+    for name, values in scores.items():
+        values = values.double()
+        weights = resampling_weights(len(values), resamples, seed)
+        columns = {name: values.nanmean(1)}
+        if len(classes) > 1:
+            columns |= {f"{name} {text}": values[:, c] for c, text in enumerate(classes)}
+        for key, column in columns.items():
+            known = ~column.isnan()
+            filled = column.nan_to_num(0.0, posinf=float("inf"))
+            figures[key] = figure(lambda w, k=known, f=filled: _weighted_mean(w, k, f), weights)
+            figures[key]["n"] = int(known.sum())
+    return figures
+
+
+def _weighted_mean(weights: Tensor, known: Tensor, values: Tensor) -> Tensor:
+    kept = weights[:, known]
+    return (kept * values[known]).nan_to_num(0.0, posinf=float("inf")).sum(1) / kept.sum(1)
