@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -121,35 +121,43 @@ class TaskDataset(Dataset):
 
     def _fill(self, cache_bytes: int, progress: bool, split: str) -> None:
         bar = tqdm(total=len(self), desc=f"preparing {split} images", disable=None if progress else True, leave=False)
-        batched: dict[str, list[int]] = {}
-        single: list[int] = []
-        for index, item in enumerate(self.items):
-            task = self.data.tasks[item["task"]]
-            if self.data.kind == "classification" and self._fits_batch(item["image"], task):
-                batched.setdefault(task.name, []).append(index)
-            else:
-                single.append(index)
         left = cache_bytes
-        with bar:
-            for name, indices in batched.items():
-                for start in range(0, len(indices), _CHUNK):
-                    chunk = indices[start : start + _CHUNK]
-                    images = self._preprocess_arrays([self.items[i]["image"] for i in chunk], self.data.tasks[name])
-                    left -= images.nbytes
+        with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(self), _CHUNK):
+                for index, item in self._prepared(range(start, min(start + _CHUNK, len(self))), pool):
+                    left -= sum(value.nbytes for value in item.values())
                     if left < 0:
                         return
-                    for index, image in zip(chunk, images, strict=True):
-                        self._cache[index] = {"image": image, "label": torch.tensor(self.items[index]["label"])}
-                    bar.update(len(chunk))
-            # A few at a time, so that no more than these are read in vain once the memory is full.
-            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                for start in range(0, len(single), 8):
-                    for index, item in zip(single[start : start + 8], pool.map(self._load, single[start : start + 8])):
-                        left -= sum(value.nbytes for value in item.values())
-                        if left < 0:
-                            return
-                        self._cache[index] = item
-                        bar.update()
+                    self._cache[index] = item
+                    bar.update()
+
+    def _prepared(self, indices: range, pool: ThreadPoolExecutor) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Yield the indices and their items: small images of one size together, the others one by one."""
+        single: list[int] = []
+        groups: dict[tuple, list[tuple[int, np.ndarray]]] = {}
+        for index, array in zip(indices, pool.map(self._small_array, indices), strict=True):
+            if array is None:
+                single.append(index)
+            else:
+                groups.setdefault((self.items[index]["task"], array.shape), []).append((index, array))
+        for (name, _), members in groups.items():
+            images = self._preprocess_arrays([array for _, array in members], self.data.tasks[name])
+            for (index, _), image in zip(members, images, strict=True):
+                yield index, {"image": _compact(image), "label": torch.tensor(self.items[index]["label"])}
+        for start in range(0, len(single), 8):  # few at a time: no more are made in vain when the memory is full
+            few = single[start : start + 8]
+            yield from zip(few, pool.map(self._load, few), strict=True)
+
+    def _small_array(self, index: int) -> np.ndarray | None:
+        """Return an image to classify as an array if it needs nothing that differs from image to image, else None."""
+        item, dims = self.items[index], self.data.spatial_dims
+        image, size = item["image"], self._target_size()
+        if self.data.kind != "classification" or "range" not in default_intensity(self.data.tasks[item["task"]], dims):
+            return None
+        if isinstance(image, str):
+            return self._loaders[item["task"]].read_small(image, size) if dims == 2 else None
+        small = isinstance(image, np.ndarray) and all(n <= most for n, most in zip(image.shape, size, strict=False))
+        return image if small else None
 
     def _load(self, index: int) -> dict[str, torch.Tensor]:
         if self._disk is None:
@@ -188,12 +196,6 @@ class TaskDataset(Dataset):
             result["foreground"], result["background"] = _crop_centres(result["label"])
         return result
 
-    def _fits_batch(self, image: Any, task: TaskSpec) -> bool:
-        """Say whether an array needs nothing that the stock transforms do differently for each image."""
-        if not isinstance(image, np.ndarray) or "range" not in default_intensity(task, self.data.spatial_dims):
-            return False
-        return all(n <= size for n, size in zip(image.shape, self._target_size(), strict=False))
-
     def _target_size(self) -> list[int]:
         dims = self.data.spatial_dims
         return [self.image_size] * dims if isinstance(self.image_size, int) else list(self.image_size)
@@ -202,6 +204,8 @@ class TaskDataset(Dataset):
         """Do what the stock transforms do, for arrays of one task together. Returns N×C×…, C = 1 for grey."""
         dims = self.data.spatial_dims
         images = torch.from_numpy(np.stack(arrays).astype(np.float32))
+        if not torch.isfinite(images).all():
+            raise LoRKDError(f"task {task.name!r}: its arrays hold values that are not finite (NaN or infinity).")
         images = images.movedim(-1, 1) if images.ndim == dims + 2 else images.unsqueeze(1)
         if dims == 2 and images.shape[1] in (2, 4):
             images = images[:, :-1]

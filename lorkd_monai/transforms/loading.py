@@ -16,6 +16,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImage, LoadImaged
+from PIL import Image
 
 from lorkd_monai.errors import LoRKDError
 
@@ -106,6 +107,7 @@ class ItemLoader:
         self.spatial_dims = spatial_dims
         self.files = Compose([t for t in transforms if isinstance(t, LoadImaged)])
         self.rest = Compose([t for t in transforms if not isinstance(t, LoadImaged)])
+        self._reader = ConfigParser({"reader": configs[0].get("reader")}).get_parsed_content("reader")
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Return the item with its tensors. Raises a `LoRKDError` that names the file where that fails."""
@@ -123,6 +125,16 @@ class ItemLoader:
         except Exception as error:
             raise LoRKDError(f"cannot preprocess {_names(item)}: {_last_words(error)}") from error
 
+    def read_small(self, path: str, size: Sequence[int]) -> np.ndarray | None:
+        """Return the array H×W[×C] of a 2D file no larger than ``size``; None for others and what cannot be read."""
+        try:
+            with Image.open(path) as header:
+                if header.height > size[0] or header.width > size[1]:
+                    return None
+            return self._reader.get_data(self._reader.read(path))[0]
+        except Exception:  # __call__ then says what is wrong, or reads it in another way
+            return None
+
 
 @contextmanager
 def _quiet_readers() -> Iterator[None]:
@@ -138,8 +150,6 @@ def _quiet_readers() -> Iterator[None]:
 
 
 def _describe_pil(path: str) -> ImageFacts:
-    from PIL import Image
-
     with Image.open(path) as image:
         mode = image.mode
     channels = 1 if mode in ("1", "L", "LA", "La", "F") or mode.startswith("I") else 3

@@ -180,3 +180,13 @@ def test_wrong_arguments_are_refused(phantoms):
         TaskDataset(phantoms["classification", 2], "train", 1, 16)
     with pytest.raises(LoRKDError, match="'cells' has images of 3 channels, the network takes 4"):
         TaskDataset(phantoms["classification", 2], "training", 4, 16)
+
+
+def test_arrays_that_are_not_finite_are_refused(tmp_path):
+    images = np.zeros((4, 8, 8), dtype=np.float32)
+    images[2, 3, 3] = np.inf
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=np.array([0, 1, 0, 1]))
+    content = {"tasks": {"one": {"labels": {"0": "a", "1": "b"}, "npz": "a.npz"}}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(LoRKDError, match="task 'one': its arrays hold values that are not finite"):
+        TaskDataset(load_data_list(tmp_path, "classification", 2), "training", 1, 8)
