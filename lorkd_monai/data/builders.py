@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from lorkd_monai.data.checks import SPLITS, check_task_name
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
@@ -211,7 +212,7 @@ def combine(
     refuse_existing(output, overwrite)
     tasks: dict[str, Any] = {}
     rows: list[Row] = []
-    for path in map(Path, lists):
+    for path in map(Path, [lists] if isinstance(lists, (str, os.PathLike)) else lists):
         file = path / "dataset.json" if path.is_dir() else path
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -235,6 +236,8 @@ def task_folders(sources: Sources, parent: bool) -> dict[str, Path]:
     Raises:
         LoRKDError: for a path that is missing, a name that is none for a task, or a name that comes twice.
     """
+    if isinstance(sources, str) and sources.startswith("{") and not os.path.exists(sources):
+        sources = _mapping(sources)
     if isinstance(sources, (str, os.PathLike)):
         root = Path(sources).expanduser()
         sources = (
@@ -290,6 +293,17 @@ def _task_name(path: Path) -> str:
     name, numbered = re.subn(r"^(Task|Dataset)\d+_", "", name)
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_-")
     return name.lower() if numbered else name
+
+
+def _mapping(text: str) -> dict[str, str]:
+    """Read ``{breast: folder/a, chest: folder/b}`` as a command line has it: paths without quotes, as in YAML."""
+    try:
+        mapping = yaml.safe_load(text)
+    except yaml.YAMLError:
+        mapping = None
+    if not isinstance(mapping, dict) or not all(isinstance(path, str) for path in mapping.values()):
+        raise LoRKDError(f"expected tasks as '{{name: path, other: path}}', got {text}.")
+    return {str(name): path for name, path in mapping.items()}
 
 
 def _class_images(folder: Path, spatial_dims: int) -> list[tuple[str | None, str, str]]:

@@ -124,6 +124,15 @@ def test_splits_that_are_there_are_kept(tmp_path):
         from_class_folders([tmp_path / "task"], tmp_path / "out2", patient_regex=r"(\d)\.png")
 
 
+def test_tasks_as_a_command_line_names_them(tmp_path):
+    source = class_folders(tmp_path / "source")
+    mapping = f"{{first: {source / 'one'}, second: {source / 'two'}}}"
+    data = load_data_list(from_class_folders(mapping, tmp_path / "out"), "classification", 2)
+    assert list(data.tasks) == ["first", "second"]
+    with pytest.raises(LoRKDError, match="expected tasks as"):
+        from_class_folders("{first: [1, 2]}", tmp_path / "out2")
+
+
 def test_3d_class_folders_with_volumes_and_series(tmp_path):
     for name in ("a", "b"):
         for number in range(5):

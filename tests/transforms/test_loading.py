@@ -133,6 +133,15 @@ def test_several_files_are_the_channels_of_one_image(tmp_path):
     assert describe_image(paths).channels == 2
 
 
+def test_several_pngs_are_the_channels_of_one_image(tmp_path):
+    arrays = RNG.integers(0, 256, (3, 12, 10), dtype=np.uint8)
+    paths = [str(tmp_path / f"a_{number:04d}.png") for number in range(3)]
+    for array, path in zip(arrays, paths, strict=True):
+        Image.fromarray(array).save(path)
+    image = ItemLoader(preprocessing(TASK, "classification", 2, 3, [12, 10]), 2)({"image": paths})["image"]
+    np.testing.assert_allclose(image, arrays / 255, atol=1e-6)
+
+
 def test_a_corrupt_file_is_named(tmp_path):
     for name, dims in (("bad.png", 2), ("bad.nii.gz", 3)):
         (tmp_path / name).write_bytes(b"no image at all")
