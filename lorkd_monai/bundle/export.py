@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,9 +13,10 @@ from lorkd_monai.bundle.writer import expert_name, write_expert_bundle
 from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.networks.checkpoint import load_weights
 from lorkd_monai.transforms import postprocessing, preprocessing
 
-__all__ = ["export_experts", "network_info", "refuse_existing_experts", "tasks_of_info"]
+__all__ = ["describe_expert", "export_experts", "network_info", "refuse_existing_experts", "tasks_of_info"]
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +59,8 @@ def tasks_of_info(info: Mapping[str, Any]) -> dict[str, TaskSpec]:
             tasks[name] = TaskSpec(**fields)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise LoRKDError(
-            f"the decomposition does not say what its tasks are ({type(e).__name__}: {e}): expected a checkpoint made by "
-            "a run of ours; for another one give the data list, the kind and the image size"
+            f"the decomposition does not say what its tasks are ({type(e).__name__}: {e}): expected a checkpoint of "
+            "`training`, or a network with info=network_info(…)"
         ) from e
     return tasks
 
@@ -136,3 +138,25 @@ def export_experts(
         )
         _log.info("wrote the expert bundle %s", written[-1])
     return written
+
+
+def describe_expert(folder: str | Path) -> dict[str, Any]:
+    """The task of an expert bundle: name, kind, classes and measured figures, as plain JSON data.
+
+    Raises:
+        LoRKDError: ``folder`` holds no bundle that can be read.
+    """
+    file = Path(folder) / "configs" / "metadata.json"
+    try:
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+        channels = next(iter(metadata["network_data_format"]["outputs"].values()))["channel_def"]
+    except (OSError, ValueError, KeyError, AttributeError, StopIteration) as e:
+        raise LoRKDError(f"{file} describes no network: {type(e).__name__} {e}") from e
+    weights = load_weights(Path(folder) / "models" / "model.pt")
+    return {
+        "name": Path(folder).name,
+        "version": metadata.get("version"),
+        "task": metadata.get("task"),
+        "classes": [channels[key] for key in sorted(channels, key=int)],
+        "parameters": sum(t.numel() for t in weights.values() if t.is_floating_point()),
+    }

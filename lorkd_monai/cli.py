@@ -1,0 +1,229 @@
+"""The command line ``lorkd``, also ``python -m lorkd_monai``: it parses and calls, no more."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from lorkd_monai.errors import LoRKDError, show_errors_plainly
+
+__all__ = ["COMMANDS", "main"]
+
+# Every command imports what it needs when it runs, so that `lorkd --help` answers at once.
+
+
+def _path(value: Any, name: str) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise LoRKDError(f"{name}: expected a path, got {value!r}")
+    return Path(value)
+
+
+def _checkpoint(path: Any) -> Path:
+    """The checkpoint that a file, the output folder of a run, or a training bundle's folder means."""
+    path = _path(path, "checkpoint")
+    if path.is_file():
+        return path
+    places = [path / p for p in ("training/model.pt", "model.pt", "output/training/model.pt")]
+    found = next((p for p in places if p.is_file()), None)
+    if found is None:
+        raise LoRKDError(
+            f"no decomposition at {path}: expected a checkpoint file, the output folder of a `training` run, or a "
+            "training bundle that holds one"
+        )
+    return found
+
+
+def tasks(path: str) -> str:
+    """Print the tasks, classes, ranks and sizes of a decomposition, or the task of an expert bundle, as JSON.
+
+    Args:
+        path: checkpoint file, output folder of a run, training bundle, or expert bundle.
+    """
+    folder = _path(path, "path")
+    if (folder / "configs" / "metadata.json").is_file() and (folder / "models" / "model.pt").is_file():
+        from lorkd_monai.bundle.export import describe_expert
+
+        return _json(describe_expert(folder))
+    from lorkd_monai.networks.checkpoint import load_decomposition
+    from lorkd_monai.networks.describe import describe_tasks
+
+    return _json(describe_tasks(load_decomposition(_checkpoint(path))))
+
+
+def inspect(path: str, as_json: bool = False) -> str:
+    """List which layers of a decomposition carry experts, and what they cost in parameters.
+
+    Args:
+        path: checkpoint file, output folder of a run, or training bundle.
+        as_json: print JSON in place of a table.
+    """
+    from lorkd_monai.networks.checkpoint import load_decomposition
+    from lorkd_monai.networks.describe import describe_layers
+
+    net = load_decomposition(_checkpoint(path))
+    rows = describe_layers(net)
+    if as_json:
+        return _json(rows)
+    header = ["layer", "type", "weight", "parameters", *(f"{t} (rank)" for t in net.tasks)]
+    table = [
+        [
+            row["layer"], row["type"], "×".join(map(str, row["weight"])), str(row["parameters"]),
+            *(f"{row['expert_parameters'][t]} ({row['ranks'][t]})" for t in net.tasks),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    totals = [str(sum(r["expert_parameters"][t] for r in rows)) for t in net.tasks]
+    table.append([f"{len(rows)} layers", "", "", str(sum(r["parameters"] for r in rows)), *totals])
+    widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
+    lines = [header, *table]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def export(
+    checkpoint: str,
+    output: str,
+    tasks: Any = None,
+    overwrite: bool = False,
+    formats: Any = None,
+    figures: str | None = None,
+) -> str:
+    """Write expert bundles from a checkpoint of a decomposition.
+
+    Args:
+        checkpoint: checkpoint file, or output folder of a run.
+        output: folder for the bundles.
+        tasks: names of the tasks, separated by commas; all by default.
+        overwrite: replace bundles that are there.
+        formats: of pt, safetensors, ts, onnx, separated by commas; all that can be written by default.
+        figures: JSON file of measured figures for the READMEs; figures.json beside the checkpoint by default.
+    """
+    from lorkd_monai.bundle.export import export_experts
+    from lorkd_monai.networks.checkpoint import load_decomposition
+
+    file = _checkpoint(checkpoint)
+    measured = Path(figures) if figures is not None else file.with_name("figures.json")
+    if figures is not None and not measured.is_file():
+        raise LoRKDError(f"figures: there is no file {measured}")
+    known = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
+    known = known.get("experts", known)
+    written = export_experts(
+        load_decomposition(file), _path(output, "output"), _names(tasks), known, None, overwrite, _names(formats)
+    )
+    return "\n".join(map(str, written))
+
+
+def check(bundle: str, schema: str | None = None) -> str:
+    """Check an expert bundle as the model zoo's CI does; print what fails, and end with 1 where something does.
+
+    Args:
+        bundle: the bundle's folder.
+        schema: a copy of MONAI's metadata schema, to validate metadata.json against it too.
+    """
+    from lorkd_monai.bundle import check_bundle
+
+    problems = check_bundle(_path(bundle, "bundle"), schema=schema)
+    if problems:
+        print("\n".join(map(str, problems)))
+        raise SystemExit(1)
+    return f"{bundle}: nothing to complain about"
+
+
+def pack(bundle: str, output: str | None = None, overwrite: bool = False) -> str:
+    """Write a bundle as the zip file that `python -m monai.bundle download --url file://…` takes.
+
+    Args:
+        bundle: the bundle's folder.
+        output: the zip file, or a folder for it; beside the bundle by default.
+        overwrite: replace a file that is there.
+    """
+    from lorkd_monai.bundle import pack_bundle
+
+    return str(pack_bundle(_path(bundle, "bundle"), output, overwrite=overwrite))
+
+
+def push(bundle: str, repo: str, token: str | None = None, private: bool = True, version: str | None = None) -> str:
+    """Push a bundle to the Hugging Face Hub.
+
+    Args:
+        bundle: the bundle's folder.
+        repo: "user/name".
+        token: of the Hub; the one that you are logged in with by default.
+        private: make the repository private.
+        version: tag of this version.
+    """
+    from lorkd_monai.bundle import push_bundle
+
+    return str(push_bundle(_path(bundle, "bundle"), repo, token=token, private=private, version=version))
+
+
+def phantoms(
+    output: str,
+    kind: str = "classification",
+    spatial_dims: int = 2,
+    num_images: int = 100,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> str:
+    """Write a data list of synthetic images of several tasks, to try things out.
+
+    Args:
+        output: folder for the images and dataset.json.
+        kind: classification or segmentation.
+        spatial_dims: 2 or 3.
+        num_images: images of each task, all splits together.
+        seed: another one gives other images.
+        overwrite: replace a list that is there.
+    """
+    from lorkd_monai.data import make_phantoms
+
+    return str(make_phantoms(_path(output, "output"), kind, spatial_dims, num_images, seed=seed, overwrite=overwrite))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _names(value: Any) -> list[str] | None:
+    """Names given as "a,b", which fire may have read as a tuple."""
+    if value is None:
+        return None
+    names = value.split(",") if isinstance(value, str) else [str(v) for v in value]
+    return [n.strip() for n in names if n.strip()]
+
+
+def _data_commands() -> dict[str, Any]:
+    from lorkd_monai.data import builders, segmentation_folders
+
+    return {
+        "folders": builders.from_class_folders,
+        "medmnist": builders.from_medmnist,
+        "fetch_medmnist": builders.fetch_medmnist,
+        "fetch_mednist": builders.fetch_mednist,
+        "segmentation": segmentation_folders.from_segmentation_folders,
+        "combine": builders.combine,
+    }
+
+
+COMMANDS: dict[str, Any] = {
+    "tasks": tasks,
+    "inspect": inspect,
+    "export": export,
+    "check": check,
+    "pack": pack,
+    "push": push,
+    "phantoms": phantoms,
+}
+
+
+def main() -> None:
+    """Run the command line."""
+    show_errors_plainly()
+    commands = dict(COMMANDS)
+    # The data commands are named by their builders, which are worth importing only where they may be meant.
+    if len(sys.argv) < 2 or sys.argv[1] in ("data", "-h", "--help", "--"):
+        commands["data"] = _data_commands()
+    fire.Fire(commands, name="lorkd")
