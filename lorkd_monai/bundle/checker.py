@@ -320,6 +320,12 @@ def _network(bundle: _Bundle) -> Iterator[Problem]:
             f"{str(error).splitlines()[0]}", "give the network's own input channels and size",
         )  # fmt: skip
         return
+    if not isinstance(result, torch.Tensor):
+        message = f"network_def returns a {type(result).__name__}, not one tensor"
+        yield Problem(
+            "channels", "configs/inference.json", message, "MONAI's tools need a network that returns one tensor"
+        )
+        return
     if result.shape[1] != outputs.get("num_channels"):
         yield Problem(
             "channels", "configs/metadata.json", f"it says {outputs.get('num_channels')} output channels, the network "

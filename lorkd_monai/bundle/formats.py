@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
+import os
+import shutil
 import time
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from importlib import util
 from pathlib import Path
@@ -25,7 +27,6 @@ __all__ = ["FORMATS", "build_network", "measure", "onnx_is_installed", "save_for
 
 FORMATS = ("pt", "safetensors", "ts", "onnx")
 TOLERANCE = 1e-4
-_log = logging.getLogger(__name__)
 
 
 def onnx_is_installed() -> bool:
@@ -73,7 +74,6 @@ def build_network(network_config: Mapping[str, Any], weights: Mapping[str, torch
 def _output(network: Any, image: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         output = network(image)
-    output = output[0] if isinstance(output, (list, tuple)) else output
     return output.as_tensor() if hasattr(output, "as_tensor") else output
 
 
@@ -145,6 +145,20 @@ def run_onnx(path: str | Path, image: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: image.numpy()})[0])
 
 
+def _drop_source_paths(path: Path) -> None:
+    """Leave out of a TorchScript archive where the sources of the exporting machine lie.
+
+    They are there for error messages only, and hold the paths of whoever exported the network.
+    """
+    temporary = path.with_name(f".{path.name}.plain")
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as plain:
+        for entry in archive.infolist():
+            if not entry.filename.endswith(".debug_pkl"):
+                with archive.open(entry) as source, plain.open(zipfile.ZipInfo(entry.filename), "w") as sink:
+                    shutil.copyfileobj(source, sink, 2**20)
+    os.replace(temporary, path)
+
+
 def save_formats(
     models: Path,
     network: nn.Module,
@@ -170,6 +184,7 @@ def save_formats(
         scripted, _ = torchscript_of(network, image)
         extra = {f"{name}.json": json.dumps(config).encode() for name, config in configs.items()}
         save_net_with_metadata(scripted, str(models / "model.ts"), False, meta_values=metadata, more_extra_files=extra)
+        _drop_source_paths(models / "model.ts")
     if "onnx" in formats:
         _save_onnx(network, models / "model.onnx", image)
 

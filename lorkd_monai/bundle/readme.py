@@ -95,13 +95,15 @@ def _facts(facts: Mapping[str, Any], left_out: tuple[str, ...]) -> list[str]:
 
 
 def _preparation(preprocessing: list[dict]) -> str:
+    """The transforms by name, with those of their arguments that are plain values."""
     lines = []
     for step in preprocessing:
         if isinstance(step, str):
-            lines.append(f"1. `{step}`")
+            lines.append("1. an expression")
             continue
-        arguments = ", ".join(f"{key}={value!r}" for key, value in step.items() if key != "_target_")
-        lines.append(f"1. `{step['_target_'].rsplit('.', 1)[-1]}({arguments})`")
+        plain = {key: value for key, value in step.items() if key not in ("_target_", "keys")}
+        shown = [f"{k}={v!r}" for k, v in plain.items() if not isinstance(v, Mapping) and not str(v).startswith("$")]
+        lines.append(f"1. `{step['_target_'].rsplit('.', 1)[-1]}({', '.join(shown)})`")
     return "\n".join(lines)
 
 
@@ -112,8 +114,8 @@ def _usage(name: str, kind: str, formats: tuple[str, ...], trace: bool) -> str:
         else "one mask per image (class indices, uint8) in the image's own geometry"
     )
     others = [f"`models/model.{suffix}`" for suffix in formats]
-    return f"""All commands work from any folder; `B={name}` names the folder of this bundle. The packages are those of
-`configs/metadata.json`; nothing else is needed.
+    return f"""The commands work from any working directory; `B` is the path of this bundle, as in `B={name}`. They need
+the packages of `configs/metadata.json` and nothing else.
 
 Images (one file, or a folder) to {result}:
 
@@ -185,8 +187,9 @@ def readme_text(
 {kind.capitalize()}, {markdown_text(metadata["task"].split()[0])}, {markdown_text(task.modality or "image")}, LoRKD
 
 ## **Model Description**
-{markdown_text(metadata["description"])} It is a plain network of MONAI classes and runs without the package that
-made it [1, 2]. Its classes, in the order of its output channels:
+{markdown_text(metadata["description"])}
+
+It runs without the package that made it [1, 2]. Its classes, in the order of its output channels:
 
 {classes}
 

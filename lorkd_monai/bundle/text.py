@@ -53,4 +53,4 @@ def inert_text(text: Any) -> str:
 def markdown_text(text: Any) -> str:
     """Return ``text`` as one line that Markdown shows as it stands, also inside a table."""
     line = " ".join(str(text).split())
-    return re.sub(r"([\\`*_{}\[\]<>|#$~])", r"\\\1", line)
+    return re.sub(r"([\\`*{}\[\]<>|$~]|(?<!\w)_|_(?!\w))", r"\\\1", line)

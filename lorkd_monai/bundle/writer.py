@@ -183,7 +183,11 @@ def _check_output(network: nn.Module, rebuilt: nn.Module, image: torch.Tensor, n
         raise LoRKDError(f"the network does not take one input of shape {tuple(image.shape)}: {error}") from error
     finally:
         network.train(training)
-    expected, got = (item[0] if isinstance(item, (list, tuple)) else item for item in (expected, got))
+    if not isinstance(expected, torch.Tensor) or not isinstance(got, torch.Tensor):
+        raise LoRKDError(
+            f"the network returns a {type(expected).__name__}, but MONAI's tools take networks that return one tensor, "
+            "B×C×…; export a network that does"
+        )
     if got.shape[1] != num_classes:
         raise LoRKDError(f"the network gives {got.shape[1]} channels, but the task has {num_classes} classes")
     scale = max(1.0, float(expected.abs().max()))

@@ -18,6 +18,8 @@ import torch
 from monai.bundle import ConfigParser
 from PIL import Image
 
+from lorkd_monai.bundle.formats import build_network
+
 KINDS = ("2d_classification", "3d_classification", "2d_segmentation", "3d_segmentation")
 
 # Runs `python -m monai.bundle` where importing this package fails, as it does on a machine that has only MONAI.
@@ -137,6 +139,23 @@ def test_training_and_evaluating_go_on_from_the_expert(case, tmp_path, write_ima
     run_here([configs / "train.json", configs / "evaluate.json"], bundle_root=root, **places)
     written = (tmp_path / "eval" / "metrics.csv").read_text()
     assert ("val_mean_dice" if kind == "segmentation" else "val_balanced_accuracy") in written
+
+
+def test_a_network_with_deep_supervision_trains_on(make_case, tmp_path, write_images, write_masks):
+    case = make_case("2d_segmentation")
+    layers = {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [4, 8, 8]}
+    shape = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2, "deep_supervision": True, "deep_supr_num": 1}
+    config = {"_target_": "DynUNet", **shape, **layers}
+    folder = case.write(
+        tmp_path / "a_segmentation", network=build_network(config), network_config=config, formats=("pt",)
+    )
+    images = write_images(tmp_path / "data" / "images", 2)
+    masks = write_masks(images, tmp_path / "data" / "labels")
+    items = [{"image": str(image), "label": str(mask)} for image, mask in zip(images, masks, strict=True)]
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"training": items, "validation": items}))
+    places = {"bundle_root": str(folder), "dataset_dir": str(tmp_path / "data"), "ckpt_dir": str(tmp_path)}
+    run_here([folder / "configs" / "train.json"], max_epochs=1, **places)
+    assert (tmp_path / "model.pt").is_file()
 
 
 @pytest.mark.slow

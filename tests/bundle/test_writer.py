@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +120,17 @@ TEXTS = ("$(rm -rf /)", "$__import__('os').abort()", "@device", "%configs/x.json
          "naïve Müller-Zelle 细胞", "a | b <b>c</b>", "new\nline", "@meta#x")  # fmt: skip
 
 
+@pytest.mark.parametrize("case", ["2d_segmentation"], indirect=True)
+def test_no_file_tells_where_it_was_made(case):
+    places = [str(Path(torch.__file__).parents[1]).encode(), str(case.folder.parent).encode()]
+    for path in case.folder.rglob("*"):
+        contents = [path.read_bytes()] if path.is_file() else []
+        if zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            contents += [archive.read(name) for name in archive.namelist()]
+        assert not [place for place in places for content in contents if place in content], path.name
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_class_name_is_data_whatever_it_is(text, make_case, tmp_path):
     case = make_case("2d_classification")
@@ -222,6 +235,16 @@ def test_a_config_of_another_activation_is_found_out(make_case, tmp_path):
     config = {**case.arguments["network_config"], "act": "tanh"}
     with pytest.raises(LoRKDError, match="gives another output than the network itself"):
         case.write(tmp_path / "a_classification", network_config=config)
+
+
+def test_a_network_that_returns_a_tuple_is_refused(make_case, tmp_path):
+    shape = {"in_channels": 3, "img_size": [32, 32], "patch_size": [16, 16], "spatial_dims": 2, "num_classes": 3}
+    small = {"hidden_size": 12, "mlp_dim": 12, "num_layers": 1, "num_heads": 2, "classification": True}
+    config = {"_target_": "ViT", **shape, **small}
+    with pytest.raises(LoRKDError, match="returns a tuple.*one tensor"):
+        make_case("2d_classification").write(
+            tmp_path / "a_classification", network=build_network(config), network_config=config, formats=("pt",)
+        )
 
 
 def test_without_onnx(make_case, tmp_path, monkeypatch, caplog):
