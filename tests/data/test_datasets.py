@@ -48,10 +48,10 @@ def test_equals_the_stock_chain(phantoms, kind, dims, in_channels, image_size):
 
 def test_shared_arrays_equal_the_stock_chain(shared):
     data = load_data_list(shared / "data" / "2d_classification", "classification", 2)
-    start = time.perf_counter()
+    start = time.process_time()
     dataset = TaskDataset(data, "training", 3, 64)
-    assert time.perf_counter() - start < 60  # about 2 s; far more on a busy machine
-    for index in range(0, len(dataset), 101):
+    assert time.process_time() - start < 20  # about 2 s on one core
+    for index in range(0, len(dataset), 401):
         row = data.training[index]
         task = data.tasks[row["task"]]
         stock = ItemLoader(preprocessing(task, "classification", 2, 3, 64), 2)(row)["image"]
