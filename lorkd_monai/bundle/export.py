@@ -71,7 +71,7 @@ def refuse_existing_experts(folder: str | Path, names: Sequence[str], overwrite:
     if existing and not overwrite:
         raise LoRKDError(
             f"{folder} already holds the experts {', '.join(existing)}: give another --output_dir, or say "
-            "--overwrite true to replace them"
+            "--overwrite True to replace them"
         )
 
 

@@ -154,7 +154,12 @@ def _check_arguments(kind: str, spatial_dims: int, in_channels: int, image_size:
     return size
 
 
-def _check_formats(formats: Sequence[str] | None) -> tuple[str, ...]:
+def check_formats(formats: Sequence[str] | None) -> tuple[str, ...]:
+    """The file formats that will be written, in order; None stands for all that can be.
+
+    Raises:
+        LoRKDError: an unknown format, no ``"pt"``, or ``"onnx"`` without its package.
+    """
     if formats is None:
         if onnx_is_installed():
             return FORMATS
@@ -257,7 +262,7 @@ def write_expert_bundle(
         )
     if sorted(task.labels) != list(range(len(task.labels))):
         raise LoRKDError(f"the class ids of task {name!r} must be 0 to n-1, got {sorted(task.labels)}")
-    formats = _check_formats(formats)
+    formats = check_formats(formats)
     weights = weights_of(network)
     plain = build_network(network_config, weights)
     image = torch.rand((1, in_channels, *size), generator=torch.Generator().manual_seed(0))

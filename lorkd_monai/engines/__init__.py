@@ -11,12 +11,14 @@ from lorkd_monai.engines.run import (
     test_loader,
     train_loader,
 )
+from lorkd_monai.engines.settings import check_settings
 from lorkd_monai.engines.trainer import AutocastInferer, DecompositionTrainer, TaskEvaluator
 
 __all__ = [
     "AutocastInferer",
     "DecompositionTrainer",
     "TaskEvaluator",
+    "check_settings",
     "cosine_schedule",
     "evaluate_tasks",
     "figures_of",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import ignite.distributed as idist
@@ -16,9 +18,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lorkd_monai.errors import find_lorkd_error
 from lorkd_monai.losses import LoRKDLoss
 
 __all__ = ["AutocastInferer", "DecompositionTrainer", "TaskEvaluator"]
+
+
+class _NotLogged(logging.Filter):
+    """Keeps what the user is told at the end anyway out of the log.
+
+    On the way of an error through an engine ignite logs it twice and MONAI's `StatsHandler` once with its traceback.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return False for an error that is logged while a `LoRKDError` is on its way."""
+        return record.levelno < logging.ERROR or find_lorkd_error(sys.exc_info()[1]) is None
+
+
+_NOT_LOGGED = _NotLogged()
+
+
+def _log_errors_once(engine: Engine) -> None:
+    for logger in (engine.logger, logging.getLogger("monai.handlers.StatsHandler")):
+        logger.addFilter(_NOT_LOGGED)
 
 
 class AutocastInferer(Inferer):
@@ -110,6 +132,7 @@ class DecompositionTrainer(SupervisedTrainer):
             optim_set_to_none=True,
             **kwargs,
         )
+        _log_errors_once(self)
         self._step: dict[str, Tensor | None] = {}
         self._sums: dict[str, tuple[float, int]] = {}
         # Ahead of the given handlers: they read what these leave.
@@ -206,6 +229,7 @@ class TaskEvaluator(SupervisedEvaluator):
             decollate=False,
             **kwargs,
         )
+        _log_errors_once(self)
         self.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._keep_batch)
 
     def _prepare(

@@ -12,7 +12,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from lorkd_monai.bundle.export import export_experts, refuse_existing_experts
-from lorkd_monai.bundle.writer import expert_name
+from lorkd_monai.bundle.writer import check_formats, expert_name
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import load_weights
 
@@ -24,7 +24,8 @@ _log = logging.getLogger(__name__)
 class ExpertExport:
     """Write one MONAI bundle for each task when training ends, from the best weights.
 
-    Experts that stand in the folder already are refused before training starts, not after.
+    Experts that stand in the folder already are refused before training starts, not after; those that an export left
+    which was killed are written again.
 
     Args:
         network: the decomposed network.
@@ -36,7 +37,7 @@ class ExpertExport:
         formats: file formats of the weights, see `write_expert_bundle`.
 
     Raises:
-        LoRKDError: at the start of training, where experts exist and ``overwrite`` is not set.
+        LoRKDError: an unknown format; at the start of training, where experts exist and ``overwrite`` is not set.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class ExpertExport:
     ) -> None:
         self.network, self.weights, self.folder = network, weights, Path(folder)
         self.figures, self.parent, self.overwrite, self.formats = figures, dict(parent or {}), overwrite, formats
+        if formats is not None:
+            check_formats(formats)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, after its `RunCheckpoint`."""
@@ -59,6 +62,8 @@ class ExpertExport:
 
     def check(self, engine: Engine) -> None:
         """Refuse experts that exist, before any time is spent."""
+        if self._unfinished.exists():
+            return
         names = [expert_name(task, self.network.info["kind"]) for task in self.network.tasks]
         refuse_existing_experts(self.folder, names, self.overwrite)
 
@@ -70,5 +75,14 @@ class ExpertExport:
             self.network.load_state_dict(load_weights(self.weights))
         self.network.eval()
         figures = {} if self.figures is None else self.figures(self.network)
-        written = export_experts(self.network, self.folder, None, figures, self.parent, self.overwrite, self.formats)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        overwrite = self.overwrite or self._unfinished.exists()
+        self._unfinished.touch()
+        written = export_experts(self.network, self.folder, None, figures, self.parent, overwrite, self.formats)
+        self._unfinished.unlink()
         _log.info("%d expert bundles in %s", len(written), self.folder)
+
+    @property
+    def _unfinished(self) -> Path:
+        """Stands in the folder while the bundles are written: where it is found, an export was killed."""
+        return self.folder / ".unfinished"

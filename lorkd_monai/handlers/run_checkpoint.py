@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.checkpoint import fit_weights
 
 __all__ = ["RunCheckpoint"]
 
@@ -36,6 +38,7 @@ class RunCheckpoint:
         objects: further objects with ``state_dict`` and ``load_state_dict`` by name: optimizer, scheduler, ….
         settings: what must be the same for a run to go on, as plain data: seed, batch size, ….
         evaluator: gives the score, in ``state.metrics[state.key_metric_name]``; None: the last epoch counts as best.
+            Epochs that are not evaluated only count as long as none was.
 
     Raises:
         LoRKDError: at the start of the run, where ``last.pt`` can't be read or belongs to another run.
@@ -94,13 +97,15 @@ class RunCheckpoint:
                 "with it, or another --output_dir to start anew"
             )
         try:
-            self._unwrapped().load_state_dict(state["network"])
-            for name, item in self.objects.items():
+            self._load(state["network"])
+            for name, item in self._all_objects(engine).items():
                 item.load_state_dict(state["objects"][name])
-        except LoRKDError:
-            raise
-        except (KeyError, RuntimeError, ValueError) as e:
-            raise LoRKDError(f"{self.last} does not fit this run: {str(e).splitlines()[0]}") from e
+        except (KeyError, RuntimeError, ValueError, TypeError) as e:
+            reason = str(e).strip().splitlines() or [type(e).__name__]
+            raise LoRKDError(
+                f"{self.last} does not fit this run: {reason[0]}. Start with the settings and tasks that it was made "
+                "with, or give another --output_dir to start anew"
+            ) from e
         self.best = dict(best)
         engine.state.epoch = epoch
         engine.state.iteration = epoch * engine.state.epoch_length
@@ -108,14 +113,10 @@ class RunCheckpoint:
 
     def save(self, engine: Engine) -> None:
         """Write ``last.pt``, and ``model.pt`` where this epoch is the best."""
-        if self.evaluator is None:
-            score, better = float(engine.state.epoch), True
-        else:
-            score = float(self.evaluator.state.metrics[self.evaluator.state.key_metric_name])
-            evaluated = self.evaluator.state.epoch == engine.state.epoch or not self.best
-            better = evaluated and score > self.best.get("score", float("-inf"))
+        score = self._score(engine)
+        better = "score" not in self.best if score is None else score > self.best.get("score", float("-inf"))
         if better:
-            self.best = {"score": score, "epoch": engine.state.epoch}
+            self.best = {"epoch": engine.state.epoch, **({} if score is None else {"score": score})}
         if idist.get_rank() != 0:
             return
         network = self._unwrapped().state_dict()
@@ -124,12 +125,35 @@ class RunCheckpoint:
             _write(network, self.model)
         state = {
             "network": network,
-            "objects": {name: item.state_dict() for name, item in self.objects.items()},
+            "objects": {name: item.state_dict() for name, item in self._all_objects(engine).items()},
             "epoch": engine.state.epoch,
             "best": self.best,
             "settings": self.settings,
         }
         _write(state, self.last)
+
+    def _score(self, engine: Engine) -> float | None:
+        """The score of this epoch; None where it was not evaluated, or is no number."""
+        if self.evaluator is None:
+            return float(engine.state.epoch)
+        state = self.evaluator.state
+        if state.epoch != engine.state.epoch or state.key_metric_name not in state.metrics:
+            return None
+        score = float(state.metrics[state.key_metric_name])
+        return score if math.isfinite(score) else None
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        network = self._unwrapped()
+        try:
+            network.load_state_dict(state)
+        except RuntimeError:
+            fit_weights(network, state, "its network")  # says in one line what differs
+            raise
+
+    def _all_objects(self, engine: Engine) -> dict[str, Any]:
+        """The given objects, and the scale of the gradients where mixed precision has one."""
+        scaler = getattr(engine, "scaler", None)
+        return self.objects if scaler is None else {**self.objects, "scaler": scaler}
 
     def _unwrapped(self) -> nn.Module:
         return getattr(self.network, "module", self.network)

@@ -64,7 +64,7 @@ class TeacherExport:
         if self.folder.exists() and not self.overwrite:
             raise LoRKDError(
                 f"{self.folder} exists already: it is this output folder's teacher. Run `training` with it, give "
-                "another --output_dir, or say --overwrite true to train it again"
+                "another --output_dir, or say --overwrite True to replace it"
             )
 
     def export(self, engine: Engine) -> None:

@@ -1,0 +1,72 @@
+"""The numbers that a run is started with, checked at once, before any image is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["check_settings"]
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _size(value: object) -> bool:
+    return _whole(value, 1) or (isinstance(value, list) and 2 <= len(value) <= 3 and all(_whole(v, 1) for v in value))
+
+
+_RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
+    **dict.fromkeys(
+        (
+            "max_epochs",
+            "pretrain_epochs",
+            "batch_size",
+            "in_channels",
+            "accumulation_steps",
+            "val_interval",
+            "num_samples",
+            "sw_batch_size",
+        ),
+        ("a whole number of at least 1", lambda v: _whole(v, 1)),
+    ),
+    **dict.fromkeys(("seed", "num_workers"), ("a whole number of at least 0", lambda v: _whole(v, 0))),
+    **dict.fromkeys(
+        ("image_size", "patch_size"), ("a whole number of at least 1, or a list of one for each axis", _size)
+    ),
+    **dict.fromkeys(("learning_rate", "temperature"), ("a number above 0", lambda v: _real(v) and v > 0)),
+    **dict.fromkeys(
+        ("weight_decay", "transfer_weight", "rotate"), ("a number of at least 0", lambda v: _real(v) and v >= 0)
+    ),
+    "sampling_temperature": ("a number of at least 1", lambda v: _real(v) and v >= 1),
+    "alpha": ("a number", _real),
+    **dict.fromkeys(("amp", "overwrite"), ("True or False", lambda v: isinstance(v, bool))),
+}
+
+
+def check_settings(**settings: object) -> None:
+    """Check settings of a run by their names: the top-level keys of the training bundles' ``configs/train.yaml``.
+
+    Args:
+        settings: name -> value. A name without a rule here is left to what uses it.
+
+    Raises:
+        LoRKDError: listing every setting that is out of its range or no number at all.
+
+    Example::
+
+        check_settings(max_epochs=20, learning_rate=1e-3)
+    """
+    problems = [
+        f"{name} must be {_RULES[name][0]}, got {value!r}"
+        for name, value in settings.items()
+        if name in _RULES and not _RULES[name][1](value)
+    ]
+    if problems:
+        raise LoRKDError("; ".join(problems))

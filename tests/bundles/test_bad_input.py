@@ -1,0 +1,196 @@
+"""What a user can get wrong: each ends in one plain message on standard error, and a log without a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def refused(run: object, *words: str) -> None:
+    """The run ended with one message ``error: …`` that holds these words, and nothing else."""
+    assert run.code == 1, run.out[-2000:] + run.err[-2000:]
+    assert run.message.startswith("error: "), run.message
+    assert "Traceback" not in run.out + run.err
+    assert run.out.count("terminating") == 0
+    for word in words:
+        assert word in run.message
+
+
+@pytest.fixture
+def data(phantoms: Path, tmp_path: Path) -> Path:
+    """A copy of the phantoms that a test may spoil."""
+    return Path(shutil.copytree(phantoms, tmp_path / "data"))
+
+
+def spoil(data: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads((data / "dataset.json").read_text())
+    change(content)
+    (data / "dataset.json").write_text(json.dumps(content))
+
+
+def empty(content: dict) -> None:
+    content["training"] = []
+    content["tasks"] = {name: task for name, task in content["tasks"].items() if "npz" not in task}
+
+
+def rename(content: dict) -> None:
+    content["tasks"]["../ct.x"] = content["tasks"].pop("ct")
+
+
+DATA_FAULTS = {
+    "empty": (empty, "training"),
+    "missing": (lambda c: c["training"][0].update(image="ct/images/none.png"), "none.png"),
+    "unknown task": (lambda c: c["training"][0].update(task="breast"), "unknown task 'breast'"),
+    "label": (lambda c: c["training"][0].update(label=7), "7"),
+    "two splits": (lambda c: c["test"].append(c["training"][0]), "training"),
+    "task name": (rename, "'../ct.x'"),
+}
+
+
+@pytest.mark.parametrize("fault", DATA_FAULTS)
+def test_bad_data_lists(fault, bundle_run, data, tmp_path):
+    change, words = DATA_FAULTS[fault]
+    spoil(data, change)
+    refused(bundle_run("training", data, tmp_path / "out", transfer_weight=0), str(data / "dataset.json"), words)
+    assert not (tmp_path / "out" / "experts").exists()
+
+
+def test_no_data(bundle_run, tmp_path):
+    refused(bundle_run("training", tmp_path / "nowhere", tmp_path / "out"), str(tmp_path / "nowhere"))
+
+
+def test_list_that_is_no_json(bundle_run, data, tmp_path):
+    (data / "dataset.json").write_text('{"tasks": ')
+    refused(bundle_run("training", data, tmp_path / "out", transfer_weight=0), "dataset.json")
+
+
+def test_corrupt_image(bundle_run, data, tmp_path):
+    image = sorted((data / "ct" / "images").glob("*.png"))[0]
+    image.write_bytes(image.read_bytes()[:60])
+    refused(bundle_run("training", data, tmp_path / "out", transfer_weight=0), image.name)
+
+
+SETTINGS = {
+    "batch_size": (0, "a"),
+    "image_size": (0, -4, "big"),
+    "max_epochs": (0, 1.5),
+    "rank": (-1, "abc"),
+    "layout": ("other",),
+    "norm": ("other",),
+    "sampling": ("other",),
+    "learning_rate": (-1, "fast"),
+    "temperature": (0,),
+    "transfer_weight": (-1, "much"),
+    "alpha": ("x",),
+    "seed": (-1, "abc"),
+    "accumulation_steps": (0,),
+    "amp": ("maybe",),
+    "overwrite": ("false",),
+    "formats": ("['exe']",),
+    "flip_axes": ("[7]", "up"),
+    "include": ("['nothing*']",),
+    "backbone__layers": ("[1]",),
+    "in_channels": (0,),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in SETTINGS.items() for v in values])
+def test_bad_settings(name, value, bundle_run, phantoms, tmp_path):
+    done = bundle_run("training", phantoms, tmp_path / "out", **{"transfer_weight": 0, name: value})
+    refused(done, {"sampling": "strategy"}.get(name, name.split("_")[0]))
+    assert not (tmp_path / "out" / "training" / "last.pt").exists()
+
+
+def test_several_bad_settings_in_one_message(bundle_run, phantoms, tmp_path):
+    done = bundle_run("training", phantoms, tmp_path / "out", batch_size=0, max_epochs="no", seed=-1)
+    refused(done, "batch_size must be a whole number of at least 1, got 0", "max_epochs", "seed")
+
+
+def test_no_teacher(bundle_run, phantoms, tmp_path):
+    refused(bundle_run("training", phantoms, tmp_path / "out"), "no teacher at", "pretraining", "--teacher_bundle")
+
+
+def test_loss_that_is_not_finite(bundle_run, phantoms, tmp_path):
+    done = bundle_run("training", phantoms, tmp_path / "out", transfer_weight=0, learning_rate=1e30)
+    refused(done, "the loss is not finite", "learning rate")
+    assert not (tmp_path / "out" / "experts").exists()
+
+
+@pytest.fixture
+def output(trained: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run's output that a test may spoil."""
+    return Path(shutil.copytree(trained, tmp_path / "output"))
+
+
+def test_existing_experts_are_kept(bundle_run, phantoms, output):
+    before = (output / "experts" / "ct_classification" / "models" / "model.pt").stat().st_mtime_ns
+    (output / "training" / "last.pt").unlink()
+    done = bundle_run("training", phantoms, output)
+    refused(done, "already holds the experts", "ct_classification", "--overwrite True")
+    assert (output / "experts" / "ct_classification" / "models" / "model.pt").stat().st_mtime_ns == before
+
+
+def test_existing_teacher_is_kept(bundle_run, phantoms, output):
+    refused(bundle_run("pretraining", phantoms, output), "exists already", "--overwrite True")
+
+
+def test_evaluating_before_training(bundle_run, phantoms, tmp_path):
+    refused(bundle_run("evaluating", phantoms, tmp_path / "out"), "no trained weights", "`training`")
+
+
+def test_evaluating_another_decomposition(bundle_run, phantoms, output):
+    refused(bundle_run("evaluating", phantoms, output, rank=2), "another decomposition", "rank")
+
+
+def test_resume_with_other_ranks(bundle_run, phantoms, output):
+    shutil.rmtree(output / "experts")
+    refused(bundle_run("training", phantoms, output, rank=2), "last.pt", "rank", "--output_dir")
+
+
+def test_resume_with_other_tasks(bundle_run, data, output):
+    shutil.rmtree(output / "experts")
+    spoil(data, lambda c: c["tasks"].pop("ultrasound"))
+    refused(bundle_run("training", data, output), "last.pt", "tasks", "ultrasound", "--output_dir")
+    shutil.rmtree(output / "teacher")
+    refused(bundle_run("pretraining", data, output), "last.pt", "tasks", "ultrasound", "--output_dir")
+
+
+def test_resume_with_other_settings(bundle_run, phantoms, output):
+    done = bundle_run("training", phantoms, output, seed=5, overwrite=True)
+    refused(done, "other settings: seed was 0, now 5")
+
+
+def test_resume_from_garbage(bundle_run, phantoms, output):
+    shutil.rmtree(output / "experts")
+    last = output / "training" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    refused(bundle_run("training", phantoms, output), "last.pt can't be resumed from", "Delete it")
+
+
+def test_teacher_weights_that_are_no_state_dict(bundle_run, phantoms, output):
+    shutil.rmtree(output / "experts")
+    torch.save(torch.nn.Linear(2, 2), output / "teacher" / "models" / "model.pt")
+    refused(bundle_run("training", phantoms, output), "model.pt", "state_dict")
+    torch.save([1, 2], output / "teacher" / "models" / "model.pt")
+    refused(bundle_run("training", phantoms, output), "model.pt", "state dict")
+
+
+def test_teacher_that_does_not_fit(bundle_run, data, output):
+    shutil.rmtree(output / "experts")
+
+    def other_classes(content):
+        for task in content["tasks"].values():
+            task["labels"] = {key: f"other {key}" for key in task["labels"]}
+
+    spoil(data, other_classes)
+    refused(bundle_run("training", data, output), "the teacher knows no class of any task", "other 0")
+
+
+def test_teacher_folder_that_is_no_bundle(bundle_run, phantoms, tmp_path):
+    done = bundle_run("training", phantoms, tmp_path / "out", teacher_bundle=tmp_path)
+    refused(done, f"{tmp_path} is no MONAI bundle")
