@@ -18,7 +18,7 @@ from lorkd_monai.networks.folding import find_folding
 from lorkd_monai.networks.functional import LAYOUTS
 from lorkd_monai.networks.heads import head_like
 from lorkd_monai.networks.low_rank import LowRankLayer
-from lorkd_monai.networks.outputs import fill_classes, narrow_classes, select_rows
+from lorkd_monai.networks.outputs import fill_classes, narrow_classes, select_rows, widen_classes
 from lorkd_monai.networks.routing import RoutedModule, Routing, UnverifiedFolding, route, task_list
 from lorkd_monai.networks.serving import PlainView
 from lorkd_monai.networks.spec import checked_ranks, checked_tasks, differences, read_spec, write_spec
@@ -244,10 +244,12 @@ class LoRKDNet(nn.Module):
             narrow = self._num_classes[self.tasks[task]]
         routing = self._routing(task, x.shape[0])
         if routing.uniform is not None and not return_features and self._view.usable():
-            return self._view(routing.uniform, x, kwargs, None if narrow else max(self._num_classes.values()))
+            y = self._view(routing.uniform, x, kwargs, None)
+            own, widest = self._num_classes[self.tasks[routing.uniform]], max(self._num_classes.values())
+            return y if narrow or own == widest else widen_classes(y, own, widest, x.ndim)
         y, features = self._routed_forward(x, routing, return_features, kwargs)
         if narrow is not None:
-            y = narrow_classes(y, max(self._num_classes.values()), narrow)
+            y = narrow_classes(y, max(self._num_classes.values()), narrow, x.ndim)
         return (y, features) if return_features else y
 
     def _routing(self, task: str | int | Sequence | Tensor, batch: int) -> Routing:
@@ -291,7 +293,7 @@ class LoRKDNet(nn.Module):
                 features = collected[0]
             else:
                 y, features = self.backbone(x, **kwargs), None
-        y = fill_classes(y, routing.sorted, list(self._num_classes.values()))
+        y = fill_classes(y, routing.sorted, list(self._num_classes.values()), x.ndim)
         if shuffle:
             y = select_rows(y, routing.inverse)
             features = None if features is None else select_rows(features, routing.inverse)
@@ -308,6 +310,12 @@ class LoRKDNet(nn.Module):
         for module, fold in find_folding(call, self.backbone, self._routed().values(), x).items():
             module.fold = fold
         self._verified.add(self.training)
+
+    def __deepcopy__(self, memo: dict) -> LoRKDNet:
+        memo.update(decompose.detached(self.backbone))
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return new
 
     def train(self, mode: bool = True) -> LoRKDNet:
         """Set training mode; norms shared by frozen tasks keep their statistics."""

@@ -28,25 +28,31 @@ def _map(function: Callable[[Tensor], Tensor], y: Output) -> Output:
     return y
 
 
-def map_classes(function: Callable[[Tensor, int], Tensor], y: Output, classes: int) -> Output:
+def map_classes(function: Callable[[Tensor, int], Tensor], y: Output, classes: int, image_dims: int = 0) -> Output:
     """``function(tensor, class dimension)`` over the class outputs in ``y``.
 
     The first tensor is one, and so are all of as many dimensions (deep supervision); others, such as the hidden states
     that a ViT returns beside its classes, stay as they are.
+
+    Args:
+        function: what to do.
+        y: what a network returned.
+        classes: number of class channels.
+        image_dims: dimensions of the image batch. An output of one more holds several resolutions, stacked in dim 1.
     """
     first: list[int] = []
 
     def apply(t: Tensor) -> Tensor:
         if not first:
             first.append(t.ndim)
-        return function(t, _class_dim(t, classes)) if t.ndim == first[0] else t
+        return function(t, _class_dim(t, classes, image_dims)) if t.ndim == first[0] else t
 
     return _map(apply, y)
 
 
-def _class_dim(y: Tensor, classes: int) -> int:
-    """The dimension that holds the class channels: 1; or 2, where outputs of several resolutions are stacked in 1."""
-    for dim in (1, 2, -1):
+def _class_dim(y: Tensor, classes: int, image_dims: int) -> int:
+    """The dimension that holds the class channels."""
+    for dim in (2,) if y.ndim == image_dims + 1 else (1, 2, -1):
         if -y.ndim <= dim < y.ndim and y.shape[dim] == classes:
             return dim
     raise LoRKDError(
@@ -69,30 +75,49 @@ def first_tensor(y: Output) -> Tensor:
 
 
 def select_rows(y: Output, order: Sequence[int]) -> Output:
-    """The rows of every tensor in ``y``, in the given order."""
-    return _map(lambda t: take_rows(t, order), y)
+    """The rows of every tensor in ``y``, in the given order; numbers that stand for the whole batch stay.
+
+    Raises:
+        LoRKDError: a tensor has not one row for each sample.
+    """
+
+    def select(t: Tensor) -> Tensor:
+        if t.ndim == 0:
+            return t
+        if t.shape[0] != len(order):
+            raise LoRKDError(
+                f"the network returns a tensor of shape {tuple(t.shape)} for a batch of {len(order)} samples, and it is "
+                "not known which row belongs to which: give one task at a time"
+            )
+        return take_rows(t, order)
+
+    return _map(select, y)
 
 
-def fill_classes(y: Output, routing: Routing, num_classes: Sequence[int]) -> Output:
+def fill_classes(y: Output, routing: Routing, num_classes: Sequence[int], image_dims: int) -> Output:
     """``y`` with -inf in the channels past each row's own head, whatever the layers after the head made of them."""
     widest = max(num_classes)
 
     def fill(t: Tensor, dim: int) -> Tensor:
         own = torch.tensor([num_classes[task] for task in routing.tasks], device=t.device)
         past = torch.arange(widest, device=t.device) >= own[:, None]
+        if t.shape[0] != past.shape[0]:
+            raise LoRKDError(
+                f"the network's output of shape {tuple(t.shape)} has not one row for each of {past.shape[0]} samples"
+            )
         shape = [1] * t.ndim
         shape[0], shape[dim] = past.shape
         return t.masked_fill(past.view(shape), float("-inf"))
 
     full = all(num_classes[task] == widest for task in routing.present)
-    return map_classes((lambda t, dim: t) if full else fill, y, widest)
+    return map_classes((lambda t, dim: t) if full else fill, y, widest, image_dims)
 
 
-def widen_classes(y: Output, own: int, widest: int) -> Output:
+def widen_classes(y: Output, own: int, widest: int, image_dims: int = 0) -> Output:
     """Class channels filled up from ``own`` to ``widest`` with -inf."""
-    return map_classes(lambda t, dim: pad_channels(t, dim, widest), y, own)
+    return map_classes(lambda t, dim: pad_channels(t, dim, widest), y, own, image_dims)
 
 
-def narrow_classes(y: Output, widest: int, own: int) -> Output:
+def narrow_classes(y: Output, widest: int, own: int, image_dims: int) -> Output:
     """The first ``own`` of ``widest`` class channels."""
-    return map_classes(lambda t, dim: t.narrow(dim, 0, own), y, widest)
+    return map_classes(lambda t, dim: t.narrow(dim, 0, own), y, widest, image_dims)
