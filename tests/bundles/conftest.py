@@ -48,7 +48,7 @@ class Run:
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
-    """``launch(module, *arguments, before="", cwd=None, env={})`` runs `python -m module arguments`, see launcher.py."""
+    """``launch(module, *arguments, before="", cwd=None)`` runs `python -m module arguments`, see launcher.py."""
     folder = tmp_path_factory.mktemp("launcher")
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(HERE / "launcher.py")],

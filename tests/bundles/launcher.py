@@ -15,11 +15,11 @@ import warnings
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import monai.bundle.__main__  # noqa: E402, F401
-import torch.utils.tensorboard  # noqa: E402, F401
+import monai.bundle.__main__  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
 
-import lorkd_monai.engines  # noqa: E402, F401
-import lorkd_monai.handlers  # noqa: E402, F401
+import lorkd_monai.engines
+import lorkd_monai.handlers  # noqa: F401
 
 
 def run(job: dict) -> None:
