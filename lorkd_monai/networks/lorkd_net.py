@@ -270,7 +270,7 @@ class LoRKDNet(nn.Module):
             self._find_folding(x, kwargs)
         try:
             return self._sorted_forward(x, routing, return_features, kwargs)
-        except UnverifiedFolding:  # a branch that was not taken when the folding was found
+        except UnverifiedFolding:  # a branch that was not taken, or images too small to fold, when it was found
             self._find_folding(x, kwargs)
             return self._sorted_forward(x, routing, return_features, kwargs)
 
@@ -308,7 +308,7 @@ class LoRKDNet(nn.Module):
                 return self.backbone(batch, **pair)
 
         for module, fold in find_folding(call, self.backbone, self._routed().values(), x).items():
-            module.fold = fold
+            module.learn_fold(fold)
         self._verified.add(self.training)
 
     def __deepcopy__(self, memo: dict) -> LoRKDNet:
@@ -367,9 +367,10 @@ class LoRKDNet(nn.Module):
     def expert_state_dict(self, task: str | int) -> dict[str, Tensor]:
         """What belongs to one task alone: its factors, head and norms, by name."""
         index = self.task_index(task)
-        return {k: v.detach() for k, v in self._expert_tensors(index).items()}
+        return {k: v.detach() for k, v in self.expert_tensors(index).items()}
 
-    def _expert_tensors(self, index: int) -> dict[str, Tensor]:
+    def expert_tensors(self, index: int) -> dict[str, Tensor]:
+        """The parameters and buffers themselves that belong to one task alone, by name."""
         return {
             f"{name}.{key}": tensor
             for name, module in self._routed().items()
@@ -383,7 +384,7 @@ class LoRKDNet(nn.Module):
         Raises:
             LoRKDError: a key too many or too few, or a shape that differs (another rank, layout or class count).
         """
-        own = self._expert_tensors(self.task_index(task))
+        own = self.expert_tensors(self.task_index(task))
         problems = [f"missing {k}" for k in own if k not in state] + [f"unknown {k}" for k in state if k not in own]
         problems += [
             f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"

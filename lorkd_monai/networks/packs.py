@@ -1,0 +1,218 @@
+"""Expert packs: the shared weights in one file, each task's expert in a small one of its own.
+
+``shared.safetensors`` holds the backbone's weights W0 and, in its header, how the decomposition is built;
+``expert_<task>.safetensors`` holds one task's factors, head and norms. Every file carries the fingerprint of the
+shared weights that it belongs to, so that an expert is never put on another backbone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.checkpoint import check_inert_config
+from lorkd_monai.networks.lorkd_net import LoRKDNet
+from lorkd_monai.networks.spec import SPEC_KEY
+
+__all__ = ["fingerprint", "load_expert", "load_pack", "save_expert", "save_pack"]
+
+SHARED = "shared.safetensors"
+_FORM = "lorkd-pack-1"
+
+
+def shared_state_dict(net: LoRKDNet) -> dict[str, Tensor]:
+    """What all tasks share: the state dict without experts, heads and task norms."""
+    own = {id(tensor) for task in range(len(net.tasks)) for tensor in net.expert_tensors(task).values()}
+    return {k: v for k, v in net.state_dict(keep_vars=True).items() if k != SPEC_KEY and id(v) not in own}
+
+
+def fingerprint(net: LoRKDNet) -> str:
+    """A SHA-256 of the shared weights and of how experts are built on them; the tasks do not enter it."""
+    digest = hashlib.sha256(json.dumps(_construction(net.spec()), sort_keys=True).encode())
+    for name, tensor in sorted(shared_state_dict(net).items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def _construction(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in spec.items() if k not in ("tasks", "rank", "info")}
+
+
+def expert_file(task: str) -> str:
+    """Name of a task's file. Task names hold letters, digits, ``_`` and ``-`` only where they become file names.
+
+    Raises:
+        LoRKDError: another character in the name.
+    """
+    if not task or not all(c.isascii() and (c.isalnum() or c in "_-") for c in task):
+        raise LoRKDError(f"task {task!r} can't name a file: expected letters, digits, '_' and '-'")
+    return f"expert_{task}.safetensors"
+
+
+def save_pack(net: LoRKDNet, folder: str | os.PathLike) -> list[Path]:
+    """Write the shared weights and every expert of a decomposition; files of the same names are replaced.
+
+    Returns:
+        The files, the shared one first.
+    """
+    folder = Path(folder)
+    names = [expert_file(task) for task in net.tasks]  # refused before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = fingerprint(net)
+    spec = net.spec()
+    header = {"form": _FORM, "fingerprint": mark, "spec": json.dumps(spec)}
+    shared = {k: v.detach() for k, v in shared_state_dict(net).items()}
+    written = [_write(folder / SHARED, shared, header)]
+    for task, name in zip(net.tasks, names, strict=True):
+        written.append(_write(folder / name, net.expert_state_dict(task), _expert_header(net, task, mark)))
+    return written
+
+
+def save_expert(net: LoRKDNet, task: str, folder: str | os.PathLike) -> Path:
+    """Write one task's expert into the folder of a pack.
+
+    Raises:
+        LoRKDError: unknown task, or a folder whose shared weights are not those of ``net``.
+    """
+    name = net.tasks[net.task_index(task)]
+    mark = fingerprint(net)
+    _check_fingerprint(_read_header(Path(folder) / SHARED), mark, f"the pack {folder}")
+    return _write(Path(folder) / expert_file(name), net.expert_state_dict(name), _expert_header(net, name, mark))
+
+
+def load_pack(
+    folder: str | os.PathLike, tasks: Sequence[str] | None = None, backbone: nn.Module | Mapping | None = None
+) -> LoRKDNet:
+    """Build a decomposition from its pack.
+
+    Args:
+        folder: where the files are.
+        tasks: which experts, in this order; None: all whose files are there, the pack's own order first.
+        backbone: needed where the pack was made of a network object, or of one that is not MONAI's.
+
+    Raises:
+        LoRKDError: a file that is missing, truncated, or of another decomposition.
+    """
+    folder = Path(folder)
+    header = _read_header(folder / SHARED)
+    try:
+        spec = json.loads(header["spec"])
+        known = list(spec["tasks"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise LoRKDError(f"{folder / SHARED} does not say how its decomposition is built ({type(e).__name__})") from e
+    if backbone is None:
+        if spec.get("backbone") is None:
+            raise LoRKDError(f"{folder} was made from a network object: give that backbone, or a config of it")
+        check_inert_config(spec["backbone"], str(folder))
+    if tasks is None:
+        there = sorted(p.name[len("expert_") : -len(".safetensors")] for p in folder.glob("expert_*.safetensors"))
+        tasks = [t for t in known if t in there] + [t for t in there if t not in known]
+    if not tasks:
+        raise LoRKDError(f"{folder} holds no expert: expected files expert_<task>.safetensors beside {SHARED}")
+    headers = {task: _read_header(folder / expert_file(task)) for task in tasks}
+    for task, own in headers.items():
+        _check_fingerprint(own, header["fingerprint"], f"the expert of task {task!r}")
+    spec["tasks"] = {task: int(own["num_classes"]) for task, own in headers.items()}
+    spec["rank"] = {task: int(own["rank"]) for task, own in headers.items()}
+    if spec["info"].get("tasks"):
+        described = {task: json.loads(own["info"]) for task, own in headers.items()}
+        spec["info"]["tasks"] = {
+            t: {**fields, "index": i} for i, (t, fields) in enumerate(described.items()) if fields is not None
+        }
+    net = LoRKDNet.from_spec(spec, backbone)
+    own = shared_state_dict(net)
+    state = _read_tensors(folder / SHARED)
+    if own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own):
+        raise LoRKDError(f"{folder / SHARED} does not fit its own description: the file was changed, or the backbone was")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+    for task in tasks:
+        net.load_expert_state_dict(task, _read_tensors(folder / expert_file(task)))
+    if backbone is None and fingerprint(net) != header["fingerprint"]:
+        raise LoRKDError(f"{folder / SHARED} does not have the weights that its fingerprint names: it was changed")
+    return net.eval()
+
+
+def load_expert(net: LoRKDNet, file: str | os.PathLike) -> str:
+    """Put the expert of a pack's file into a running decomposition: in place of its task's, or as a new task.
+
+    Returns:
+        The name of the task.
+
+    Raises:
+        LoRKDError: the file is truncated, belongs to another backbone, or does not fit; ``net`` is then unchanged.
+    """
+    header = _read_header(Path(file))
+    _check_fingerprint(header, fingerprint(net), str(file))
+    task, state = header["task"], _read_tensors(Path(file))
+    if task in net.tasks:
+        net.load_expert_state_dict(task, state)
+        return task
+    net.add_task(task, int(header["num_classes"]), int(header["rank"]))
+    try:
+        net.load_expert_state_dict(task, state)
+    except LoRKDError:
+        net.remove_task(task)
+        raise
+    return task
+
+
+def _expert_header(net: LoRKDNet, task: str, mark: str) -> dict[str, str]:
+    return {
+        "form": _FORM,
+        "fingerprint": mark,
+        "task": task,
+        "num_classes": str(net.num_classes[task]),
+        "rank": str(net.spec()["rank"][task]),
+        "info": json.dumps(net.info.get("tasks", {}).get(task)),
+    }
+
+
+def _check_fingerprint(header: Mapping[str, str], expected: str, what: str) -> None:
+    if header["fingerprint"] != expected:
+        raise LoRKDError(
+            f"{what} belongs to other shared weights (fingerprint {header['fingerprint'][:12]}…, expected "
+            f"{expected[:12]}…): an expert only works on the backbone that it was trained with"
+        )
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        safetensors.torch.save_file(plain, temporary, metadata=dict(header))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _read_header(path: Path) -> dict[str, str]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as e:
+        raise LoRKDError(f"{path} is no complete file of an expert pack: {str(e).splitlines()[0]}") from e
+    if header.get("form") != _FORM:
+        raise LoRKDError(f"{path} is no file of an expert pack: expected one that save_pack wrote")
+    return header
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as e:
+        raise LoRKDError(f"{path} is no complete file of an expert pack: {str(e).splitlines()[0]}") from e

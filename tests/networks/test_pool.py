@@ -1,0 +1,69 @@
+"""The expert pool: the extracted experts' answers, from any number of threads."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.pool import ExpertPool
+from tests.networks.test_packs import decomposition
+
+SHAPES = [(1, 32, 32), (1, 24, 40)]
+
+
+def test_every_thread_gets_its_own_experts_answers():
+    net = decomposition(tasks={"a": 2, "b": 3, "c": 4}).double()
+    plain = [net.extract(t).eval() for t in net.tasks]
+    failures, threads, end = [], [], time.monotonic() + 4
+
+    def ask(seed):
+        generator = torch.Generator().manual_seed(seed)
+        while time.monotonic() < end and not failures:
+            task = int(torch.randint(3, (1,), generator=generator))
+            shape = SHAPES[int(torch.randint(2, (1,), generator=generator))]
+            image = torch.rand(shape, generator=generator, dtype=torch.float64)
+            got = pool.predict(image, task)
+            with torch.no_grad():
+                expected = plain[task](image[None])[0]
+            if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-9, atol=1e-12):
+                failures.append((task, shape))
+
+    with ExpertPool(net, max_batch=8) as pool:
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+def test_a_bad_image_harms_its_own_caller_only():
+    with ExpertPool(decomposition(), max_batch=4) as pool:
+        good = [pool.submit(torch.rand(1, 32, 32), "xray") for _ in range(3)]
+        bad = pool.submit(torch.rand(5, 32, 32), "xray")
+        assert all(f.result().shape == (3,) for f in good)
+        with pytest.raises(RuntimeError, match="channels"):
+            bad.result()
+        assert pool.predict(torch.rand(1, 32, 32), 0).shape == (2,)
+
+
+def test_what_is_waiting_is_answered_before_the_pool_closes():
+    pool = ExpertPool(decomposition())
+    waiting = [pool.submit(torch.rand(1, 32, 32), i % 2) for i in range(20)]
+    pool.close()
+    assert all(f.done() and f.exception() is None for f in waiting)
+    with pytest.raises(LoRKDError, match="the pool is closed"):
+        pool.predict(torch.rand(1, 32, 32), 0)
+    pool.close()
+
+
+def test_bad_requests():
+    with ExpertPool(decomposition()) as pool:
+        with pytest.raises(LoRKDError, match="unknown task 'spleen'"):
+            pool.predict(torch.rand(1, 32, 32), "spleen")
+        with pytest.raises(LoRKDError, match="image must be one"):
+            pool.predict([[0.0]], "xray")
+    with pytest.raises(LoRKDError, match="max_batch must be a whole number"):
+        ExpertPool(decomposition(), max_batch=0)
