@@ -43,10 +43,11 @@ def case_scores(
     if predicted.shape != label.shape:
         raise LoRKDError(f"prediction {tuple(predicted.shape)} and label {tuple(label.shape)} differ in shape")
     pred, true = (one_hot(m[None, None].long(), num_classes) for m in (predicted, label))
-    scores = {"dice": compute_dice(pred, true, include_background=False)[0]}
+    in_either = (pred + true)[0, 1:].flatten(1).any(1)
+    dice = compute_dice(pred, true, include_background=False, ignore_empty=False)[0]
+    scores = {"dice": dice.masked_fill(~in_either, float("nan"))}
     if not surface:
         return scores
-    in_either = (pred + true)[0, 1:].flatten(1).any(1)
     in_both = pred[0, 1:].flatten(1).any(1) & true[0, 1:].flatten(1).any(1)
     nsd = in_either.double().mul(0)
     hd95 = torch.full_like(nsd, float("inf"))
@@ -72,18 +73,23 @@ def segmentation_figures(
 
     Returns:
         ``{name: {"value", "low", "high", "n"}}`` for each score: the mean over cases of the mean over classes, and,
-        where there are several classes, ``"<score> <class>"`` for each.
+        where there are several classes, ``"<score> <class>"`` for each. What has no value in a case is left out of its
+        mean, an infinite distance too (the Dice of such a case is 0); ``n`` says how many cases a figure is made from.
+        A score without any value is missing.
     """
     figures = {}
     for name, values in scores.items():
         values = values.double()
+        values = values.masked_fill(~values.isfinite(), float("nan"))
         weights = resampling_weights(len(values), resamples, seed)
         columns = {name: values.nanmean(1)}
         if len(classes) > 1:
             columns |= {f"{name} {text}": values[:, c] for c, text in enumerate(classes)}
         for key, column in columns.items():
             known = ~column.isnan()
-            filled = column.nan_to_num(0.0, posinf=float("inf"))
+            if not known.any():
+                continue
+            filled = column.nan_to_num(0.0)
             figures[key] = figure(lambda w, k=known, f=filled: _weighted_mean(w, k, f), weights)
             figures[key]["n"] = int(known.sum())
     return figures
@@ -91,4 +97,4 @@ def segmentation_figures(
 
 def _weighted_mean(weights: Tensor, known: Tensor, values: Tensor) -> Tensor:
     kept = weights[:, known]
-    return (kept * values[known]).nan_to_num(0.0, posinf=float("inf")).sum(1) / kept.sum(1)
+    return kept @ values[known] / kept.sum(1)

@@ -136,16 +136,31 @@ def test_experts_alone_give_the_decomposition_s_probabilities(task, trained, as_
 
 
 OVERRIDES = {
-    "ranks, layout, task norms": dict(
-        rank="{'ct': 1, 'ultrasound': 2, 'mr': 3, 'cells': 4}", alpha=2.5, layout="conv", norm="task",
-        rank_pattern="{'*layer4*': 2}", exclude="['conv1']", image_size=20, temperature=1.5, val_interval=2,
-    ),
-    "no teacher, grey, accumulated": dict(
-        transfer_weight=0, in_channels=1, accumulation_steps=2, sampling="balanced", flip_axes="[1]", amp=True,
-        max_epochs=1, batch_size=5, teacher_bundle="/no/such/folder", val_interval=3,
-    ),
-    "no experts": dict(rank=0, max_epochs=1, sampling="natural", weight_decay=0),
-}  # fmt: skip
+    "ranks, layout, task norms": {
+        "rank": "{'ct': 1, 'ultrasound': 2, 'mr': 3, 'cells': 4}",
+        "alpha": 2.5,
+        "layout": "conv",
+        "norm": "task",
+        "rank_pattern": "{'*layer4*': 2}",
+        "exclude": "['conv1']",
+        "image_size": 20,
+        "temperature": 1.5,
+        "val_interval": 2,
+    },
+    "no teacher, grey, accumulated": {
+        "transfer_weight": 0,
+        "in_channels": 1,
+        "accumulation_steps": 2,
+        "sampling": "balanced",
+        "flip_axes": "[1]",
+        "amp": True,
+        "max_epochs": 1,
+        "batch_size": 5,
+        "teacher_bundle": "/no/such/folder",
+        "val_interval": 3,
+    },
+    "no experts": {"rank": 0, "max_epochs": 1, "sampling": "natural", "weight_decay": 0},
+}
 
 
 @pytest.mark.parametrize("name", OVERRIDES)
