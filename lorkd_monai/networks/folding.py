@@ -4,12 +4,15 @@ Transformers with windows and networks that work on patches call their layers wi
 Which row belongs to which sample can't be read off a shape: a row order is not part of it, and a sequence-first layer
 may even have as many rows as the batch by chance. So it is measured: a batch of two samples is passed twice as it
 is, for the noise, and twice with one of the samples replaced; the rows that change at a layer belong to that sample.
+Deep in an untrained network a sample may leave no trace that survives the rounding; where that is so, the samples are
+replaced by NaN, which nothing swallows.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ __all__ = ["find_folding"]
 # An untouched row counts as moved only beyond this multiple of what two equal passes differ by (mostly nothing at all).
 _NOISE_MARGIN = 8
 
-# Norms are switched to evaluation mode for the measurement: one at a time.
+# Norms are switched to evaluation mode for the measurement: one network at a time.
 _LOCK = threading.Lock()
 
 
@@ -45,41 +48,72 @@ def find_folding(
         LoRKDError: at some module the rows do not follow the samples in one of these ways; it names the module.
     """
     base = torch.stack([x[0], x[-1]])
-    spread = base.float().std().clamp_min(1e-3).to(base.dtype)
-    generator = torch.Generator().manual_seed(0)
+    noise = _noise_like(base[0]) * base.float().std().clamp_min(1e-3)
 
-    def other(index: int) -> Tensor:
+    def other(index: int, value: Tensor) -> Tensor:
         changed = base.clone()
-        noise = torch.randn(base[0].shape, generator=generator).to(base)
-        changed[index] = base[index] + spread * noise
+        changed[index] = value.to(base.dtype)
         return changed
 
+    if base.is_floating_point():
+        batches = [base, base, other(0, base[0] + noise), other(1, base[1] + noise)]
+    else:
+        batches = [base, base, *(other(i, base[i].flatten().roll(1).view_as(base[i])) for i in (0, 1))]
     modules = list(modules)
-    with _LOCK:
-        passes = _record(call, network, modules, [base, base, other(0), other(1)])
-    return {m: _fold_of(m, [p[m] for p in passes]) for m in modules if passes[0][m]}
+    with _LOCK, _untouched(network):
+        passes = _record(call, modules, batches)
+        reached = [m for m in modules if passes[0][m]]
+        folds = {m: _fold_of([p[m] for p in passes]) for m in reached}
+        if None in folds.values() and base.is_floating_point():
+            nothing = torch.full_like(base[0], float("nan"))
+            try:
+                passes += _record(call, modules, [other(0, nothing), other(1, nothing)])
+            except Exception:
+                pass  # a network may refuse NaN; what the first passes left open then stays open
+            else:
+                folds = {m: folds[m] or _fold_of([p[m] for p in passes]) for m in reached}
+    for module, fold in folds.items():
+        if fold is None:
+            raise LoRKDError(
+                f"{module._who()}: the rows of its input do not follow the samples of the batch, so a batch of several "
+                f"tasks can't be routed through it. Exclude it (exclude=[{module.name!r}]) or give one task at a time"
+            )
+    return folds
 
 
-def _record(
-    call: Callable, network: nn.Module, modules: list[RoutedModule], batches: list[Tensor]
-) -> list[dict[RoutedModule, list[Tensor]]]:
-    """A fingerprint of each row of each input of each module, pass by pass."""
-    # Batch statistics would mix the samples, and the running ones must stay as they are.
+def _noise_like(sample: Tensor) -> Tensor:
+    return torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample.device)
+
+
+@contextmanager
+def _untouched(network: nn.Module) -> Iterator[None]:
+    """Norms in evaluation mode, since batch statistics would mix the samples; afterwards all buffers as before."""
     norms = [m for m in network.modules() if getattr(m, "track_running_stats", False) and m.training]
+    before = [(b, b._version, b.clone()) for b in network.buffers() if not b.is_inference()]
     for norm in norms:
         norm.training = False
-    passes: list[dict[RoutedModule, list[Tensor]]] = []
-    devices = [batches[0].device] if batches[0].is_cuda else []
     try:
-        for batch in batches:
-            seen: dict[RoutedModule, list[Tensor]] = {m: [] for m in modules}
-            passes.append(seen)
-            with torch.random.fork_rng(devices), watch_inputs(lambda m, x, s=seen: s[m].append(_fingerprint(x))):
-                torch.manual_seed(0)  # dropout must fall alike in every pass, and leave no trace
-                call(batch)
+        yield
     finally:
         for norm in norms:
             norm.training = True
+        for buffer, version, value in before:
+            if buffer._version != version:
+                buffer.copy_(value)
+
+
+def _record(
+    call: Callable, modules: list[RoutedModule], batches: list[Tensor]
+) -> list[dict[RoutedModule, list[Tensor]]]:
+    """A fingerprint of each row of each input of each module, pass by pass."""
+    passes: list[dict[RoutedModule, list[Tensor]]] = []
+    devices = [batches[0].device] if batches[0].is_cuda else []
+    for batch in batches:
+        seen: dict[RoutedModule, list[Tensor]] = {m: [] for m in modules}
+        passes.append(seen)
+        with torch.random.fork_rng(devices), watch_inputs(lambda m, x, s=seen: s[m].append(_fingerprint(x))):
+            torch.manual_seed(0)  # dropout must fall alike in every pass, and leave no trace
+            call(batch)
     return passes
 
 
@@ -88,27 +122,35 @@ def _fingerprint(x: Tensor) -> Tensor:
     return torch.stack([rows.abs().sum(1), rows.square().sum(1)], 1).cpu()
 
 
-def _fold_of(module: RoutedModule, passes: list[list[Tensor]]) -> str:
+def _fold_of(passes: list[list[Tensor]]) -> str | None:
+    """The folding that explains all calls of one module; None where there is none."""
+    if len({len(p) for p in passes}) != 1:  # the network decides by the image whether to call it
+        return None
     folds = set()
-    for base, again, *others in zip(*passes, strict=True):
+    for base, again, *others in zip(*passes):
         rows = base.shape[0]
+        if any(len(o) != rows for o in (again, *others)):
+            return None
         noise = (again - base).abs().amax(0) * _NOISE_MARGIN
-        owner = [set() for _ in range(rows)]
-        for sample, changed in enumerate(others):
-            moved = ((changed - base).abs() > noise).any(1)
-            for row in moved.nonzero().flatten().tolist():
-                owner[row].add(sample)
-        folds.add(_rule(owner, rows))
-    if len(folds) != 1 or None in folds:
-        raise LoRKDError(
-            f"{module._who()}: the rows of its input do not follow the samples of the batch, so a batch of several "
-            f"tasks can't be routed through it. Exclude it (exclude=[{module.name!r}]) or give one task at a time"
-        )
-    return folds.pop()
+        moved, lost = others[:2], others[2:]
+        owner = _owners([((o - base).abs() > noise).any(1) for o in moved])
+        folds.add(_rule(owner) or (_rule(_with_lost(owner, base, lost)) if lost else None))
+    return folds.pop() if len(folds) == 1 else None
 
 
-def _rule(owner: list[set[int]], rows: int) -> str | None:
+def _owners(touched: list[Tensor]) -> list[set[int]]:
+    return [{sample for sample, rows in enumerate(touched) if rows[r]} for r in range(len(touched[0]))]
+
+
+def _with_lost(owner: list[set[int]], base: Tensor, lost: list[Tensor]) -> list[set[int]]:
+    """Rows that no sample moved go to the sample whose loss loses them."""
+    found = _owners([(o.isnan() & ~base.isnan()).any(1) for o in lost])
+    return [known or new for known, new in zip(owner, found)]
+
+
+def _rule(owner: list[set[int]]) -> str | None:
     """The folding that explains which rows each of two samples moved; None where none, or more than one, does."""
+    rows = len(owner)
     if rows % 2 or not any(owner):
         return None
     times = rows // 2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import decompose
-from lorkd_monai.networks.banks import collect_features
+from lorkd_monai.networks.banks import TaskBank, collect_features
 from lorkd_monai.networks.folding import find_folding
 from lorkd_monai.networks.functional import LAYOUTS
 from lorkd_monai.networks.heads import head_like
@@ -149,6 +149,21 @@ class LoRKDNet(nn.Module):
     def expert_layers(self) -> dict[str, LowRankLayer]:
         """The layers that carry experts, by their name in the backbone."""
         return dict(self._layers)
+
+    @property
+    def norm_banks(self) -> dict[str, TaskBank]:
+        """The norms of which each task has its own, by their name in the backbone; none with ``norm="shared"``."""
+        return dict(self._norms)
+
+    @property
+    def layout(self) -> str:
+        """How A_t and B_t make ΔW."""
+        return self._options["layout"]
+
+    @property
+    def rank_pattern(self) -> dict[str, float]:
+        """Glob pattern of layer names -> factor of the rank."""
+        return dict(self._options["rank_pattern"])
 
     def _routed(self) -> dict[str, RoutedModule]:
         return {**self._layers, **self._norms, **self._heads}

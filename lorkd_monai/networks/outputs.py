@@ -86,8 +86,8 @@ def select_rows(y: Output, order: Sequence[int]) -> Output:
             return t
         if t.shape[0] != len(order):
             raise LoRKDError(
-                f"the network returns a tensor of shape {tuple(t.shape)} for a batch of {len(order)} samples, and it is "
-                "not known which row belongs to which: give one task at a time"
+                f"the network returns a tensor of shape {tuple(t.shape)} for a batch of {len(order)} samples, and it "
+                "is not known which row belongs to which: give one task at a time"
             )
         return take_rows(t, order)
 

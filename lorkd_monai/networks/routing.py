@@ -232,11 +232,25 @@ class RoutedModule(nn.Module):
             )
         rows = x.shape[0]
         if rows != routing.size and (self.fold == "rows" or rows % routing.size):
-            raise LoRKDError(
+            raise UnverifiedFolding(
                 f"{self._who()} got {rows} rows for a batch of {routing.size} samples of several tasks, and it is not "
                 "known which row belongs to which sample: call it with one task at a time, or exclude this layer"
             )
         return routing.expand(rows, self.fold)
+
+    def learn_fold(self, fold: str) -> None:
+        """Take over a folding that was found out; ``"rows"`` is also what the others look like in small images.
+
+        Raises:
+            LoRKDError: another one was found before.
+        """
+        if self.fold in (None, "rows") or fold == self.fold:
+            self.fold = fold
+        elif fold != "rows":
+            raise LoRKDError(
+                f"{self._who()} holds the samples of a batch in another order than before: a batch of several tasks "
+                "can't be routed through it. Call it with one task at a time, or exclude this layer"
+            )
 
     def _who(self) -> str:
         return f"layer {self.name!r}" if self.name else type(self).__name__

@@ -19,7 +19,7 @@ class Entry:
     config: dict
     size: int
     channels: int = 2
-    heavy: bool = False  # too large for every check in float64
+    heavy: bool = False  # too large for float64 and for gradients
 
     def build(self) -> nn.Module:
         return ConfigParser(dict(self.config)).get_parsed_content()
@@ -80,8 +80,8 @@ def _entries(n):
         _entry("SwinUNETR", n, "SwinUNETR", 64 if n == 2 else 32, heavy=n == 3, in_channels=2,
                out_channels=CLASSES, feature_size=12, spatial_dims=n, norm_name="batch",
                depths=[2, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4),
-        _entry("MedNeXt", n, "MedNeXt", 32, **unet, init_filters=4, kernel_size=3, blocks_down=[1, 1, 1, 1],
-               blocks_bottleneck=1, blocks_up=[1, 1, 1, 1]),
+        _entry("MedNeXt", n, "MedNeXt", 32, heavy=n == 3, **unet, init_filters=4, kernel_size=3,
+               blocks_down=[1, 1, 1, 1], blocks_bottleneck=1, blocks_up=[1, 1, 1, 1]),
         _entry("MedNeXt-deep", n, "MedNeXt", 32, **unet, init_filters=4, kernel_size=3, blocks_down=[1, 1, 1, 1],
                blocks_bottleneck=1, blocks_up=[1, 1, 1, 1],
                deep_supervision=True, use_residual_connection=True),

@@ -1,0 +1,104 @@
+"""Statistics of an expert's batch norms, estimated anew on its own images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.lorkd_net import LoRKDNet
+from lorkd_monai.networks.routing import route
+
+__all__ = ["reestimate_norms"]
+
+
+@torch.no_grad()
+def reestimate_norms(network: nn.Module, batches: Iterable, task: str | int | None = None) -> int:
+    """Replace the running statistics of batch norms by the average over some batches of images.
+
+    Norms that all tasks share hold the statistics of the mixed batches of the training; an expert that serves one task
+    does better with those of its own images. The statistics are the plain average over the batches (cumulative moving
+    average), so give batches of one size, not too small. Everything else stays as it is, dropout is off.
+
+    Args:
+        network: an extracted expert (or any other network), or a `LoRKDNet` with ``norm="task"``.
+        batches: images BCHW[D]; also dicts with such ``"image"``, or tuples that start with them. On the network's
+            device.
+        task: the task, for a `LoRKDNet`.
+
+    Returns:
+        The number of batches that were used.
+
+    Raises:
+        LoRKDError: no batches, no norms that keep statistics, a `LoRKDNet` whose tasks share their norms, or one
+            without a task. The old statistics are then kept.
+
+    Example::
+
+        expert = net.extract("breast")
+        reestimate_norms(expert, (batch["image"] for batch in loader))
+    """
+    if isinstance(network, LoRKDNet):
+        if task is None:
+            raise LoRKDError("task is needed: whose norms are to be estimated anew?")
+        if not network.norm_banks:
+            raise LoRKDError(
+                "the tasks of this network share their norms, so that new statistics for one would change all: "
+                "decompose with norm='task', or extract the expert and estimate those of the extracted network"
+            )
+        index = network.task_index(task)
+        norms = [bank.tasks[index] for bank in network.norm_banks.values()]
+        module: nn.Module = network.backbone
+    else:
+        index, norms, module = None, list(network.modules()), network
+    norms = [m for m in norms if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None]
+    if not norms:
+        raise LoRKDError(f"{type(network).__name__} has no batch norm that keeps statistics: nothing to estimate")
+
+    before = [{k: v.clone() for k, v in m.named_buffers(recurse=False)} for m in norms]
+    momenta = [m.momentum for m in norms]
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    used = 0
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.training = True
+        for batch in batches:
+            x = _images(batch)
+            with _routing(index, x):
+                module(x)
+            used += 1
+        if not used:
+            raise LoRKDError("no batches of images were given to estimate the norms on")
+        if not all(torch.isfinite(b).all() for m in norms for b in m.buffers(recurse=False)):
+            raise LoRKDError("the statistics of the norms came out NaN or infinite: check the images")
+    except BaseException:
+        for norm, buffers in zip(norms, before):
+            for name, value in buffers.items():
+                getattr(norm, name).copy_(value)
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        for m, training in modes:
+            m.training = training
+    return used
+
+
+def _routing(index: int | None, x: Tensor) -> AbstractContextManager:
+    return nullcontext() if index is None else route(index, batch_size=x.shape[0])
+
+
+def _images(batch: object) -> Tensor:
+    if isinstance(batch, Mapping):
+        batch = batch.get("image")
+    elif isinstance(batch, (list, tuple)) and batch:
+        batch = batch[0]
+    if not isinstance(batch, Tensor):
+        raise LoRKDError(f"a batch must be a tensor of images, or hold one as 'image', got {type(batch).__name__}")
+    return batch.as_tensor() if hasattr(batch, "as_tensor") else batch
