@@ -41,6 +41,14 @@ _NO_IMAGES = (
     "$@images or sys.exit('error: no image in ' + repr(str(@dataset_dir)) + ': expected --dataset_dir to be an image "
     "or a folder of images (' + ' '.join(@suffixes) + ')')"
 )
+# In 3D a folder of .dcm files is an image too.
+_IMAGES = {
+    2: "$[@dataset_dir] if os.path.isfile(@dataset_dir) else sorted(path for path in "
+    "glob.glob(glob.escape(@dataset_dir) + '/*') if path.lower().endswith(tuple(@suffixes)))",
+    3: "$[@dataset_dir] if os.path.isfile(@dataset_dir) or glob.glob(glob.escape(@dataset_dir) + '/*.dcm') else "
+    "sorted(path for path in glob.glob(glob.escape(@dataset_dir) + '/*') if path.lower().endswith(tuple(@suffixes)) "
+    "or glob.glob(glob.escape(path) + '/*.dcm'))",
+}
 _NO_WEIGHTS = (
     "$os.path.isfile(@ckpt_path) or sys.exit('error: no weights at ' + repr(@ckpt_path) + ': expected --bundle_root "
     "to be the folder of this bundle')"
@@ -83,8 +91,9 @@ def inference_config(
 ) -> dict[str, Any]:
     """Return inference.json.
 
-    ``--dataset_dir`` is one image or a folder of images, ``--images "['a.png']"`` a list of them; results go to
-    ``--output_dir``. Classification writes predictions.csv: file, the probability of each class, the class index.
+    ``--dataset_dir`` is one image (in 3D also a folder of DICOM slices) or a folder of images, ``--images "['a.png']"``
+    a list of them; results go to ``--output_dir``. Classification writes predictions.csv: file, the probability of each
+    class, the class index.
     """
     handlers = [_loader(network="@network_def"), {"_target_": "StatsHandler", "iteration_log": False}]
     run = [_NO_WEIGHTS, _NO_IMAGES]
@@ -114,8 +123,7 @@ def inference_config(
         "output_dir": "$@bundle_root + '/eval'",
         "ckpt_path": "$@bundle_root + '/models/model.pt'",
         "suffixes": _SUFFIXES[spatial_dims],
-        "images": "$[@dataset_dir] if os.path.isfile(@dataset_dir) else sorted(path for path in "
-        "glob.glob(glob.escape(@dataset_dir) + '/*') if path.lower().endswith(tuple(@suffixes)))",
+        "images": _IMAGES[spatial_dims],
         "class_names": "$list(@_meta_#network_data_format#outputs#pred#channel_def.values())",
         "device": _DEVICE,
         "network_def": copy.deepcopy(network_config),

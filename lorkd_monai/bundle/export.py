@@ -130,7 +130,7 @@ def export_experts(
                 image_size=info["image_size"],
                 preprocessing=preprocessing(specs[name], kind, dims, info["in_channels"], info["image_size"]),
                 postprocessing=postprocessing(specs[name], kind, dims),
-                metrics=(figures or {}).get(name, {}),
+                metrics=(figures or {}).get(name, {}) if specs[name].score else {},
                 parent=parent or {},
                 overwrite=overwrite,
                 formats=formats,

@@ -163,6 +163,7 @@ def build_metadata(
         "supported_apps": {},
         "name": readable,
         "task": f"{dims} {kind} of {about}: {task.name}",
+        **({"body_part": inert_text(task.body_part)} if getattr(task, "body_part", None) else {}),
         "description": f"A {dims} {kind} network for the one task '{task.name}', extracted as a plain MONAI network "
         "from a low-rank knowledge decomposition (LoRKD) of a foundation model.",
         "authors": inert_text(parent.get("authors", f"written by lorkd-monai {lorkd_monai.__version__}")),

@@ -205,6 +205,8 @@ def _entry_faults(entry: dict[str, Any], kind: str) -> list[str]:
     for key in ("modality", "body_part", "note"):
         if not isinstance(entry.get(key, ""), (str, type(None))):
             faults.append(f"{key!r} must be text, got {entry[key]!r}")
+    if not isinstance(entry.get("score", True), bool):
+        faults.append(f"'score' must be true or false, got {entry['score']!r}")
     channels = entry.get("channels", 1)
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         faults.append(f"'channels' must be a whole number of at least 1, got {channels!r}")

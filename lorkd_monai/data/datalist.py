@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from lorkd_monai.transforms.preprocessing import check_kind
 
 __all__ = ["DataList", "TaskSpec", "load_data_list", "measure_spacing"]
 
+# What a note says of a task whose images prove nothing: "for wiring, never for a score", "wiring only".
+_NO_SCORE = re.compile(r"wiring only|never (for )?a score|\bno score\b", re.IGNORECASE)
 _MOST_HEADERS = 50  # images per task whose headers are read for the median spacing
 
 
@@ -37,6 +40,7 @@ class TaskSpec:
     ``labels`` names the class ids 0..n-1. ``channels`` are those of its images. ``intensity`` is
     ``{"range": [low, high]}`` or ``{"percentiles": [low, high]}``, None for the default of its kind (see
     `lorkd_monai.transforms.default_intensity`). ``spacing`` (mm, axes of RAS) is what 3D segmentation resamples to.
+    ``score`` is False for a task that is there to try things out: its figures stand apart and count in no mean.
     """
 
     name: str
@@ -48,6 +52,7 @@ class TaskSpec:
     channels: int | None = None
     intensity: dict[str, Any] | None = None
     spacing: tuple[float, ...] | None = None
+    score: bool = True
 
     @property
     def num_classes(self) -> int:
@@ -77,6 +82,11 @@ class DataList:
     def num_classes(self) -> dict[str, int]:
         """Task name to number of classes, in order: what ``LoRKDNet(tasks=…)`` takes."""
         return {name: task.num_classes for name, task in self.tasks.items()}
+
+    @property
+    def scored(self) -> list[str]:
+        """Names of the tasks whose figures count."""
+        return [name for name, task in self.tasks.items() if task.score]
 
     def split(self, name: str) -> list[dict[str, Any]]:
         """Return the items of ``"training"``, ``"validation"`` or ``"test"``."""
@@ -256,4 +266,5 @@ def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims:
         channels=entry.get("channels", facts.channels),
         intensity=intensity,
         spacing=None if spacing is None else tuple(map(float, spacing)),
+        score=entry.get("score", not _NO_SCORE.search(entry.get("note") or "")),
     )

@@ -92,16 +92,24 @@ def write_figures(path: str | os.PathLike, figures: Mapping) -> Path:
     return path
 
 
-def figures_table(columns: Mapping[str, Figures], score: str) -> str:
-    """A Markdown table of one score: a row for each task and their mean, a column for each network."""
-    tasks = list(dict.fromkeys(task for figures in columns.values() for task in figures))
+def figures_table(columns: Mapping[str, Figures], score: str, scored: Sequence[str] | None = None) -> str:
+    """A Markdown table of one score: a row for each task and their mean, a column for each network.
+
+    Tasks that are not in ``scored`` (None: all are) stand below the mean, which leaves them out.
+    """
+    found = list(dict.fromkeys(task for figures in columns.values() for task in figures))
+    tasks = [task for task in found if scored is None or task in scored]
     lines = ["| task | n | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
-    for task in tasks:
-        count = next(f[task][score]["n"] for f in columns.values() if task in f)
+
+    def row(task: str, remark: str = "") -> str:
+        count = next((f[task][score]["n"] for f in columns.values() if score in f.get(task, {})), 0)
         cells = [_cell(figures.get(task, {}).get(score)) for figures in columns.values()]
-        lines.append(f"| {task} | {count} | " + " | ".join(cells) + " |")
-    means = [[f[t][score]["value"] for t in tasks if t in f] for f in columns.values()]
+        return f"| {task}{remark} | {count} | " + " | ".join(cells) + " |"
+
+    lines += [row(task) for task in tasks]
+    means = [[f[t][score]["value"] for t in tasks if score in f.get(t, {})] for f in columns.values()]
     lines.append("| mean of tasks | | " + " | ".join(f"{sum(m) / len(m):.3f}" if m else "" for m in means) + " |")
+    lines += [row(task, " (no score: wiring only)") for task in found if task not in tasks]
     return "\n".join(lines)
 
 

@@ -50,9 +50,12 @@ def train_loader(dataset: Dataset, sampler: Sampler, batch_size: int, num_worker
     return DataLoader(dataset, batch_size, sampler=sampler, drop_last=full, num_workers=num_workers)
 
 
-def test_loader(dataset: Dataset, batch_size: int = 64) -> DataLoader:
-    """Batches for evaluation, in order; images of different sizes need ``batch_size=1``."""
-    return DataLoader(dataset, batch_size, shuffle=False)
+def test_loader(dataset: Dataset, batch_size: int = 64, sampler: Sampler | None = None) -> DataLoader:
+    """Batches for evaluation, in order; images of different sizes need ``batch_size=1``.
+
+    ``sampler`` chooses the images of this process, where several share the work; None: all.
+    """
+    return DataLoader(dataset, batch_size, shuffle=False, sampler=sampler)
 
 
 def run_facts(
@@ -199,6 +202,6 @@ def report_figures(
     write_figures(path, figures)
     score = "balanced_accuracy" if data.kind == "classification" else "dice"
     print(f"{score} on {len(loader.dataset)} images, with 95 % bootstrap intervals\n")
-    print(figures_table(figures, score))
+    print(figures_table(figures, score, data.scored))
     print(f"\nAll figures: {path}")
     return figures

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lorkd_monai.engines.distributed import average_gradients, share_buffers
 from lorkd_monai.errors import find_lorkd_error
 from lorkd_monai.losses import LoRKDLoss
 
@@ -139,6 +140,9 @@ class DecompositionTrainer(SupervisedTrainer):
         self.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
         self.add_event_handler(IterationEvents.LOSS_COMPLETED, self._keep_terms)
         self.add_event_handler(Events.EPOCH_COMPLETED, self._average_terms)
+        if idist.get_world_size() > 1:
+            self.add_event_handler(IterationEvents.BACKWARD_COMPLETED, average_gradients, self.objective)
+            self.add_event_handler(Events.EPOCH_COMPLETED, share_buffers, self.network)
         self._register_handlers(train_handlers or [])
 
     def _start_epoch(self, engine: Engine) -> None:

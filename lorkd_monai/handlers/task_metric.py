@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import ignite.distributed as idist
 import torch
@@ -26,6 +26,7 @@ class TaskMetric(Metric):
     Args:
         num_classes: classes of each task by name, in the network's order.
         kind: ``"classification"`` or ``"segmentation"``.
+        scored: names of the tasks that count in the mean; None, or none of them with images: all.
         output_transform: engine output -> (logits, label, task); the default takes what `TaskEvaluator` leaves.
 
     Example::
@@ -37,9 +38,11 @@ class TaskMetric(Metric):
         self,
         num_classes: Mapping[str, int],
         kind: str = "classification",
+        scored: Sequence[str] | None = None,
         output_transform: Callable = lambda output: (output["pred"], output["label"], output["task"]),
     ) -> None:
         self.tasks, self.classes, self.kind = list(num_classes), list(num_classes.values()), kind
+        self.scored = self.tasks if scored is None else list(scored)
         self._rows: list[Tensor] = []
         super().__init__(output_transform)
 
@@ -62,8 +65,11 @@ class TaskMetric(Metric):
 
     def compute(self) -> float:
         """Mean over tasks."""
-        scores = self.per_task()
-        return sum(scores.values()) / len(scores) if scores else 0.0
+        return self._mean(self.per_task())
+
+    def _mean(self, scores: Mapping[str, float]) -> float:
+        counting = [score for task, score in scores.items() if task in self.scored] or list(scores.values())
+        return sum(counting) / len(counting) if counting else 0.0
 
     def per_task(self) -> dict[str, float]:
         """Score of each task that had images."""
@@ -85,4 +91,4 @@ class TaskMetric(Metric):
         """Put the mean and the tasks' scores into ``engine.state.metrics``."""
         scores = self.per_task()
         engine.state.metrics.update(scores)
-        engine.state.metrics[name] = sum(scores.values()) / len(scores) if scores else 0.0
+        engine.state.metrics[name] = self._mean(scores)

@@ -74,6 +74,7 @@ class TeacherExport:
         self.network.load_state_dict(load_weights(self.weights))
         self.network.eval()
         figures = {} if self.figures is None else self.figures(self.network)
+        figures = {task: own for task, own in figures.items() if self.data.tasks[task].score}
         write_teacher_bundle(
             self.folder,
             network=self.network.network.cpu(),
