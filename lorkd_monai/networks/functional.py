@@ -5,97 +5,31 @@ Semantics: for each sample b of task t(b)::
     y_b = op(x_b, W0 + ΔW_t(b), bias)        ΔW_t = scale_t · (B_t A_t) viewed as W0's shape
 
 where ``op`` is the convolution, transposed convolution or linear map of the wrapped layer (LoRKD, arXiv 2404.17184,
-section 3.2). Every strategy in this file must equal that loop over samples.
+section 3.2). Three strategies do it; each equals that loop over samples, and none does anything for an expert that is
+absent from the batch:
+
+* ``"split"``, the reference: the batch is sorted by task, and each segment is passed through the layer with W0 + ΔW_t;
+* ``"group"``: one convolution with as many groups as there are pieces of the batch with one task;
+* ``"factored"``: one dense convolution with W0 for the whole batch, and ΔW_t as two small maps beside it.
+
+Neither of them keeps merged weights for the backward pass. :mod:`~lorkd_monai.networks.dispatch` chooses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks import dispatch
+from lorkd_monai.networks.dispatch import eks_strategy
+from lorkd_monai.networks.factors import LAYOUTS, BranchFilters, FusedWeights, delta_weight, factor_shapes, fuse
+from lorkd_monai.networks.operations import ConvMap, LayerOp, LinearMap
 from lorkd_monai.networks.routing import Routing, take_rows
+from lorkd_monai.networks.task_map import TaskMap
 
-__all__ = ["LAYOUTS", "LayerOp", "delta_weight", "eks", "factor_shapes", "fuse"]
-
-LAYOUTS = ("lorkd", "conv")
-
-_CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-_CONV_TRANSPOSE = {
-    nn.ConvTranspose1d: F.conv_transpose1d,
-    nn.ConvTranspose2d: F.conv_transpose2d,
-    nn.ConvTranspose3d: F.conv_transpose3d,
-}
-
-
-@dataclass(frozen=True)
-class LayerOp:
-    """The operation of one layer with the weight left open, equal to the layer's own forward to the last bit."""
-
-    layer: nn.Module
-
-    @staticmethod
-    def supports(layer: nn.Module) -> bool:
-        """True for convolutions, transposed convolutions and linear layers whose forward is torch's own."""
-        for base in (*_CONV, *_CONV_TRANSPOSE, nn.Linear):
-            if isinstance(layer, base):
-                own = type(layer).forward is base.forward
-                return own and getattr(type(layer), "_conv_forward", None) is getattr(base, "_conv_forward", None)
-        return False
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
-        layer = self.layer
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, weight, bias)
-        for base, transpose in _CONV_TRANSPOSE.items():
-            if isinstance(layer, base):
-                nd = len(layer.kernel_size)
-                padding = layer._output_padding(
-                    x, output_size, layer.stride, layer.padding, layer.kernel_size, nd, layer.dilation
-                )
-                return transpose(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
-        return layer._conv_forward(x, weight, bias)
-
-
-def factor_shapes(
-    weight_shape: Sequence[int], rank: int, layout: str = "lorkd"
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of (A, B) for a weight of shape (o, i, k0, k1, …).
-
-    ``"lorkd"`` is the papers' layout: A is (r·k0) × (i·k0·k1·…/k0) and B is (o·k0) × (r·k0). For square kernels these
-    are the authors' shapes (2D: A rk × ik, B ok × rk; 3D: A rk × ik², B ok × rk). Note that "rank r" there allows an
-    effective rank of up to r·k0² of the weight seen as an o × (i·k0·k1·…) matrix. ``"conv"`` is a convolution with r
-    filters followed by a 1×1 convolution: A is r × (i·k0·k1·…), B is o × r.
-
-    Raises:
-        LoRKDError: unknown layout, or a rank below 1.
-    """
-    if layout not in LAYOUTS:
-        raise LoRKDError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise LoRKDError(f"rank must be an integer of at least 1, got {rank!r}")
-    out, columns = weight_shape[0], 1
-    for size in weight_shape[1:]:
-        columns *= size
-    blocks = weight_shape[2] if layout == "lorkd" and len(weight_shape) > 2 else 1
-    return (rank * blocks, columns // blocks), (out * blocks, rank * blocks)
-
-
-def delta_weight(a: Tensor, b: Tensor, scale: float, shape: Sequence[int]) -> Tensor:
-    """ΔW = scale · (B A) viewed as ``shape``, in float32 or wider whatever autocast says."""
-    with torch.autocast(a.device.type, enabled=False):
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        return (b.to(dtype) @ a.to(dtype)).mul(scale).view(tuple(shape))
-
-
-def fuse(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W0 + ΔW, added in float32 or wider and rounded once to the weight's own dtype (parameter fusion)."""
-    delta = delta_weight(a, b, scale, weight.shape)
-    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+__all__ = ["LAYOUTS", "LayerOp", "delta_weight", "eks", "eks_strategy", "factor_shapes", "fuse"]
 
 
 def eks(
@@ -122,15 +56,149 @@ def eks(
         routing: the task of each row; any order.
         kwargs: further arguments of the layer (``output_size`` of transposed convolutions).
     """
-    if routing.uniform is not None:
+    if routing.uniform is not None and (not torch.is_grad_enabled() or not op.batched(x)):
         t = routing.uniform
         return op(x, fuse(weight, factors_a[t], factors_b[t], scales[t]), bias, **kwargs)
-    if not routing.is_sorted:
+    if routing.uniform is None and not routing.is_sorted:
         y = eks(op, take_rows(x, routing.order), weight, bias, factors_a, factors_b, scales, routing.sorted, **kwargs)
         return take_rows(y, routing.inverse)
-    return torch.cat(
-        [
-            op(x[start:stop], fuse(weight, factors_a[t], factors_b[t], scales[t]), bias, **kwargs)
-            for t, start, stop in routing.segments
-        ]
-    )
+    x = _autocast(x)
+    x, layer_map = op.resolve(x, **kwargs)
+    call = _Call(x, layer_map, weight, None if bias is None else bias.to(x.dtype))
+    if routing.uniform is not None:
+        call.present, call.spans = (routing.uniform,), ((0, x.shape[0]),)
+    else:
+        call.present = routing.present
+        call.spans = tuple((s.start, s.stop) for s in routing.segments)
+    call.a = [factors_a[t] for t in call.present]
+    call.b = [factors_b[t] for t in call.present]
+    call.scales = tuple(scales[t] for t in call.present)
+    return call.run(call.strategy())
+
+
+def _autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+class _Call:
+    """One layer applied to one sorted batch: the experts present and their rows, and each strategy."""
+
+    present: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    a: list[Tensor]
+    b: list[Tensor]
+    scales: tuple[float, ...]
+
+    def __init__(self, x: Tensor, layer_map: ConvMap | LinearMap, weight: Tensor, bias: Tensor | None) -> None:
+        self.x, self.map, self.weight, self.bias = x, layer_map, weight, bias
+
+    def run(self, strategy: str) -> Tensor:
+        if strategy == "factored" and self._can_factor:
+            return self._factored()
+        weights = FusedWeights(self.scales, self.x.dtype)
+        pieces = self._situation.pieces if strategy == "group" else None
+        return TaskMap(self.map, weights, self.spans, pieces)(self.x, self.bias, [self.weight, *self.a, *self.b])
+
+    def strategy(self) -> str:
+        """The strategy to take: forced, chosen, or measured."""
+        if len(self.spans) == 1:
+            return "split"  # merged once: nothing to gain
+        wanted = dispatch.wanted()
+        if wanted == "auto":
+            return dispatch.choose(self._situation)
+        return self._measure() if wanted == "measure" else wanted
+
+    @property
+    def _can_factor(self) -> bool:
+        # A transposed convolution would need the small map first and, with groups, every group its own filters.
+        return isinstance(self.map, LinearMap) or (self.map.groups == 1 and not self.map.transposed)
+
+    @property
+    def _blocks(self) -> int:
+        return self.b[0].shape[0] // self.weight.shape[0]
+
+    @property
+    def _situation(self) -> dispatch.Situation:
+        x, shape = self.x, self.weight.shape
+        sizes = tuple(stop - start for start, stop in self.spans)
+        numbers = self.weight.numel()
+        rows = max(a.shape[0] for a in self.a)
+        branch = numbers // shape[0] * self._blocks * rows if self._can_factor else 0
+        if isinstance(self.map, LinearMap):
+            positions, channels, penalty = x[0].numel() // x.shape[-1], min(shape), 0.0
+        else:
+            positions = x[0, 0].numel()
+            stride = 1
+            for step in self.map.stride:
+                stride *= step
+            if not self.map.transposed:
+                positions = max(1, positions // stride)
+            channels = min(shape[0] // self.map.groups, shape[1])
+            penalty = dispatch.slow_kernel_penalty(
+                x.device.type,
+                tuple(x.shape),
+                tuple(shape[2:]),
+                stride > 1 or self.map.transposed,
+                self.map.groups,
+                min(sizes),
+            )
+        return dispatch.Situation(x.device.type, sizes, positions, numbers, branch, channels, penalty)
+
+    def _factored(self) -> Tensor:
+        x, dtype, channels_last = self.x, self.x.dtype, isinstance(self.map, LinearMap)
+        filters = BranchFilters(tuple(self.weight.shape), self._blocks, max(a.shape[0] for a in self.a), dtype)
+        branch = self._situation._replace(weight=self._situation.branch, branch=0)
+        pieces = branch.pieces if dispatch.choose(branch) == "group" else None
+        h = TaskMap(self.map, filters, self.spans, pieces)(x, None, self.a)
+        y = self.map(x, self.weight.to(dtype), self.bias)
+        owner = [p for p, (start, stop) in enumerate(self.spans) for _ in range(start, stop)]
+        second = take_rows(filters.second(self.b, self.scales), owner)  # rows × o × filters
+        if not channels_last and not y.is_contiguous():  # a channels_last memory format, which is kept
+            y, h = y.movedim(1, -1), h.movedim(1, -1)
+            return self._add(y, h, second).movedim(-1, 1)
+        if channels_last:
+            return self._add(y, h, second)
+        return torch.baddbmm(y.flatten(2), second, h.flatten(2)).view(y.shape)
+
+    @staticmethod
+    def _add(y: Tensor, h: Tensor, second: Tensor) -> Tensor:
+        rows = y.shape[0]
+        added = torch.baddbmm(
+            y.reshape(rows, -1, y.shape[-1]), h.reshape(rows, -1, h.shape[-1]), second.transpose(1, 2)
+        )
+        return added.view(y.shape)
+
+    def _measure(self) -> str:
+        key = (
+            self.map if isinstance(self.map, ConvMap) else "linear",
+            tuple(self.weight.shape),
+            tuple(self.x.shape),
+            self.x.stride(),
+            self.spans,
+            tuple(a.shape[0] for a in self.a),
+            self.x.dtype,
+            str(self.x.device),
+            torch.is_grad_enabled(),
+            torch.get_num_threads(),
+        )
+        names = [s for s in dispatch.STRATEGIES if s != "factored" or self._can_factor]
+        copy = self._detached() if torch.is_grad_enabled() else self
+
+        def trial(name: str) -> None:
+            y = copy.run(name)
+            if y.requires_grad:
+                y.sum().backward()
+
+        return dispatch.measured(key, {name: lambda name=name: trial(name) for name in names}, self.x.device)
+
+    def _detached(self) -> _Call:
+        def leaf(t: Tensor) -> Tensor:
+            return t.detach().requires_grad_(t.requires_grad)
+
+        copy = _Call(leaf(self.x), self.map, leaf(self.weight), None if self.bias is None else leaf(self.bias))
+        copy.present, copy.spans, copy.scales = self.present, self.spans, self.scales
+        copy.a, copy.b = [leaf(t) for t in self.a], [leaf(t) for t in self.b]
+        return copy

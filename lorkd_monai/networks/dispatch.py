@@ -1,0 +1,160 @@
+"""Which strategy serves one layer in one call.
+
+By default a model of the costs decides, from shapes and routing alone: two runs with one seed take the same strategies,
+round alike and end with the same weights. ``"measure"`` times the strategies instead, once for each situation of a run,
+and gives that up.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["STRATEGIES", "Situation", "choose", "eks_strategy"]
+
+STRATEGIES = ("split", "group", "factored")
+_CHOICES = (*STRATEGIES, "auto", "measure")
+
+
+class _Prices(NamedTuple):
+    """Time of forward and backward in ns. How they were found stands in docs/performance.md."""
+
+    operation: float  # one multiplication and addition of a dense convolution that runs well
+    weight: float  # one number of a merged weight: merging twice, reordering for the kernel, its gradient
+    call: float  # calling the kernels for one segment
+    grouped_weight: float  # one number of a weight in a grouped call
+    grouped_operation: float  # what an operation costs more in a grouped call
+    narrow_operation: float  # the same, where a group has fewer than 16 channels
+    branch: float  # what an operation of the low-rank branch costs, relative to a dense one
+
+
+_CPU = _Prices(0.021, 12.0, 100e3, 22.0, 0.02, 0.08, 2.0)
+_GPU = _Prices(1e-4, 0.1, 150e3, 0.15, 1e-4, 2e-4, 2.0)  # estimated; not measured
+
+
+class Situation(NamedTuple):
+    """What the choice depends on."""
+
+    device: str
+    sizes: tuple[int, ...]  # rows of each segment
+    positions: int  # of a row's output (of its input, for a transposed convolution)
+    weight: int  # numbers in W0
+    branch: int  # numbers in the filters of the low-rank branch; 0 where ΔW can't be written as two maps
+    channels: int  # the fewer of a group's input and output channels
+    penalty: float  # ns for each operation of a segment that falls out of the fast kernels, see slow_kernel_penalty
+
+    @property
+    def pieces(self) -> int:
+        """Equal pieces of the batch that never hold two tasks."""
+        return sum(self.sizes) // math.gcd(*self.sizes)
+
+
+@lru_cache(maxsize=4096)
+def costs(s: Situation) -> dict[str, float]:
+    """Time that each strategy adds to a plain layer, in ns; for ``"factored"`` with the better form of its branch."""
+    price = _CPU if s.device == "cpu" else _GPU
+    rows, segments = sum(s.sizes), len(s.sizes)
+    grouped = price.grouped_operation if s.channels >= 16 else price.narrow_operation
+
+    def split(numbers: int) -> float:
+        return segments * (price.weight * numbers + price.call) + s.penalty * numbers * s.positions * rows
+
+    def group(numbers: int) -> float:
+        return s.pieces * price.grouped_weight * numbers + grouped * numbers * s.positions * rows
+
+    found = {"split": split(s.weight), "group": group(s.weight)}
+    if s.branch:
+        branch = price.branch * price.operation * s.branch * s.positions * rows
+        found["factored"] = branch + min(split(s.branch), group(s.branch)) + price.call
+    return found
+
+
+def choose(s: Situation) -> str:
+    """The cheapest strategy by the model of the costs."""
+    found = costs(s)
+    return min(found, key=found.__getitem__)
+
+
+def slow_kernel_penalty(
+    device: str, shape: tuple[int, ...], kernel: tuple[int, ...], strided: bool, groups: int, smallest: int
+) -> float:
+    """Further ns for each operation where segments of one 3D sample would fall out of oneDNN.
+
+    torch (2.13, ``ConvParams::use_mkldnn``) leaves a convolution with batch 1 and one group to a slow kernel where
+    C·D·H is at most 20480 and the kernel is not larger than 3 in its last two dimensions.
+    """
+    if device != "cpu" or len(kernel) < 3 or smallest > 1 or shape[0] == 1 or groups > 1:
+        return 0.0
+    if shape[1] * shape[2] * shape[3] > 20480 or (kernel[-1] > 3 and kernel[-2] > 3):
+        return 0.0
+    return 0.03 if strided else 0.3
+
+
+_FORCED: ContextVar[str | None] = ContextVar("lorkd_eks_strategy", default=None)
+
+
+@contextmanager
+def eks_strategy(name: str) -> Iterator[None]:
+    """Force one strategy inside the block, for tests and benchmarks; the environment variable LORKD_EKS does it too.
+
+    Args:
+        name: ``"split"``, ``"group"``, ``"factored"`` (``"split"`` where a layer can't be factored), ``"auto"`` (the
+            default: a model of the costs), or ``"measure"``: time each strategy once for each situation and keep the
+            fastest for this process. Measured choices differ between runs, and so does the rounding of the results.
+
+    Raises:
+        LoRKDError: no such strategy.
+    """
+    token = _FORCED.set(_checked(name))
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def _checked(name: str) -> str:
+    if name not in _CHOICES:
+        raise LoRKDError(f"the EKS strategy must be one of {', '.join(_CHOICES)}, got {name!r}")
+    return name
+
+
+def wanted() -> str:
+    """The strategy in force."""
+    return _FORCED.get() or _checked(os.environ.get("LORKD_EKS") or "auto")
+
+
+_MEASURED: dict[tuple, str] = {}
+
+
+def measured(key: tuple, trials: dict[str, Callable[[], object]], device: torch.device) -> str:
+    """The name of the fastest trial, measured once for each ``key``."""
+    if key not in _MEASURED:
+        best = {name: float("inf") for name in trials}
+        for _ in range(4):  # interleaved; the first round warms up
+            for name, trial in trials.items():
+                best[name] = min(best[name], _seconds(trial, device))
+        _MEASURED[key] = min(best, key=best.__getitem__)
+    return _MEASURED[key]
+
+
+def _seconds(trial: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        trial()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    trial()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -1,0 +1,179 @@
+"""What a layer computes, with its weight left open: the convolution or linear map, its gradients, its grouped form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ConvMap", "LayerOp", "LinearMap"]
+
+_CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_CONV_TRANSPOSE = {
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
+
+
+@dataclass(frozen=True)
+class LayerOp:
+    """The operation of one layer with the weight left open, equal to the layer's own forward to the last bit."""
+
+    layer: nn.Module
+
+    @staticmethod
+    def supports(layer: nn.Module) -> bool:
+        """True for convolutions, transposed convolutions and linear layers whose forward is torch's own."""
+        for base in (*_CONV, *_CONV_TRANSPOSE, nn.Linear):
+            if isinstance(layer, base):
+                own = type(layer).forward is base.forward
+                return own and getattr(type(layer), "_conv_forward", None) is getattr(base, "_conv_forward", None)
+        return False
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, bias)
+        for base, transpose in _CONV_TRANSPOSE.items():
+            if isinstance(layer, base):
+                padding = self._output_padding(x, output_size)
+                return transpose(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+        return layer._conv_forward(x, weight, bias)
+
+    def batched(self, x: Tensor) -> bool:
+        """True where ``x`` has a batch dimension."""
+        return x.ndim > 1 if isinstance(self.layer, nn.Linear) else x.ndim == 2 + len(self.layer.kernel_size)
+
+    def resolve(self, x: Tensor, output_size: list[int] | None = None) -> tuple[Tensor, ConvMap | LinearMap]:
+        """The input with all padding that is not plain zeros applied, and the map that is then left to do."""
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            return x, LinearMap()
+        if layer.transposed:
+            padding, output_padding = layer.padding, tuple(self._output_padding(x, output_size))
+        else:
+            x, padding = self._padded(x)
+            output_padding = (0,) * len(layer.kernel_size)
+        return x, ConvMap(layer.stride, padding, layer.dilation, layer.transposed, output_padding, layer.groups)
+
+    def _output_padding(self, x: Tensor, output_size: list[int] | None) -> list[int]:
+        layer = self.layer
+        dims = len(layer.kernel_size)
+        return layer._output_padding(
+            x, output_size, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation
+        )
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        layer = self.layer
+        none = (0,) * len(layer.kernel_size)
+        if layer.padding_mode != "zeros":
+            return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), none
+        if layer.padding == "valid":
+            return x, none
+        if layer.padding == "same":
+            total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+            if any(t % 2 for t in total):  # an even kernel: one more on the right
+                x = F.pad(x, [n for t in reversed(total) for n in (0, t % 2)])
+            return x, tuple(t // 2 for t in total)
+        return x, layer.padding
+
+
+class ConvMap(NamedTuple):
+    """A convolution or transposed convolution with zero padding; the fields are the arguments of torch.convolution."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.convolution(x, weight, bias, *self)
+
+    def backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of input and weight."""
+        needs = [need_x, need_weight, False]
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *self, needs)[:2]
+
+    def bias_gradient(self, g: Tensor) -> Tensor:
+        return g.sum([0, *range(2, g.ndim)])
+
+    # The grouped form: `pieces` equal runs of rows, each with a weight of its own, in one call. The pieces are laid
+    # side by side as channels, of a batch that holds one row of every piece.
+
+    def grouped(self, pieces: int) -> ConvMap:
+        return self._replace(groups=self.groups * pieces)
+
+    def pack(self, x: Tensor, pieces: int) -> Tensor:
+        rows, (channels, *space) = x.shape[0] // pieces, x.shape[1:]
+        return x.reshape(pieces, rows, channels, *space).transpose(0, 1).reshape(rows, pieces * channels, *space)
+
+    def unpack(self, y: Tensor, pieces: int, like: Tensor) -> Tensor:
+        """Undo :meth:`pack`; ``like`` is any tensor with the rows that are wanted."""
+        rows, channels, *space = y.shape
+        channels //= pieces
+        return y.reshape(rows, pieces, channels, *space).transpose(0, 1).reshape(rows * pieces, channels, *space)
+
+    def pack_weight(self, weights: Tensor) -> Tensor:
+        """Weights of shape pieces × … as one weight of the grouped form."""
+        return weights.flatten(0, 1)
+
+    def pack_bias(self, bias: Tensor | None, pieces: int) -> Tensor | None:
+        return None if bias is None else bias.repeat(pieces)
+
+
+class LinearMap:
+    """A linear map of the last dimension."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of input and weight."""
+        return (
+            g @ weight if need_x else None,
+            g.flatten(0, -2).t() @ x.flatten(0, -2) if need_weight else None,
+        )
+
+    def bias_gradient(self, g: Tensor) -> Tensor:
+        return g.flatten(0, -2).sum(0)
+
+    def grouped(self, pieces: int) -> _BatchedLinearMap:
+        return _BatchedLinearMap()
+
+    def pack(self, x: Tensor, pieces: int) -> Tensor:
+        return x.reshape(pieces, -1, x.shape[-1])
+
+    def unpack(self, y: Tensor, pieces: int, like: Tensor) -> Tensor:
+        return y.reshape(*like.shape[:-1], y.shape[-1])
+
+    def pack_weight(self, weights: Tensor) -> Tensor:
+        return weights
+
+    def pack_bias(self, bias: Tensor | None, pieces: int) -> Tensor | None:
+        return bias
+
+
+class _BatchedLinearMap:
+    """One linear map for each entry of dim 0."""
+
+    def __call__(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.bmm(x, weights.transpose(1, 2))
+        return y if bias is None else y + bias
+
+    def backward(
+        self, g: Tensor, x: Tensor, weights: Tensor, need_x: bool, need_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            torch.bmm(g, weights) if need_x else None,
+            torch.bmm(g.transpose(1, 2), x) if need_weight else None,
+        )
