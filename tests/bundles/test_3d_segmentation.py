@@ -28,7 +28,7 @@ SPACING = [1.25, 1.0, 1.5]
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """3D phantoms; the task `ct` has a window and a spacing of its own, `mr` percentiles; `ultrasound` gets no score."""
+    """3D phantoms; the task `ct` has a window and a spacing of its own, `mr` percentiles, `ultrasound` no score."""
     folder = tmp_path_factory.mktemp("volumes")
     file = make_phantoms(folder, "segmentation", 3, num_images=10, image_size=16)
     content = json.loads(file.read_text())
