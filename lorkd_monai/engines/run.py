@@ -44,7 +44,7 @@ def train_loader(dataset: Dataset, sampler: Sampler, batch_size: int, num_worker
     Raises:
         LoRKDError: a batch size below 1.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise LoRKDError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     full = len(sampler) >= batch_size
     return DataLoader(dataset, batch_size, sampler=sampler, drop_last=full, num_workers=num_workers)

@@ -1,0 +1,217 @@
+"""The pieces of a run: its teacher, objective, schedule, loaders and figures."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from monai.networks.nets import ResNet
+
+from lorkd_monai import engines
+from lorkd_monai.bundle import network_info
+from lorkd_monai.bundle.writer import write_teacher_bundle
+from lorkd_monai.data import TaskDataset, load_data_list, make_phantoms
+from lorkd_monai.engines.evaluation import figures_table
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks import LoRKDNet, TaskChannels
+from lorkd_monai.networks.checkpoint import save_weights
+
+SMALL = {
+    "_target_": "ResNet", "block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 4, 8, 8],
+    "spatial_dims": 2, "n_input_channels": 3, "conv1_t_size": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantoms")
+    make_phantoms(folder, "classification", 2, num_images=10, image_size=16)
+    return load_data_list(folder, "classification", 2)
+
+
+@pytest.fixture(scope="module")
+def items(data):
+    return TaskDataset(data, "training", 3, 16, progress=False)
+
+
+@pytest.fixture(scope="module")
+def network(data):
+    torch.manual_seed(0)
+    return LoRKDNet(SMALL, data.num_classes, rank=1, info=network_info(data, 3, 16))
+
+
+@pytest.fixture(scope="module")
+def write_teacher(data, tmp_path_factory):
+    def write(tasks):
+        network = ResNet(
+            block="basic", layers=[1, 1, 1, 1], block_inplanes=[4, 4, 8, 12], spatial_dims=2, n_input_channels=3,
+            conv1_t_size=3, num_classes=sum(len(task.labels) for task in tasks),
+        )  # fmt: skip
+        config = {**SMALL, "block_inplanes": [4, 4, 8, 12], "num_classes": network.fc.out_features}
+        return write_teacher_bundle(
+            tmp_path_factory.mktemp("teachers") / "teacher", network=network, network_config=config, tasks=tasks,
+            kind="classification", spatial_dims=2, in_channels=3, image_size=16,
+        )  # fmt: skip
+
+    return write
+
+
+def test_no_teacher_is_one_message(data, tmp_path):
+    with pytest.raises(LoRKDError, match="no teacher at .*run `pretraining`.*--teacher_bundle.*--transfer_weight 0"):
+        engines.find_teacher(tmp_path / "teacher", data)
+    assert engines.find_teacher(tmp_path / "teacher", data, transfer_weight=0) is None
+
+
+def test_teacher_of_all_tasks(data, items, network, write_teacher):
+    teacher = engines.find_teacher(write_teacher(list(data.tasks.values())), data)
+    assert teacher.has_logits(list(range(4))).all()
+    loss = engines.make_objective(network, teacher, data, items, 0.5, 3.0)
+    assert loss.feature_transfer is None
+    assert (loss.transfer_weight, loss.transfer.temperature) == (0.5, 3.0)
+    assert list(loss.parameters()) == []
+
+
+def test_teacher_that_lacks_a_task_trains_a_projection(data, items, network, write_teacher):
+    tasks = [task for name, task in data.tasks.items() if name != "mr"]
+    teacher = engines.find_teacher(write_teacher(tasks), data)
+    assert teacher.has_logits(list(range(4))).tolist() == [name != "mr" for name in data.tasks]
+    training = network.training
+    loss = engines.make_objective(network, teacher, data, items)
+    assert network.training == training
+    projection = loss.feature_transfer.projection
+    assert (projection.in_features, projection.out_features) == (8, 12)
+    assert projection.weight in set(loss.parameters())
+    batch = next(iter(torch.utils.data.DataLoader(items, batch_size=len(items))))
+    out, features = network(batch["image"], batch["task"], return_features=True)
+    teacher_out, teacher_features = teacher(batch["image"], batch["task"], return_features=True)
+    total = loss(
+        out, batch["label"], batch["task"], teacher_out, student_features=features,
+        teacher_features=teacher_features, has_teacher=teacher.has_logits(batch["task"]),
+    )  # fmt: skip
+    total.backward()
+    assert {"transfer", "feature_transfer"} <= loss.terms.keys()
+    assert projection.weight.grad.abs().sum() > 0
+
+
+def test_without_a_teacher_nothing_is_transferred(data, items, network):
+    loss = engines.make_objective(network, None, data, items, transfer_weight=1.0)
+    assert loss.transfer_weight == 0
+
+
+def test_cosine_schedule_by_hand():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = engines.cosine_schedule(optimizer, max_epochs=5)
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.5] + [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_short_schedules_learn_too(epochs):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = engines.cosine_schedule(optimizer, epochs)
+    for _ in range(epochs):
+        assert optimizer.param_groups[0]["lr"] > 0
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "8", None, True])
+def test_batch_sizes(items, size):
+    with pytest.raises(LoRKDError, match="batch_size must be a whole number of at least 1"):
+        engines.train_loader(items, range(len(items)), size)
+
+
+def test_incomplete_batches_are_left_out_unless_there_is_no_other(items):
+    sampler = torch.utils.data.SequentialSampler(items)
+    assert len(engines.train_loader(items, sampler, 10)) == len(items) // 10
+    assert len(engines.train_loader(items, sampler, 1000)) == 1
+    loader = engines.test_loader(items)
+    assert sum(len(batch["label"]) for batch in loader) == len(items)
+
+
+def test_settings_are_checked_together():
+    engines.check_settings(max_epochs=1, learning_rate=1e-3, image_size=[4, 4], amp=False, unknown="anything", seed=0)
+    wrong = {"max_epochs": True, "batch_size": 2.0, "learning_rate": math.inf, "amp": 1, "image_size": [4]}
+    with pytest.raises(LoRKDError) as caught:
+        engines.check_settings(**wrong, seed=0)
+    for name in wrong:
+        assert f"{name} must be" in str(caught.value)
+    assert "seed" not in str(caught.value)
+
+
+def test_figures_are_those_of_the_network(data, network):
+    split = TaskDataset(data, "test", 3, 16, progress=False)
+    figures = engines.evaluate_tasks(network, engines.test_loader(split), data, resamples=50)
+    assert list(figures) == list(data.tasks)
+    network.eval()
+    for index, name in enumerate(data.tasks):
+        own = [split[i] for i in range(len(split)) if split.task_of_item[i] == index]
+        with torch.no_grad():
+            predicted = network(torch.stack([item["image"] for item in own]), index).argmax(1)
+        accuracy = (predicted == torch.stack([item["label"] for item in own])).double().mean().item()
+        assert figures[name]["accuracy"]["value"] == pytest.approx(accuracy)
+        assert figures[name]["accuracy"]["n"] == len(own)
+
+
+def test_nothing_to_evaluate(data, network):
+    with pytest.raises(LoRKDError, match="nothing to evaluate"):
+        engines.evaluate_tasks(network, torch.utils.data.DataLoader([]), data)
+
+
+def test_report(data, network, write_teacher, tmp_path, capsys):
+    loader = engines.test_loader(TaskDataset(data, "test", 3, 16, progress=False))
+    weights, path = tmp_path / "model.pt", tmp_path / "figures.json"
+    with pytest.raises(LoRKDError, match="no trained weights at .*: run `training` with the same --output_dir first"):
+        engines.report_figures(network, weights, loader, data, "cpu", path, tmp_path / "none")
+    save_weights(weights, network.state_dict())
+    teacher = write_teacher(list(data.tasks.values()))
+    figures = engines.report_figures(network, weights, loader, data, "cpu", path, teacher)
+    assert json.loads(path.read_text()) == figures
+    assert figures.keys() == {"experts", "teacher"}
+    said = capsys.readouterr().out
+    assert "| task | n | experts | teacher |" in said
+    other = LoRKDNet(SMALL, data.num_classes, rank=2)
+    save_weights(weights, other.state_dict())
+    with pytest.raises(LoRKDError, match="rank"):
+        engines.report_figures(network, weights, loader, data, "cpu", path, tmp_path / "none")
+
+
+def test_table_by_hand():
+    experts = {"a": {"dice": {"value": 0.5, "low": 0.25, "high": 0.75, "n": 3}}, "b": {"dice": {"value": 1.0, "n": 2}}}
+    lines = figures_table({"experts": experts, "teacher": {"a": experts["b"], "b": {}}}, "dice").splitlines()
+    assert lines == [
+        "| task | n | experts | teacher |",
+        "|---|---|---|---|",
+        "| a | 3 | 0.500 (0.250–0.750) | 1.000 |",
+        "| b | 2 | 1.000 |  |",
+        "| mean of tasks | | 0.750 | 1.000 |",
+    ]
+
+
+def test_facts_for_the_experts_readme(data, network, tmp_path):
+    facts = engines.run_facts(network, data, tmp_path / "teacher", 7, {"seed": 0})
+    assert facts["epochs"] == 7
+    assert "rank" in facts["experts"]
+    assert str(tmp_path) not in json.dumps(facts)
+
+
+def test_a_network_of_all_tasks_seen_task_by_task(data):
+    network = TaskChannels.build(SMALL, data.num_classes).eval()
+    x, task = torch.rand(4, 3, 16, 16), torch.tensor([3, 0, 2, 1])
+    with torch.no_grad():
+        y, plain = network(x, task), network.network(x)
+    assert network.config["num_classes"] == sum(data.num_classes.values())
+    starts = torch.tensor([0, *data.num_classes.values()]).cumsum(0)
+    for row, t in enumerate(task.tolist()):
+        count = list(data.num_classes.values())[t]
+        assert torch.equal(y[row, :count], plain[row, starts[t] : starts[t] + count])
+        assert (y[row, count:] == float("-inf")).all()
+    with torch.no_grad():
+        assert torch.equal(network(x, torch.tensor([1])), network(x, torch.ones(4, dtype=torch.long)))
