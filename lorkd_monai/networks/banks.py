@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.networks.routing import RoutedModule, take_rows
 
-__all__ = ["HeadBank", "TaskBank", "collect_features"]
+__all__ = ["HeadBank", "TaskBank", "pooled_features", "watch_heads"]
 
 
 class TaskBank(RoutedModule):
@@ -77,10 +78,9 @@ class HeadBank(TaskBank):
         self.channel_dim = channel_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        features = _FEATURES.get()
-        if features is not None:
-            spatial = [d for d in range(1, x.ndim) if d != self.channel_dim % x.ndim]
-            features.append(x.mean(spatial) if spatial else x)
+        calls = _HEAD_CALLS.get()
+        if calls is not None:
+            calls.append((self, x))
         return super().forward(x)
 
     def _apply_one(self, task: int, x: Tensor) -> Tensor:
@@ -105,14 +105,29 @@ def pad_channels(y: Tensor, dim: int, channels: int) -> Tensor:
     return torch.cat([y, y.new_full(shape, float("-inf"))], dim)
 
 
-_FEATURES: ContextVar[list[Tensor] | None] = ContextVar("lorkd_features", default=None)
+_HEAD_CALLS: ContextVar[list[tuple[HeadBank, Tensor]] | None] = ContextVar("lorkd_head_calls", default=None)
 
 
 @contextmanager
-def collect_features() -> Iterator[list[Tensor]]:
-    """Collect what the heads receive, pooled over space: one B × F tensor for each head that is called."""
-    token = _FEATURES.set([])
+def watch_heads() -> Iterator[list[tuple[HeadBank, Tensor]]]:
+    """Note which heads are called inside the block, and with what."""
+    token = _HEAD_CALLS.set([])
     try:
-        yield _FEATURES.get()
+        yield _HEAD_CALLS.get()
     finally:
-        _FEATURES.reset(token)
+        _HEAD_CALLS.reset(token)
+
+
+def pooled_features(calls: list[tuple[HeadBank, Tensor]]) -> Tensor:
+    """What the main head received, pooled over space: B × F.
+
+    The main head of several (deep supervision) is that of the highest resolution; of equal ones, the last called.
+    """
+
+    def spatial(i: int) -> list[int]:
+        head, x = calls[i]
+        return [d for d in range(1, x.ndim) if d != head.channel_dim % x.ndim]
+
+    main = max(range(len(calls)), key=lambda i: (math.prod(calls[i][1].shape[d] for d in spatial(i)), i))
+    x = calls[main][1]
+    return x.mean(spatial(main)) if x.ndim > 2 else x

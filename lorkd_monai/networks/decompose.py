@@ -17,6 +17,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.banks import HeadBank, TaskBank
 from lorkd_monai.networks.functional import LayerOp
 from lorkd_monai.networks.heads import find_heads, head_channels, head_layers, head_like
+from lorkd_monai.networks.routing import refuse_direct_calls
 
 __all__ = ["build_backbone", "class_argument", "expert_layers", "insert_heads", "insert_norms", "replace_module"]
 
@@ -39,6 +40,7 @@ def build_backbone(
         LoRKDError: a configuration that does not build a network or can't be written as JSON.
     """
     if isinstance(backbone, nn.Module):
+        _refuse_lazy(backbone)
         return copy.deepcopy(backbone, detached(backbone)), None
     if isinstance(backbone, functools.partial) and not backbone.args:
         target = f"{backbone.func.__module__}.{backbone.func.__qualname__}"
@@ -63,7 +65,14 @@ def build_backbone(
         raise LoRKDError(f"backbone: {config['_target_']} could not be built: {_root_cause(e)}") from e
     if not isinstance(network, nn.Module):
         raise LoRKDError(f"backbone: {config['_target_']} gave a {type(network).__name__}, expected a network")
+    _refuse_lazy(network)
     return network, config
+
+
+def _refuse_lazy(network: nn.Module) -> None:
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise LoRKDError(f"layer {name!r} is lazy: run the network once on an image before it is decomposed")
 
 
 def detached(network: nn.Module) -> dict:
@@ -138,8 +147,6 @@ def expert_layers(
 
 
 def _refuse_changed_weight(network: nn.Module, name: str, layer: nn.Module) -> None:
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
-        raise LoRKDError(f"layer {name!r} is lazy: run the network once on an image before it is decomposed")
     reasons = []
     if nn.utils.parametrize.is_parametrized(layer):
         reasons.append("has a parametrization (weight norm, spectral norm, …)")
@@ -179,6 +186,7 @@ def insert_heads(
         linear = isinstance(head_layers(module)[-1], nn.Linear)
         banks[name] = HeadBank(heads, num_classes, channel_dim=-1 if linear else 1, name=name)
         replace_module(network, module, banks[name])
+        refuse_direct_calls(module, f"head {name!r}")
     return banks, widths.pop()
 
 
@@ -195,4 +203,5 @@ def insert_norms(network: nn.Module, heads: Sequence[str], num_tasks: int) -> di
         if module.affine or module.track_running_stats:
             banks[name] = TaskBank([copy.deepcopy(module) for _ in range(num_tasks)], name)
             replace_module(network, module, banks[name])
+            refuse_direct_calls(module, f"norm {name!r}")
     return banks

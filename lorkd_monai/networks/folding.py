@@ -58,7 +58,7 @@ def find_folding(
     if base.is_floating_point():
         batches = [base, base, other(0, base[0] + noise), other(1, base[1] + noise)]
     else:
-        batches = [base, base, *(other(i, base[i].flatten().roll(1).view_as(base[i])) for i in (0, 1))]
+        batches = [base, base, *(other(i, base.amin() + base.amax() - base[i]) for i in (0, 1))]
     modules = list(modules)
     with _LOCK, _untouched(network):
         passes = _record(call, modules, batches)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import decompose
-from lorkd_monai.networks.banks import TaskBank, collect_features
+from lorkd_monai.networks.banks import TaskBank, pooled_features, watch_heads
 from lorkd_monai.networks.folding import find_folding
 from lorkd_monai.networks.functional import LAYOUTS
 from lorkd_monai.networks.heads import head_like
 from lorkd_monai.networks.low_rank import LowRankLayer
-from lorkd_monai.networks.outputs import fill_classes, narrow_classes, select_rows, widen_classes
+from lorkd_monai.networks.outputs import fill_classes, first_rows, narrow_classes, select_rows, widen_classes
 from lorkd_monai.networks.routing import RoutedModule, Routing, UnverifiedFolding, route, task_list
 from lorkd_monai.networks.serving import PlainView
 from lorkd_monai.networks.spec import checked_ranks, checked_tasks, differences, read_spec, write_spec
@@ -97,6 +97,7 @@ class LoRKDNet(nn.Module):
             "norm": norm,
         }
         self._frozen = False
+        self._head_seen = False
         self._serving: int | None = None
         self._verified: set[bool] = set()
         self.backbone, self._config = decompose.build_backbone(backbone, max(self._num_classes.values()))
@@ -259,6 +260,8 @@ class LoRKDNet(nn.Module):
             narrow = self._num_classes[self.tasks[task]]
         routing = self._routing(task, x.shape[0])
         if routing.uniform is not None and not return_features and self._view.usable():
+            if not self._head_seen:
+                self._routed_forward(x[:1], Routing([routing.uniform], 1), False, first_rows(kwargs, x.shape[0], 1))
             y = self._view(routing.uniform, x, kwargs, None)
             own, widest = self._num_classes[self.tasks[routing.uniform]], max(self._num_classes.values())
             return y if narrow or own == widest else widen_classes(y, own, widest, x.ndim)
@@ -301,13 +304,15 @@ class LoRKDNet(nn.Module):
                 k: select_rows(v, routing.order) if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else v
                 for k, v in kwargs.items()
             }
-        with route(routing.sorted):
-            if return_features:
-                with collect_features() as collected:
-                    y = self.backbone(x, **kwargs)
-                features = collected[0]
-            else:
-                y, features = self.backbone(x, **kwargs), None
+        with route(routing.sorted), watch_heads() as calls:
+            y = self.backbone(x, **kwargs)
+        if not calls:
+            raise LoRKDError(
+                f"the head {', '.join(map(repr, self._heads))} takes no part in the network's forward, so all tasks "
+                "would share another one: name the layer that gives the classes with head=…"
+            )
+        self._head_seen = True
+        features = pooled_features(calls) if return_features else None
         y = fill_classes(y, routing.sorted, list(self._num_classes.values()), x.ndim)
         if shuffle:
             y = select_rows(y, routing.inverse)
@@ -317,8 +322,9 @@ class LoRKDNet(nn.Module):
     def _find_folding(self, x: Tensor, kwargs: Mapping) -> None:
         """Find out how the backbone folds its batch, once for training and once for evaluation mode."""
 
+        pair = first_rows(kwargs, x.shape[0], 2)
+
         def call(batch: Tensor) -> object:
-            pair = {k: v[:2] if isinstance(v, Tensor) and v.ndim and len(v) == len(x) else v for k, v in kwargs.items()}
             with route(0, batch_size=batch.shape[0]):
                 return self.backbone(batch, **pair)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.functional import LayerOp, eks, factor_shapes, fuse
-from lorkd_monai.networks.routing import RoutedModule, Routing
+from lorkd_monai.networks.routing import RoutedModule, Routing, refuse_direct_calls
 
 __all__ = ["LowRankLayer"]
 
@@ -23,12 +22,6 @@ _GEOMETRY = {
     "in_channels", "out_channels", "in_features", "out_features", "kernel_size", "stride", "padding", "dilation",
     "groups", "padding_mode", "output_padding", "transposed",
 }  # fmt: skip
-
-
-def _refuse_bypass(who: str, layer: nn.Module, args: tuple) -> None:
-    raise LoRKDError(
-        f"{who} was called directly, past its experts: the network keeps a second reference to it; exclude it"
-    )
 
 
 class LowRankLayer(RoutedModule):
@@ -80,7 +73,7 @@ class LowRankLayer(RoutedModule):
                 f"change its weight behind the expert's back: remove them or exclude this layer (exclude=[{name!r}])"
             )
         # This module computes with the layer's weight and never calls the layer: whoever does goes past the experts.
-        layer.register_forward_pre_hook(functools.partial(_refuse_bypass, self._who()))
+        refuse_direct_calls(layer, self._who())
         self.layer = layer
         self.layout = layout
         self.op = LayerOp(layer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -72,6 +72,13 @@ def first_tensor(y: Output) -> Tensor:
     if not found:
         raise LoRKDError(f"the network returned no tensor but a {type(y).__name__}")
     return found[0]
+
+
+def first_rows(arguments: Mapping[str, object], batch: int, count: int) -> dict[str, object]:
+    """Keyword arguments for the first ``count`` samples of a batch: tensors of one row a sample are cut."""
+    return {
+        k: v[:count] if isinstance(v, Tensor) and v.ndim and v.shape[0] == batch else v for k, v in arguments.items()
+    }
 
 
 def select_rows(y: Output, order: Sequence[int]) -> Output:

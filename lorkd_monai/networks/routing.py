@@ -8,6 +8,7 @@ network with different tasks never see each other's.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -254,6 +255,18 @@ class RoutedModule(nn.Module):
 
     def _who(self) -> str:
         return f"layer {self.name!r}" if self.name else type(self).__name__
+
+
+def refuse_direct_calls(module: nn.Module, who: str) -> None:
+    """Make every call of a module that was replaced an error: it would go past the experts."""
+    module.register_forward_pre_hook(functools.partial(_refuse_direct_call, who))
+
+
+def _refuse_direct_call(who: str, module: nn.Module, args: tuple) -> None:
+    raise LoRKDError(
+        f"{who} was called directly, past its experts: the network keeps a second reference to it, such as a plain "
+        "list of layers. Register it once (nn.ModuleList), or exclude it"
+    )
 
 
 def take_rows(x: Tensor, order: Sequence[int]) -> Tensor:
