@@ -183,6 +183,70 @@ def phantoms(
     return str(make_phantoms(_path(output, "output"), kind, spatial_dims, num_images, seed=seed, overwrite=overwrite))
 
 
+def renorm(
+    checkpoint: str,
+    dataset_dir: str,
+    output: str,
+    tasks: Any = None,
+    batch_size: int = 16,
+    overwrite: bool = False,
+    formats: Any = None,
+) -> str:
+    """Write expert bundles whose batch-norm statistics are estimated anew on their own task's training images.
+
+    Prints the test figures before and after: not every task gains.
+
+    Args:
+        checkpoint: checkpoint file, or output folder of a run.
+        dataset_dir: data list of the decomposition.
+        output: folder for the bundles.
+        tasks: names of the tasks, separated by commas; all by default.
+        batch_size: images of one batch of the estimation.
+        overwrite: replace bundles that are there.
+        formats: of pt, safetensors, ts, onnx, separated by commas; all that can be written by default.
+    """
+    from lorkd_monai.engines.renorm import renorm_experts
+
+    written, table = renorm_experts(
+        _checkpoint(checkpoint), _path(dataset_dir, "dataset_dir"), _path(output, "output"), _names(tasks), batch_size,
+        overwrite, _names(formats),
+    )  # fmt: skip
+    return "\n".join([*map(str, written), *(["", table] if table else [])])
+
+
+def suggest_ranks(checkpoint: str, tuned: Any, budget: int | None = None, as_json: bool = False) -> str:
+    """Propose a rank for each task within a budget of parameters, beside equal ranks.
+
+    Each task's full update is the difference between its expert after a fine-tuning of all its weights
+    (`monai.bundle run training` on the expert bundle) and the weights that the tasks share.
+
+    Args:
+        checkpoint: checkpoint file, or output folder of a run.
+        tuned: "{task: path, …}", paths being expert bundles or files of weights.
+        budget: parameters of all experts together; by default as many as the decomposition has.
+        as_json: print JSON in place of a table.
+    """
+    from lorkd_monai.networks.checkpoint import load_decomposition, load_weights
+    from lorkd_monai.networks.ranks import suggest_ranks as suggest
+
+    if not isinstance(tuned, dict):
+        raise LoRKDError(f"tuned: expected '{{task: path, other: path}}', got {tuned!r}")
+    files = {str(name): _path(path, f"tuned: {name}") for name, path in tuned.items()}
+    files = {name: path / "models" / "model.pt" if path.is_dir() else path for name, path in files.items()}
+    states = {name: load_weights(path) for name, path in files.items()}
+    rows = suggest(load_decomposition(_checkpoint(checkpoint)), states, budget)
+    if as_json:
+        return _json(rows)
+    lines = ["| task | rank | parameters | energy kept | equal rank | parameters | energy kept |", "|" + "---|" * 7]
+    lines += [
+        f"| {r['task']} | {r['rank']} | {r['parameters']} | {r['energy']:.3f} "
+        f"| {r['equal_rank']} | {r['equal_parameters']} | {r['equal_energy']:.3f} |"
+        for r in rows
+    ]
+    ranks = ", ".join(f"{r['task']}: {r['rank']}" for r in rows)
+    return "\n".join([*lines, "", f"--rank '{{{ranks}}}'"])
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
@@ -215,6 +279,8 @@ COMMANDS: dict[str, Any] = {
     "check": check,
     "pack": pack,
     "push": push,
+    "renorm": renorm,
+    "suggest-ranks": suggest_ranks,
     "phantoms": phantoms,
 }
 

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lorkd_monai.bundle.writer import expert_name, write_expert_bundle
 from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.errors import LoRKDError
@@ -83,6 +85,7 @@ def export_experts(
     parent: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     formats: Sequence[str] | None = None,
+    networks: Mapping[str, nn.Module] | None = None,
 ) -> list[Path]:
     """Write one complete MONAI bundle for each task: ``<folder>/<task>_classification`` or ``…_segmentation``.
 
@@ -94,6 +97,7 @@ def export_experts(
         parent: facts on the decomposition for the README, see `write_expert_bundle`.
         overwrite: replace bundles that exist.
         formats: file formats of the weights, see `write_expert_bundle`.
+        networks: extracted networks of tasks to write in place of what ``network`` gives now.
 
     Returns:
         The bundles' folders.
@@ -121,7 +125,7 @@ def export_experts(
         written.append(
             write_expert_bundle(
                 Path(folder) / expert_name(name, kind),
-                network=network.extract(name).cpu().eval(),
+                network=(networks[name] if networks and name in networks else network.extract(name)).cpu().eval(),
                 network_config=config,
                 task=specs[name],
                 kind=kind,

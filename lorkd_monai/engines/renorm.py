@@ -1,0 +1,118 @@
+"""Experts whose batch norms hold the statistics of their own images."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lorkd_monai.bundle.configs import default_inferer
+from lorkd_monai.bundle.export import export_experts, refuse_existing_experts
+from lorkd_monai.bundle.writer import expert_name
+from lorkd_monai.data import DataList, TaskDataset, load_data_list
+from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.checkpoint import load_decomposition
+from lorkd_monai.networks.norms import reestimate_norms
+
+__all__ = ["renorm_experts"]
+
+
+class _OneTask(nn.Module):
+    """An expert that is called as the decomposition is."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, task: object) -> Tensor:
+        return self.network(x)
+
+
+def _only(data: DataList, task: str) -> DataList:
+    splits = {s: [i for i in data.split(s) if i["task"] == task] for s in ("training", "validation", "test")}
+    return dataclasses.replace(data, tasks={task: dataclasses.replace(data.tasks[task], index=0)}, **splits)
+
+
+def renorm_experts(
+    checkpoint: str | os.PathLike,
+    dataset_dir: str | os.PathLike,
+    output: str | os.PathLike,
+    tasks: Sequence[str] | None = None,
+    batch_size: int = 16,
+    overwrite: bool = False,
+    formats: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[list[Path], str]:
+    """Write expert bundles whose batch-norm statistics are estimated anew on the training images of their task.
+
+    Norms that all tasks share hold the statistics of the mixed batches of the training. Whether an expert does better
+    with its own differs from task to task: both are measured on the test images, and the bundles carry the figures of
+    what they hold. 3D segmentation estimates on random patches, as the training sees them.
+
+    Args:
+        checkpoint: file of a decomposition.
+        dataset_dir: its data list.
+        output: where the bundles go.
+        tasks: which tasks; None: all.
+        batch_size: images of one batch of the estimation.
+        overwrite: replace bundles that exist.
+        formats: file formats of the weights, see `write_expert_bundle`.
+        device: where to run.
+
+    Returns:
+        The bundles' folders, and a Markdown table of the figures before and after; empty without test images.
+
+    Raises:
+        LoRKDError: networks without batch norms that keep statistics, an unknown task, bundles that exist, a data
+            list of other tasks.
+    """
+    network = load_decomposition(checkpoint).eval()
+    info = network.info
+    if "kind" not in info:
+        raise LoRKDError(f"{checkpoint} does not say what its tasks are: expected a checkpoint of `training`")
+    kind, dims, size = info["kind"], info["spatial_dims"], info["image_size"]
+    chosen = [network.tasks[network.task_index(t)] for t in tasks] if tasks is not None else network.tasks
+    refuse_existing_experts(output, [expert_name(name, kind) for name in chosen], overwrite)
+    data = load_data_list(dataset_dir, kind, dims)
+    differing = [t for t in chosen if t not in data.tasks or data.tasks[t].num_classes != network.num_classes[t]]
+    if differing:
+        raise LoRKDError(
+            f"the data list {dataset_dir} has no task {differing[0]!r} with {network.num_classes[differing[0]]} "
+            f"classes, which the decomposition has; its tasks are {', '.join(data.tasks)}"
+        )
+    patch = size if (kind, dims) == ("segmentation", 3) else None
+    inferer = default_inferer(kind, (size,) * dims if isinstance(size, int) else tuple(size))
+    experts: dict[str, nn.Module] = {}
+    before: Figures = {}
+    after: Figures = {}
+    for name in chosen:
+        own = _only(data, name)
+        expert = experts[name] = network.extract(name).to(device).eval()
+        if own.test:
+            before |= _measure(expert, own, info, inferer, device)
+        items = TaskDataset(own, "training", info["in_channels"], size, patch_size=patch)
+        order = torch.Generator().manual_seed(0)
+        loader = DataLoader(items, min(batch_size, len(items)), shuffle=True, drop_last=True, generator=order)
+        reestimate_norms(expert, (batch["image"].to(device) for batch in loader))
+        if own.test:
+            after |= _measure(expert, own, info, inferer, device)
+    written = export_experts(
+        network, output, chosen, after, {"norms": "batch-norm statistics estimated anew on the task's own images"},
+        overwrite, formats, networks=experts,
+    )  # fmt: skip
+    score = "balanced_accuracy" if kind == "classification" else "dice"
+    columns = {f"{score} before": before, "after": after}
+    return written, figures_table(columns, score, data.scored) if after else ""
+
+
+def _measure(expert: nn.Module, data: DataList, info: dict, inferer: dict, device: torch.device | str) -> Figures:
+    items = TaskDataset(data, "test", info["in_channels"], info["image_size"])
+    loader = DataLoader(items, batch_size=1)
+    return evaluate_tasks(_OneTask(expert), loader, data, device, ConfigParser(inferer).get_parsed_content())
