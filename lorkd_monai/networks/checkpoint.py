@@ -189,6 +189,8 @@ def load_decomposition(path: str | os.PathLike, backbone: nn.Module | Mapping | 
         if spec.get("backbone") is None:
             raise LoRKDError(f"{path} was made from a network object: give that backbone, or a config of it")
         check_inert_config(spec["backbone"], str(path))
+        if isinstance(spec["backbone"], dict) and spec["backbone"].get("pretrained") is True:
+            spec["backbone"]["pretrained"] = False  # the weights are in the checkpoint
     try:
         net = LoRKDNet.from_spec(spec, backbone)
     except (TypeError, KeyError) as e:

@@ -56,7 +56,7 @@ def find_heads(network: nn.Module, head: str | Sequence[str] | None = None) -> l
         names = [head] if isinstance(head, str) else list(head)
         wrong = [n for n in names if n not in modules or not _layers(modules[n])]
         if wrong or not names:
-            raise LoRKDError(f"head: no layer {', '.join(map(repr, wrong)) or names!r} in {_describe(network)}")
+            raise LoRKDError(f"head: no layer {', '.join(map(repr, wrong)) or names} in {_describe(network)}")
         return names
     for cls in type(network).__mro__:
         if cls.__module__.startswith("monai.") and cls.__name__ in KNOWN_HEADS:

@@ -201,7 +201,9 @@ class LoRKDNet(nn.Module):
         if self._config is None:
             return None
         argument = decompose.class_argument(self._config)
-        return copy.deepcopy(self._config) | ({argument: classes} if argument else {})
+        config = copy.deepcopy(self._config) | ({argument: classes} if argument else {})
+        # Its weights come from here: none are to be downloaded.
+        return config | {"pretrained": False} if config.get("pretrained") is True else config
 
     def task_index(self, task: str | int) -> int:
         """Index of a task given by name or index.
@@ -309,7 +311,7 @@ class LoRKDNet(nn.Module):
         if not calls:
             raise LoRKDError(
                 f"the head {', '.join(map(repr, self._heads))} takes no part in the network's forward, so all tasks "
-                "would share another one: name the layer that gives the classes with head=…"
+                "would share another: name the layer that gives the classes with head=…"
             )
         self._head_seen = True
         features = pooled_features(calls) if return_features else None

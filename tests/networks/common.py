@@ -59,7 +59,7 @@ def made(backbone: nn.Module, tasks=TASKS, **options) -> LoRKDNet:
 
 def owned_by_task(net: LoRKDNet, task: str) -> set[str]:
     """Names of the parameters in ``net`` that belong to one task."""
-    own = {id(t) for t in net._expert_tensors(net.task_index(task)).values()}
+    own = {id(t) for t in net.expert_tensors(net.task_index(task)).values()}
     return {n for n, p in net.named_parameters() if id(p) in own}
 
 
