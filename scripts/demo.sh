@@ -36,10 +36,10 @@ step "1/5 drawing phantoms: several tasks that look like different modalities"
 "$python" -c 'import sys; from lorkd_monai.data.phantoms import make_phantoms; make_phantoms(sys.argv[1], "classification", 2)' "$data"
 
 step "2/5 pretraining: a teacher for all tasks at once"
-bundle_run pretraining --max_epochs 4
+bundle_run pretraining --pretrain_epochs 8
 
 step "3/5 training: ONE training decomposes it; an expert bundle per task comes out"
-bundle_run training --max_epochs 6
+bundle_run training --max_epochs 10
 
 step "4/5 evaluating: every expert on the test split of its task"
 bundle_run evaluating
