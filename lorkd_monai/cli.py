@@ -37,11 +37,18 @@ def _checkpoint(path: Any) -> Path:
     return found
 
 
-def tasks(path: str) -> str:
+def _backbone(file: Any) -> dict[str, Any] | None:
+    from lorkd_monai.bundle.imported import read_backbone
+
+    return None if file is None else read_backbone(_path(file, "backbone"))
+
+
+def tasks(path: str, backbone: str | None = None) -> str:
     """Print the tasks, classes, ranks and sizes of a decomposition, or the task of an expert bundle, as JSON.
 
     Args:
         path: checkpoint file, output folder of a run, training bundle, or expert bundle.
+        backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
     folder = _path(path, "path")
     if (folder / "configs" / "metadata.json").is_file() and (folder / "models" / "model.pt").is_file():
@@ -51,20 +58,21 @@ def tasks(path: str) -> str:
     from lorkd_monai.networks.checkpoint import load_decomposition
     from lorkd_monai.networks.describe import describe_tasks
 
-    return _json(describe_tasks(load_decomposition(_checkpoint(path))))
+    return _json(describe_tasks(load_decomposition(_checkpoint(path), _backbone(backbone))))
 
 
-def inspect(path: str, as_json: bool = False) -> str:
+def inspect(path: str, as_json: bool = False, backbone: str | None = None) -> str:
     """List which layers of a decomposition carry experts, and what they cost in parameters.
 
     Args:
         path: checkpoint file, output folder of a run, or training bundle.
         as_json: print JSON in place of a table.
+        backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
     from lorkd_monai.networks.checkpoint import load_decomposition
     from lorkd_monai.networks.describe import describe_layers
 
-    net = load_decomposition(_checkpoint(path))
+    net = load_decomposition(_checkpoint(path), _backbone(backbone))
     rows = describe_layers(net)
     if as_json:
         return _json(rows)
@@ -90,6 +98,7 @@ def export(
     overwrite: bool = False,
     formats: Any = None,
     figures: str | None = None,
+    backbone: str | None = None,
 ) -> str:
     """Write expert bundles from a checkpoint of a decomposition.
 
@@ -100,6 +109,7 @@ def export(
         overwrite: replace bundles that are there.
         formats: of pt, safetensors, ts, onnx, separated by commas; all that can be written by default.
         figures: JSON file of measured figures for the READMEs; figures.json beside the checkpoint by default.
+        backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
     from lorkd_monai.bundle.export import export_experts
     from lorkd_monai.networks.checkpoint import load_decomposition
@@ -110,9 +120,8 @@ def export(
         raise LoRKDError(f"figures: there is no file {measured}")
     known = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
     known = known.get("experts", known)
-    written = export_experts(
-        load_decomposition(file), _path(output, "output"), _names(tasks), known, None, overwrite, _names(formats)
-    )
+    net = load_decomposition(file, _backbone(backbone))
+    written = export_experts(net, _path(output, "output"), _names(tasks), known, None, overwrite, _names(formats))
     return "\n".join(map(str, written))
 
 
@@ -181,6 +190,56 @@ def phantoms(
     from lorkd_monai.data import make_phantoms
 
     return str(make_phantoms(_path(output, "output"), kind, spatial_dims, num_images, seed=seed, overwrite=overwrite))
+
+
+def import_checkpoint(
+    checkpoint: str,
+    backbone: str,
+    tasks: Any,
+    output: str,
+    alpha: float | None = None,
+    scale: float | None = None,
+    mapping: str | None = None,
+    drop: Any = None,
+    fresh: Any = None,
+    head: Any = None,
+    dataset_dir: str | None = None,
+    kind: str | None = None,
+    image_size: Any = None,
+) -> str:
+    """Take over a checkpoint of the released LoRKD code, and write it as a decomposition of this package.
+
+    Args:
+        checkpoint: the file with the state dict.
+        backbone: JSON or YAML file with the MONAI config of the network without experts.
+        tasks: names of the tasks in the order of their training, separated by commas; as "name=classes,…" where the
+            checkpoint has no heads.
+        output: file to write, .pt or .safetensors.
+        alpha: the lora_alpha of the training, such as 16.
+        scale: the scale itself in place of alpha, such as 2 for imbalanced ranks.
+        mapping: JSON or YAML file with keys, rename, drop, fresh; see docs/import.md.
+        drop: regular expressions of keys to leave out, beside those of the mapping.
+        fresh: glob patterns of the network's keys that may start anew, beside those of the mapping.
+        head: names of the network's last layers, where they can't be found.
+        dataset_dir: data list of the tasks, so that expert bundles can be exported.
+        kind: classification or segmentation, with dataset_dir.
+        image_size: size of the images or patches in voxels, with dataset_dir.
+    """
+    from lorkd_monai.bundle.imported import import_file
+
+    net, report = import_file(
+        _path(checkpoint, "checkpoint"), _path(backbone, "backbone"), _names(tasks) or [], _path(output, "output"),
+        alpha=alpha, scale=scale, mapping=mapping, drop=_names(drop) or [], fresh=_names(fresh) or [],
+        head=_names(head), dataset_dir=dataset_dir, kind=kind, image_size=image_size,
+    )  # fmt: skip
+    lines = [f"{output}: {len(report.placed)} keys taken over, tasks {', '.join(net.tasks)}"]
+    for what, keys in (
+        ("left out, as asked", report.dropped),
+        ("left out, factors of grouped convolutions that the released code never uses", report.unused),
+        ("starting anew, to be trained", report.fresh),
+    ):
+        lines += [f"{what}: {', '.join(keys)}"] if keys else []
+    return "\n".join(lines)
 
 
 def renorm(
@@ -276,6 +335,7 @@ COMMANDS: dict[str, Any] = {
     "tasks": tasks,
     "inspect": inspect,
     "export": export,
+    "import": import_checkpoint,
     "check": check,
     "pack": pack,
     "push": push,
