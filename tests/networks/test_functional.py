@@ -1,0 +1,239 @@
+"""Every EKS strategy against the loop over samples: forward and all gradients, in float64."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import OrderedDict
+
+import pytest
+import torch
+from reference import assert_close, reference
+from torch import nn
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks import LowRankLayer, dispatch, route
+from lorkd_monai.networks.functional import eks_strategy
+
+STRATEGIES = (*dispatch.STRATEGIES, "auto", "measure")
+
+LAYERS = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (4, 11)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 7, 6)),
+    "conv2d-1x1": (lambda: nn.Conv2d(4, 6, 1, bias=False), (4, 5, 5)),
+    "conv2d-strided": (lambda: nn.Conv2d(5, 4, (3, 2), stride=2, dilation=(1, 2), padding=(2, 1)), (5, 9, 8)),
+    "conv2d-groups": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (4, 6, 6)),
+    "conv2d-circular": (lambda: nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="circular"), (3, 6, 6)),
+    "conv2d-reflect": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (3, 6, 6)),
+    "conv2d-same": (lambda: nn.Conv2d(3, 4, (3, 4), padding="same"), (3, 6, 6)),
+    "conv3d": (lambda: nn.Conv3d(4, 5, 3, padding=1), (4, 5, 4, 5)),
+    "conv3d-1x3x3": (lambda: nn.Conv3d(4, 5, (1, 3, 3), stride=(1, 2, 2), bias=False), (4, 3, 6, 5)),
+    "transposed1d": (lambda: nn.ConvTranspose1d(4, 5, 3, stride=2), (4, 6)),
+    "transposed2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (4, 5, 4)),
+    "transposed3d": (lambda: nn.ConvTranspose3d(4, 3, 3, stride=2, padding=1), (4, 3, 3, 4)),
+    "linear": (lambda: nn.Linear(6, 5), (6,)),
+    "linear-tokens": (lambda: nn.Linear(6, 5, bias=False), (3, 2, 6)),
+}
+
+ROUTINGS = {
+    "identical": [2, 2, 2, 2],
+    "distinct": [3, 0, 2, 1],
+    "uniform": [0, 0, 1, 1, 3, 3],
+    "skewed": [1, 1, 1, 2, 1, 1, 0, 1],
+    "single": [3],
+}
+
+
+def made(name: str, layout: str = "lorkd", ranks=(2, 1, 3, 2)) -> LowRankLayer:
+    layer = LowRankLayer(LAYERS[name][0]().double(), list(ranks), [0.5, 2.0, 1.0, 0.7], layout)
+    for b in layer.lora_B:
+        nn.init.normal_(b)
+    return layer
+
+
+def gradients(y: torch.Tensor, x: torch.Tensor, layer: LowRankLayer) -> dict[str, torch.Tensor | None]:
+    inputs = {"x": x, **dict(layer.named_parameters())}
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    grads = torch.autograd.grad((y * weights).sum(), list(inputs.values()), allow_unused=True)
+    return dict(zip(inputs, grads, strict=True))
+
+
+def slow(layer: LowRankLayer, x: torch.Tensor, task: list[int], **kwargs) -> torch.Tensor:
+    bare = copy.copy(layer.layer)  # the same parameters, without the guard against direct calls
+    bare._forward_pre_hooks = OrderedDict()
+    return reference(bare, x, task, layer.lora_A, layer.lora_B, layer.scales, **kwargs)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_strategy_equals_the_loop_over_samples(name, routing):
+    task = ROUTINGS[routing]
+    for layout in ("lorkd", "conv"):
+        layer = made(name, layout)
+        x = torch.randn(len(task), *LAYERS[name][1], dtype=torch.float64, requires_grad=True)
+        expected = slow(layer, x, task)
+        expected_grads = gradients(expected, x, layer)
+        for strategy in STRATEGIES:
+            with eks_strategy(strategy), route(task):
+                y = layer(x)
+                with torch.no_grad():
+                    assert_close(layer(x), expected, what=f"{layout} {strategy} without gradients")
+            assert_close(y, expected, what=f"{layout} {strategy}")
+            for key, grad in gradients(y, x, layer).items():
+                if expected_grads[key] is None:
+                    assert grad is None, f"{layout} {strategy}: {key} of an absent expert"
+                else:
+                    assert_close(grad, expected_grads[key], what=f"{layout} {strategy}: {key}")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_float32(strategy):
+    task = [0, 1, 1, 3]
+    layer = made("conv2d").float()
+    x = torch.randn(4, 4, 7, 6, requires_grad=True)
+    expected = slow(layer, x, task)
+    with eks_strategy(strategy), route(task):
+        y = layer(x)
+    assert_close(y, expected)
+    for (key, grad), other in zip(gradients(y, x, layer).items(), gradients(expected, x, layer).values(), strict=True):
+        assert (grad is None) == (other is None)
+        if grad is not None:
+            assert_close(grad, other, what=key)
+
+
+@pytest.mark.parametrize("strategy", dispatch.STRATEGIES)
+def test_gradients_of_gradients(strategy):
+    layer = made("conv2d", ranks=(1, 1, 1, 1))
+    x = torch.randn(3, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def call(x, weight, a, b):
+        with eks_strategy(strategy), route([1, 0, 1]):
+            return torch.func.functional_call(layer, {"layer.weight": weight, "lora_A.1": a, "lora_B.1": b}, (x,))
+
+    inputs = (x, layer.layer.weight, layer.lora_A[1], layer.lora_B[1])
+    y = call(*inputs)
+    first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+    rows = [slow(layer, x, [1, 0, 1])]
+    first = torch.autograd.grad(rows[0].square().sum(), inputs, create_graph=True)
+    expected = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+    for got, want in zip(second, expected, strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("strategy", dispatch.STRATEGIES)
+@pytest.mark.parametrize("frozen", ["layer", "lora_A", "lora_B", "x"])
+def test_frozen_parts_get_no_gradient_and_the_others_the_right_one(strategy, frozen):
+    task = [0, 1, 1]
+    layer = made("conv2d")
+    x = torch.randn(3, 4, 7, 6, dtype=torch.float64, requires_grad=frozen != "x")
+    if frozen != "x":
+        getattr(layer, frozen).requires_grad_(False)
+    grads = []
+    for way in ("fast", "slow"):
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        with eks_strategy(strategy), route(task):
+            y = layer(x) if way == "fast" else slow(layer, x, task)
+        y.square().sum().backward()
+        grads.append([t.grad for t in (x, *layer.parameters())])
+    for fast, expected in zip(*grads, strict=True):
+        assert (fast is None) == (expected is None)
+        if fast is not None:
+            assert_close(fast, expected)
+
+
+@pytest.mark.parametrize("strategy", dispatch.STRATEGIES)
+@pytest.mark.parametrize("name", ["conv2d", "conv2d-strided", "conv3d"])
+def test_channels_last_is_kept(strategy, name):
+    memory = torch.channels_last if name != "conv3d" else torch.channels_last_3d
+    task = [0, 0, 2, 2]
+    layer = made(name).float()  # torch keeps it for float32 alone
+    x = torch.randn(4, *LAYERS[name][1])
+    expected = slow(layer, x, task)
+    with eks_strategy(strategy), route(task):
+        y = layer.to(memory_format=memory)(x.contiguous(memory_format=memory).requires_grad_())
+    assert_close(y, expected)
+    assert y.is_contiguous(memory_format=memory) or strategy == "group"
+    y.sum().backward()
+
+
+def test_output_size_of_a_transposed_convolution():
+    task = [1, 0, 1]
+    layer = made("transposed3d")
+    x = torch.randn(3, 4, 3, 3, 4, dtype=torch.float64)
+    for strategy in dispatch.STRATEGIES:
+        with eks_strategy(strategy), route(task):
+            assert_close(layer(x, output_size=[6, 6, 8]), slow(layer, x, task, output_size=[6, 6, 8]))
+
+
+def test_no_merged_weight_is_kept_for_the_backward_pass():
+    layer = LowRankLayer(nn.Conv2d(64, 64, 3, padding=1), [2] * 4)
+    x = torch.randn(4, 64, 4, 4, requires_grad=True)
+    for strategy in dispatch.STRATEGIES:
+        kept = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t),
+            eks_strategy(strategy),
+            route([0, 1, 2, 3]),
+        ):
+            layer(x)
+        own = {t.data_ptr() for t in (x, *layer.parameters())}
+        extra = sum(t.numel() for t in kept if t.data_ptr() not in own)
+        assert extra < layer.layer.weight.numel() * 2, strategy  # four merged weights would be twice that
+
+
+def test_strategy_is_forced_by_context_or_environment(monkeypatch):
+    monkeypatch.setenv("LORKD_EKS", "group")
+    assert dispatch.wanted() == "group"
+    with eks_strategy("split"):
+        assert dispatch.wanted() == "split"
+    assert dispatch.wanted() == "group"
+    monkeypatch.setenv("LORKD_EKS", "fast")
+    with pytest.raises(LoRKDError, match=r"must be one of split, group, factored, auto, measure, got 'fast'"):
+        dispatch.wanted()
+
+
+def test_unknown_strategy_is_refused():
+    with pytest.raises(LoRKDError, match="got 'fastest'"), eks_strategy("fastest"):
+        pass
+
+
+def test_default_choice_depends_on_shapes_and_routing_alone():
+    base = dispatch.Situation("cpu", (4,) * 8, 16, 512 * 512 * 9, 36 * 512 * 9, 512, 0.0)
+    assert dispatch.choose(base) == "factored"  # large weights, small maps
+    large_maps = base._replace(positions=1024, weight=64 * 64 * 9, branch=36 * 64 * 9, channels=64)
+    assert dispatch.choose(large_maps) == "split"
+    slow_kernel = base._replace(sizes=(1,) * 4, positions=24**3, weight=16 * 16 * 27, branch=36 * 16 * 27, penalty=0.3)
+    assert dispatch.choose(slow_kernel._replace(channels=16)) == "group"
+
+
+def test_slow_kernel_of_one_3d_sample():
+    sample = ("cpu", (4, 16, 24, 24, 24), (3, 3, 3), False, 1)
+    assert dispatch.slow_kernel_penalty(*sample, smallest=1) > 0
+    assert dispatch.slow_kernel_penalty(*sample, smallest=2) == 0
+    assert dispatch.slow_kernel_penalty("cuda", *sample[1:], smallest=1) == 0
+    assert dispatch.slow_kernel_penalty("cpu", (4, 64, 24, 24, 24), *sample[2:], smallest=1) == 0
+
+
+def test_measured_choice_is_kept(monkeypatch):
+    monkeypatch.setattr(dispatch, "_MEASURED", {})
+    calls = itertools.count()
+    trials = {"a": lambda: next(calls), "b": lambda: next(calls)}
+    first = dispatch.measured(("key",), trials, torch.device("cpu"))
+    assert next(calls) == 8
+    assert dispatch.measured(("key",), trials, torch.device("cpu")) == first
+    assert next(calls) == 9
+
+
+def test_absent_experts_cost_nothing():
+    layer = LowRankLayer(nn.Conv2d(4, 4, 3), [1] * 64)
+    seen = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.data_ptr()) or t, lambda t: t),
+        route([3, 60]),
+    ):
+        layer(torch.rand(2, 4, 6, 6))
+    touched = {p.data_ptr() for p in layer.parameters()} & set(seen)
+    assert {layer.lora_A[t].data_ptr() for t in (3, 60)} <= touched
+    assert not {layer.lora_A[t].data_ptr() for t in range(64) if t not in (3, 60)} & touched
