@@ -33,7 +33,7 @@ _UNET = {
 _COMMON = {"batch_size": "4", "max_epochs": "1", "pretrain_epochs": "1", "val_interval": "1", "formats": "['pt']"}
 SMALL = {
     "2d_classification": {**_COMMON, "image_size": "16", **_RESNET},
-    "3d_classification": {**_COMMON, "image_size": "16", **_RESNET},
+    "3d_classification": {**_COMMON, "image_size": "24", **_RESNET},
     "2d_segmentation": {**_COMMON, "image_size": "32", **_UNET},
     "3d_segmentation": {**_COMMON, "image_size": "[16,16,8]", **_UNET},
 }
