@@ -306,6 +306,38 @@ def suggest_ranks(checkpoint: str, tuned: Any, budget: int | None = None, as_jso
     return "\n".join([*lines, "", f"--rank '{{{ranks}}}'"])
 
 
+def label_app(output: str, *more: str, experts: Any = None, overwrite: bool = False) -> str:
+    """Write a MONAI Label app that serves expert bundles: lorkd label-app APP --experts E1 E2.
+
+    Start it with `monailabel start_server --app APP --studies FOLDER`, in the environment of scripts/label_env.sh.
+
+    Args:
+        output: folder for the app.
+        more: further bundles.
+        experts: expert bundles, or folders that hold some.
+        overwrite: replace a folder that is there; what was trained in it is lost.
+    """
+    from lorkd_monai.apps.label import write_label_app
+
+    return str(write_label_app(_path(output, "output"), [*(_names(experts) or []), *map(str, more)], overwrite))
+
+
+def deploy_app(output: str, *more: str, experts: Any = None, overwrite: bool = False) -> str:
+    """Write one MONAI Deploy application that holds many expert bundles: lorkd deploy-app APP --experts E1 E2.
+
+    Check its routing.yaml, then run `python APP/app.py -i INPUT -o OUTPUT` in the environment of scripts/deploy_env.sh.
+
+    Args:
+        output: folder for the application.
+        more: further bundles.
+        experts: expert bundles, or folders that hold some.
+        overwrite: replace a folder that is there; what a person changed in it is lost.
+    """
+    from lorkd_monai.apps.deploy import write_deploy_app
+
+    return str(write_deploy_app(_path(output, "output"), [*(_names(experts) or []), *map(str, more)], overwrite))
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
@@ -342,6 +374,8 @@ COMMANDS: dict[str, Any] = {
     "renorm": renorm,
     "suggest-ranks": suggest_ranks,
     "phantoms": phantoms,
+    "label-app": label_app,
+    "deploy-app": deploy_app,
 }
 
 

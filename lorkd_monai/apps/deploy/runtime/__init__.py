@@ -1,0 +1,1 @@
+"""What an exported MONAI Deploy application is made of; it is copied there and imports nothing of lorkd_monai."""
