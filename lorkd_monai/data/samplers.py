@@ -54,6 +54,10 @@ class TaskSampler(Sampler):
         world_size: number of processes; each gets as many draws (the last are drawn again where it does not divide).
         seeds: yield `Draw` tuples, for data sets with random crops, in place of plain indices.
 
+    Attributes:
+        views: in how many fixed ways each image is shown, one after the other from epoch to epoch: its `Draw` seed is
+            then a function of the image and of ``epoch % views``. None: each draw has a seed of its own.
+
     Raises:
         LoRKDError: for an argument that does not fit.
 
@@ -89,6 +93,7 @@ class TaskSampler(Sampler):
         self.temperature = {"natural": 1.0, "balanced": math.inf, "temperature": float(temperature)}[strategy]
         self.num_samples = len(tasks) if num_samples is None else int(num_samples)
         self.seed, self.epoch, self.rank, self.world_size, self.seeds = int(seed), 0, rank, world_size, seeds
+        self.views: int | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0, 1, …) whose draws come next."""
@@ -118,6 +123,9 @@ class TaskSampler(Sampler):
         """Return the indices with a seed each, or as plain integers."""
         if not self.seeds:
             return [int(i) for i in order]
+        if self.views is not None:
+            view = self.epoch % self.views
+            return [Draw(int(i), int(np.random.default_rng([self.seed, i, view]).integers(2**31))) for i in order]
         return [Draw(int(i), int(s)) for i, s in zip(order, rng.integers(2**31, size=len(order)), strict=True)]
 
 

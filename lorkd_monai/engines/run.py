@@ -25,6 +25,7 @@ from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import load_weights
 from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.networks.teacher_bundle import load_teacher
+from lorkd_monai.networks.teacher_cache import CachedTeacher
 
 __all__ = [
     "cosine_schedule",
@@ -75,13 +76,22 @@ def run_facts(
     }
 
 
-def find_teacher(teacher_bundle: str | os.PathLike, data: DataList, transfer_weight: float = 1.0) -> Teacher | None:
+def find_teacher(
+    teacher_bundle: str | os.PathLike,
+    data: DataList,
+    transfer_weight: float = 1.0,
+    cache: bool | int = False,
+    cache_dir: str | os.PathLike = "teacher_cache",
+) -> Teacher | CachedTeacher | None:
     """The teacher of a decomposition from a MONAI bundle folder.
 
     Args:
         teacher_bundle: the folder.
         data: the data list, whose classes are looked up among the teacher's by name.
         transfer_weight: 0 trains without a teacher: None is returned.
+        cache: keep the teacher's answers on disk, so that it runs once for each image. True shows every image as it
+            is, without augmentation; a number shows it in so many fixed ways, see `CachedTeacher`.
+        cache_dir: folder of the answers.
 
     Raises:
         LoRKDError: there is no such folder, or it does not fit.
@@ -93,7 +103,8 @@ def find_teacher(teacher_bundle: str | os.PathLike, data: DataList, transfer_wei
             f"no teacher at {teacher_bundle}: run `pretraining` with the same --output_dir first, name the folder of a "
             "MONAI bundle with --teacher_bundle, or train without one (--transfer_weight 0)"
         )
-    return load_teacher(teacher_bundle, data.tasks)
+    teacher = load_teacher(teacher_bundle, data.tasks)
+    return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
 
 
 def make_objective(

@@ -46,6 +46,10 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     ),
     "sampling_temperature": ("a number of at least 1", lambda v: _real(v) and v >= 1),
     "alpha": ("a number", _real),
+    "cache_teacher": (
+        "True, False, or the number of fixed views of each image",
+        lambda v: isinstance(v, bool) or _whole(v, 0),
+    ),
     **dict.fromkeys(("amp", "overwrite"), ("True or False", lambda v: isinstance(v, bool))),
 }
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lorkd_monai.engines.distributed import average_gradients, share_buffers
 from lorkd_monai.errors import find_lorkd_error
 from lorkd_monai.losses import LoRKDLoss
+from lorkd_monai.transforms import fixed_view
 
 __all__ = ["AutocastInferer", "DecompositionTrainer", "TaskEvaluator"]
 
@@ -85,7 +86,8 @@ class DecompositionTrainer(SupervisedTrainer):
         optimizer: over the network's parameters and those of ``loss_function``.
         loss_function: the objective.
         teacher: takes (image, task) and gives logits as the network does; None trains without one (the objective then
-            needs ``transfer_weight=0``). It is moved to the device.
+            needs ``transfer_weight=0``). It is moved to the device. A `CachedTeacher` shows each image in its fixed
+            ``views``, one after the other from epoch to epoch.
         augment: ``augment(image, mask or None, iteration)``, see `BatchAugment`.
         seed: see above.
         amp: mixed precision: float16 with loss scaling on CUDA, bfloat16 on the CPU.
@@ -119,6 +121,7 @@ class DecompositionTrainer(SupervisedTrainer):
         self.teacher = None if teacher is None else teacher.to(device)
         self.augment = augment
         self.seed = seed
+        self._views: int | None = getattr(teacher, "views", None)
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -150,6 +153,9 @@ class DecompositionTrainer(SupervisedTrainer):
         for sampler in (self.data_loader.sampler, self.data_loader.batch_sampler):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
+            drawing = getattr(sampler, "sampler", sampler)
+            if hasattr(drawing, "views"):
+                drawing.views = self._views
         state = np.random.SeedSequence([self.seed, epoch, self.state.rank]).generate_state(3)
         torch.manual_seed(int(state[0]))
         np.random.seed(int(state[1]))
@@ -165,7 +171,11 @@ class DecompositionTrainer(SupervisedTrainer):
         if self.augment is not None:
             is_mask = label.ndim == image.ndim
             iteration = self.state.iteration * idist.get_world_size() + self.state.rank
-            image, mask = self.augment(image, label if is_mask else None, iteration)
+            if self._views is None:
+                image, mask = self.augment(image, label if is_mask else None, iteration)
+            else:
+                view = (self.state.epoch - 1) % self._views
+                image, mask = fixed_view(self.augment, image, label if is_mask else None, view)
             label = mask if is_mask else label
         teacher_out = teacher_features = has_teacher = None
         extra = {}

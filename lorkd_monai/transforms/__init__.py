@@ -10,6 +10,7 @@ from .preprocessing import (
     preprocessing,
     saving_handlers,
 )
+from .views import fixed_view
 
 __all__ = [
     "CT_WINDOW",
@@ -19,6 +20,7 @@ __all__ = [
     "ItemLoader",
     "default_intensity",
     "describe_image",
+    "fixed_view",
     "postprocessing",
     "preprocessing",
     "saving_handlers",

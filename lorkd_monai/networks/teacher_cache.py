@@ -1,0 +1,192 @@
+"""A teacher whose answers are kept on disk, so that it runs once for each image that it is asked about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.teacher import Teacher
+
+__all__ = ["CachedTeacher"]
+
+
+class CachedTeacher(nn.Module):
+    """A `Teacher` that remembers, on disk, what it said.
+
+    An answer is filed under a hash of the teacher (its weights, its layers, where its classes stand), of the task, and
+    of the image's own values as they reach the teacher: after all transforms, so that another spacing, intensity or
+    augmentation is another image. What is given back is what the teacher gave, bit for bit.
+
+    A random augmentation would never show the same image twice. ``views`` says in how many fixed ways each image is
+    shown, one after the other from epoch to epoch: 1 as it is, without augmentation; with n, the image itself and
+    n - 1 augmented versions of it. The trainer reads it. Teacher and student always see the very same view.
+
+    Each answer is one file, written beside its place and moved there; a run that is killed leaves whole answers, and
+    a file that can't be read counts as none. Several processes may share a folder.
+
+    Args:
+        teacher: the teacher.
+        folder: where the answers are kept; made at the first one.
+        views: fixed ways in which each image is shown.
+        memory: bytes of answers that are kept in memory too.
+
+    Raises:
+        LoRKDError: ``views`` below 1, or a folder that is a file.
+
+    Example::
+
+        teacher = CachedTeacher(load_teacher("bundle", data.tasks), "output/teacher_cache", views=4)
+        logits = teacher(image, task)          # runs the teacher
+        logits = teacher(image, task)          # reads
+    """
+
+    def __init__(self, teacher: Teacher, folder: str | os.PathLike, views: int = 1, memory: int = 2**30) -> None:
+        super().__init__()
+        if not isinstance(views, int) or isinstance(views, bool) or views < 1:
+            raise LoRKDError(f"cache_teacher: views must be a whole number of at least 1, got {views!r}")
+        self.folder = Path(folder)
+        if self.folder.is_file():
+            raise LoRKDError(f"cache_teacher: {folder} is a file, expected a folder for the teacher's answers")
+        self.teacher, self.views = teacher, views
+        self.asked = self.answered_from_disk = 0
+        self._memory: dict[str, dict[str, Tensor]] = {}
+        self._left = memory
+        self._mark = fingerprint(teacher)
+        self.eval()
+
+    def __getattr__(self, item: str) -> object:
+        try:
+            return super().__getattr__(item)
+        except AttributeError:
+            if item in ("activation", "channels", "in_channels", "num_classes", "tasks"):
+                return getattr(super().__getattr__("teacher"), item)
+            raise
+
+    def train(self, mode: bool = True) -> CachedTeacher:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def has_logits(self, task: Tensor | int | Sequence[int]) -> Tensor:
+        """As the teacher's."""
+        return self.teacher.has_logits(task)
+
+    def features_of(self, x: Tensor) -> Tensor:
+        """As the teacher's; not kept."""
+        return self.teacher.features_of(x)
+
+    @torch.no_grad()
+    def forward(
+        self, x: Tensor, task: Tensor | int | Sequence[int], return_features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What `Teacher` gives for each sample, from the cache where it is there.
+
+        Raises:
+            LoRKDError: as `Teacher`.
+        """
+        x = x.as_tensor() if hasattr(x, "as_tensor") else x
+        tasks = self.teacher._indices(task)
+        if len(tasks) not in (1, x.shape[0]):
+            raise LoRKDError(f"task has {len(tasks)} entries for a batch of {x.shape[0]} samples")
+        tasks = tasks * x.shape[0] if len(tasks) == 1 else tasks
+        keys = self._keys(x, tasks, return_features)
+        known = [self._read(key) for key in keys]
+        missing = [i for i, answer in enumerate(known) if answer is None]
+        self.asked += len(keys)
+        self.answered_from_disk += len(keys) - len(missing)
+        if missing:
+            rows = torch.tensor(missing, device=x.device)
+            out = self.teacher(x.index_select(0, rows), [tasks[i] for i in missing], return_features=return_features)
+            out, features = out if return_features else (out, None)
+            counts = list(self.teacher.num_classes.values())
+            for place, i in enumerate(missing):
+                # Past its own classes a row is all -inf: that is not worth keeping. A row without logits is all NaN.
+                answer = {"logits": out[place, : counts[tasks[i]]].cpu().contiguous().clone()}
+                if features is not None:
+                    answer["features"] = features[place].cpu().contiguous().clone()
+                known[i] = answer
+                self._write(keys[i], answer)
+        widest = max(self.teacher.num_classes.values())
+        result = [_padded(answer["logits"], widest) for answer in known]
+        logits = torch.stack(result).to(x.device)
+        if not return_features:
+            return logits
+        return logits, torch.stack([answer["features"] for answer in known]).to(x.device)
+
+    def _keys(self, x: Tensor, tasks: Sequence[int], features: bool) -> list[str]:
+        device = x.device.type
+        autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        about = [self._mark, str(x.dtype), list(x.shape[1:]), features, autocast]
+        rows = x.detach().cpu().contiguous()
+        return [
+            hashlib.sha256(json.dumps([*about, task]).encode() + _bytes(row)).hexdigest()
+            for row, task in zip(rows, tasks, strict=True)
+        ]
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _read(self, key: str) -> dict[str, Tensor] | None:
+        if key in self._memory:
+            return self._memory[key]
+        try:
+            answer = safetensors.torch.load_file(self._path(key))
+        except (OSError, safetensors.SafetensorError):
+            return None  # not there, or cut off by a full disk: the teacher is asked again and the file replaced
+        self._remember(key, answer)
+        return answer
+
+    def _remember(self, key: str, answer: dict[str, Tensor]) -> None:
+        size = sum(t.nbytes for t in answer.values())
+        if size <= self._left:
+            self._left -= size
+            self._memory[key] = answer
+
+    def _write(self, key: str, answer: dict[str, Tensor]) -> None:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+        os.close(handle)
+        try:
+            safetensors.torch.save_file(answer, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        self._remember(key, answer)
+
+
+def fingerprint(teacher: Teacher) -> str:
+    """SHA-256 of all that a teacher's answers depend on, but the image."""
+    about = [
+        "lorkd-teacher-1", str(teacher), teacher.num_classes, teacher.activation, teacher.in_channels,
+        {t: None if c is None else [list(e) if isinstance(e, tuple) else e for e in c]
+         for t, c in teacher.channels.items()},
+        getattr(teacher, "identity", None),
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(teacher.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor.detach().cpu().contiguous()))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def _padded(logits: Tensor, channels: int) -> Tensor:
+    if len(logits) == channels:
+        return logits
+    empty = float("nan") if logits.isnan().all() else float("-inf")
+    return torch.cat([logits, logits.new_full((channels - len(logits), *logits.shape[1:]), empty)])
