@@ -285,9 +285,12 @@ def suggest_ranks(checkpoint: str, tuned: Any, budget: int | None = None, as_jso
         budget: parameters of all experts together; by default as many as the decomposition has.
         as_json: print JSON in place of a table.
     """
+    from lorkd_monai.data.builders import read_mapping
     from lorkd_monai.networks.checkpoint import load_decomposition, load_weights
     from lorkd_monai.networks.ranks import suggest_ranks as suggest
 
+    if isinstance(tuned, str):
+        tuned = read_mapping(tuned)
     if not isinstance(tuned, dict):
         raise LoRKDError(f"tuned: expected '{{task: path, other: path}}', got {tuned!r}")
     files = {str(name): _path(path, f"tuned: {name}") for name, path in tuned.items()}

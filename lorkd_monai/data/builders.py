@@ -237,7 +237,7 @@ def task_folders(sources: Sources, parent: bool) -> dict[str, Path]:
         LoRKDError: for a path that is missing, a name that is none for a task, or a name that comes twice.
     """
     if isinstance(sources, str) and sources.startswith("{") and not os.path.exists(sources):
-        sources = _mapping(sources)
+        sources = read_mapping(sources)
     if isinstance(sources, (str, os.PathLike)):
         root = Path(sources).expanduser()
         sources = (
@@ -295,8 +295,12 @@ def _task_name(path: Path) -> str:
     return name.lower() if numbered else name
 
 
-def _mapping(text: str) -> dict[str, str]:
-    """Read ``{breast: folder/a, chest: folder/b}`` as a command line has it: paths without quotes, as in YAML."""
+def read_mapping(text: str) -> dict[str, str]:
+    """Read ``{breast: folder/a, chest: folder/b}`` as a command line has it: paths without quotes, as in YAML.
+
+    Raises:
+        LoRKDError: for text that is no such mapping.
+    """
     try:
         mapping = yaml.safe_load(text)
     except yaml.YAMLError:

@@ -1,0 +1,171 @@
+"""The four training bundles are of one shape: what differs between their configs stands here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from kinds import BUNDLES, KINDS, arguments
+from monai.bundle import ConfigWorkflow
+
+from lorkd_monai.bundle import check_bundle
+from lorkd_monai.bundle.metadata import strings_of
+from lorkd_monai.bundle.text import is_inert
+from lorkd_monai.data import make_phantoms
+from lorkd_monai.engines import settings
+from lorkd_monai.networks.checkpoint import load_weights
+
+SAME_FILES = ("LICENSE", "configs/logging.conf", "configs/inference.yaml", "configs/evaluate.yaml",
+              "configs/multi_gpu_train.yaml")  # fmt: skip
+# What may differ from kind to kind in train.yaml, by the beginning of its id.
+DIFFERING = (
+    "backbone", "teacher_backbone", "image_size", "in_channels", "batch_size", "max_epochs", "pretrain_epochs",
+    "val_interval", "learning_rate", "rank", "rank_pattern", "flip_axes", "rotate", "norm", "weight_decay", "tasks",
+    "train#dataset", "train#augment", "validate#dataset", "validate#dataloader", "validate#inferer",
+    "validate#metric#kind", "validate#evaluator#key_val_metric", "evaluate#dataset", "evaluate#dataloader",
+    "pretrain#loss", "pretrain#evaluator#key_val_metric",
+)  # fmt: skip
+# Keys that some kinds have and others have no use for.
+EXTRA_KEYS = {"3d_segmentation": {"cache_dir"}}
+
+
+def config_of(kind: str, name: str = "train.yaml") -> dict:
+    return yaml.safe_load((BUNDLES / f"lorkd_{kind}" / "configs" / name).read_text())
+
+
+def flat(config: object, prefix: str = "") -> dict[str, object]:
+    """Ids with their values."""
+    if isinstance(config, dict):
+        items = config.items()
+    elif isinstance(config, list):
+        items = enumerate(config)
+    else:
+        return {prefix: config}
+    return {k: v for key, value in items for k, v in flat(value, f"{prefix}#{key}" if prefix else str(key)).items()}
+
+
+def same_part(kind: str) -> dict[str, object]:
+    own = {k: v for k, v in flat(config_of(kind)).items() if k.split("#")[0] not in EXTRA_KEYS.get(kind, ())}
+    return {
+        key: value
+        for key, value in own.items()
+        if not any(key == start or key.startswith(f"{start}#") for start in DIFFERING)
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_train_configs_are_of_one_shape(kind):
+    first, other = config_of(KINDS[0]), config_of(kind)
+    assert [key for key in other if key not in EXTRA_KEYS.get(kind, ())] == list(first)
+    for section in ("train", "validate", "evaluate", "pretrain"):
+        assert list(other[section]) == list(first[section])
+    assert same_part(kind) == same_part(KINDS[0])
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("name", SAME_FILES)
+def test_files_that_are_the_same(name, kind):
+    assert (BUNDLES / f"lorkd_{kind}" / name).read_bytes() == (BUNDLES / f"lorkd_{KINDS[0]}" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_required_properties(kind):
+    bundle = BUNDLES / f"lorkd_{kind}"
+    workflow = ConfigWorkflow(
+        str(bundle / "configs" / "train.yaml"), logging_file=False, workflow_type="train", bundle_root=str(bundle)
+    )
+    assert not workflow.check_properties()
+    # Those of an inference can be made from a trained checkpoint only; the runs of each kind do that.
+    required = {"bundle_root", "device", "dataset_dir", "dataset", "evaluator", "network_def", "inferer"}
+    assert required | {"preprocessing", "postprocessing", "run"} <= set(config_of(kind, "inference.yaml"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metadata(kind, shared):
+    jsonschema = pytest.importorskip("jsonschema")
+    bundle = BUNDLES / f"lorkd_{kind}"
+    text = (bundle / "configs" / "metadata.json").read_text()
+    metadata = json.loads(text)
+    jsonschema.validate(metadata, json.loads((shared / "schema" / "meta_schema_20240725.json").read_text()))
+    assert metadata["version"] in metadata["changelog"]
+    assert metadata["name"]
+    assert text.strip() == json.dumps(metadata, indent=4, ensure_ascii=False)
+    assert all(is_inert(part) for part in strings_of(metadata))
+    config = config_of(kind)
+    image = metadata["network_data_format"]["inputs"]["image"]
+    assert image["num_channels"] == config["in_channels"]
+    size, dims = config["image_size"], int(kind[0])
+    assert image["spatial_shape"] == (size if isinstance(size, list) else [size] * dims)
+    for side, name in (("inputs", "image"), ("outputs", "pred")):
+        tensor = metadata["network_data_format"][side][name]
+        assert len(tensor["channel_def"]) == tensor["num_channels"]
+
+
+# What a user overrides: every key above the networks that is a plain value, or a place.
+PLACES = ("bundle_root", "dataset_dir", "output_dir", "teacher_bundle", "device")
+
+
+def overridable(kind: str) -> dict[str, object]:
+    config = config_of(kind)
+    keys = list(config)[1 : list(config).index("initialize")]
+    return {key: config[key] for key in keys}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_readme_lists_every_key_with_its_default(kind):
+    text = (BUNDLES / f"lorkd_{kind}" / "docs" / "README.md").read_text()
+    table = text.split("## Settings")[1].split("## ")[0]
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| `")}
+    for key, default in overridable(kind).items():
+        assert f"`{key}`" in rows, key
+        if key not in (*PLACES, "backbone", "teacher_backbone"):
+            said = yaml.safe_load(rows[f"`{key}`"].split("|")[2].strip().strip("`"))
+            assert said == default, key
+    keys = {row.strip("`") for row in rows}
+    assert keys == set(overridable(kind))
+    for run_id in ("pretraining", "training", "evaluating"):
+        assert f"`{run_id}`" in text
+    assert "not for clinical use" in text.lower()
+
+
+def test_readmes_are_up_to_date(repository):
+    done = subprocess.run(
+        [sys.executable, str(repository / "scripts" / "bundle_docs.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_is_checked_or_left_to_what_uses_it(kind):
+    call = next(step for step in config_of(kind)["initialize"] if "check_settings" in step)
+    for key, value in overridable(kind).items():
+        if isinstance(value, (int, float)) and key in settings._RULES:
+            assert f"{key}=@{key}" in call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["2d_classification", "3d_segmentation"])
+def test_two_processes(kind, launch, tmp_path):
+    """Training and pretraining by torchrun on the CPU: each process with its own part of the images."""
+    data, output = tmp_path / "data", tmp_path / "output"
+    make_phantoms(data, kind[3:], int(kind[0]), num_images=10, image_size=24 if kind == "2d_classification" else 16)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+           "PYTHONPATH": str(Path(__file__).resolve().parents[2])}  # fmt: skip
+    for run_id in ("pretraining", "training"):
+        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                   "-m", "monai.bundle"]  # fmt: skip
+        given = arguments(kind, run_id, data, output, config="train.yaml,multi_gpu_train.yaml", batch_size=3)
+        done = subprocess.run([*command, *given], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert done.stdout.count("Key metric: ") == 1  # the second process keeps quiet
+    for expert in (output / "experts").iterdir():
+        assert check_bundle(expert, thorough=False) == []
+    weights = load_weights(output / "training" / "model.pt")
+    assert not any(key.startswith("module.") for key in weights)
+    assert all(torch.isfinite(v).all() for v in weights.values() if v.is_floating_point())
