@@ -20,6 +20,7 @@ KEYS = {
     "dataset_dir": "folder with the data list `dataset.json`, or the file itself",
     "output_dir": "everything that a run writes",
     "teacher_bundle": "folder of a MONAI bundle whose network knows the tasks; `pretraining` writes one here",
+    "teacher_intensity": "intensities that the teacher takes: `auto` (its bundle says), `same`, `zscore`, or `{range: [a, b], to: [c, d]}`",
     "overwrite": "replace a teacher or experts that exist",
     "device": "where to run",
     "image_size": {
@@ -167,6 +168,8 @@ def render(folder: Path) -> str:
     dims, kind = name.split("_")
     rows = []
     for key in list(config)[1 : list(config).index("initialize")]:
+        if key not in KEYS:
+            sys.exit(f"error: say in scripts/bundle_docs.py what {key!r} is")
         text = KEYS[key]
         text = text if isinstance(text, str) else text.get(name) or text[kind]
         value = config[key]
