@@ -116,7 +116,9 @@ class _Rebuilding(torch.autograd.Function):
     def forward(ctx, task_map: TaskMap, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
         ctx.task_map = task_map
         ctx.save_for_backward(x, bias, *tensors)
-        return task_map.forward(x, bias, tensors)
+        y = task_map.forward(x, bias, tensors)
+        # Autograd forbids to change a view in place, as activations with inplace=True do; its data are no view.
+        return y.data if y._is_view() else y
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:

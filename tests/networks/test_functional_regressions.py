@@ -1,0 +1,35 @@
+"""What once went wrong in the operation of one layer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from reference import assert_close, reference
+from torch import nn
+
+from lorkd_monai.networks import LowRankLayer, route
+
+
+@pytest.mark.parametrize("tasks", [[0, 1, 2], [2, 0, 1], [0, 0, 1, 1], [1, 1], [0]])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Conv2d(2, 3, 1), (5, 5)), (nn.Conv2d(2, 3, 3, 2), (5, 5)), (nn.ConvTranspose2d(2, 3, 2), (3, 3)),
+     (nn.Linear(2, 3), ())],
+)  # fmt: skip
+def test_activations_in_place(layer, shape, tasks):
+    """A result that is a view of another tensor can't be changed in place, as nn.ReLU(inplace=True) does."""
+    plain = copy.deepcopy(layer).double()
+    wrapped = LowRankLayer(copy.deepcopy(plain), [2, 2, 2])
+    for b in wrapped.lora_B:
+        nn.init.normal_(b)
+    x = torch.rand(len(tasks), 2, *shape).double().requires_grad_()
+    expected = reference(plain, x, tasks, wrapped.lora_A, wrapped.lora_B, [1.0] * 3).relu()
+    with route(tasks):
+        y = torch.relu_(wrapped(x))
+    assert_close(y, expected)
+    weight = torch.rand_like(y)
+    own = torch.autograd.grad(y, [x, wrapped.layer.weight], weight)
+    for a, b in zip(own, torch.autograd.grad(expected, [x, plain.weight], weight)):
+        assert_close(a, b)
