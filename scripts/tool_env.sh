@@ -40,14 +40,15 @@ make_env() {
   "$interpreter" -m venv "$venv" || fail "$interpreter cannot make an environment; on Debian: apt-get install python3-venv"
   printf '%s\n' "${pins[@]}" > "$venv/lorkd-pins.txt"
   # torch by itself first, and pinned in what follows: an open range takes a build with gigabytes of CUDA.
-  "$python" -m pip install -qq --disable-pip-version-check "${pins[0]}" wheel "setuptools<81"
+  # Not compiled: most of what is installed is never imported, and what is gets compiled then.
+  "$python" -m pip install -qq --disable-pip-version-check --no-compile "${pins[0]}" wheel "setuptools<81"
 }
 
 is_new() { [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; }
 
 finish_env() {
   if is_new; then
-    "$python" -m pip install -qq --disable-pip-version-check -c "$venv/lorkd-pins.txt" "$@"
+    "$python" -m pip install -qq --disable-pip-version-check --no-compile -c "$venv/lorkd-pins.txt" "$@"
     printf '%s' "$wanted" > "$stamp"
     say "done in $((SECONDS - started)) s"
   fi
