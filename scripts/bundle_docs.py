@@ -20,7 +20,7 @@ KEYS = {
     "dataset_dir": "folder with the data list `dataset.json`, or the file itself",
     "output_dir": "everything that a run writes",
     "teacher_bundle": "folder of a MONAI bundle whose network knows the tasks; `pretraining` writes one here",
-    "teacher_intensity": "of the teacher's images: `auto` (its bundle says), `same`, `zscore`, `{range: [a, b], to: [c, d]}`",
+    "teacher_intensity": "for the teacher: `auto` (its bundle says), `same`, `zscore`, `{range: [a, b], to: [c, d]}`",
     "overwrite": "replace a teacher or experts that exist",
     "device": "where to run",
     "image_size": {
