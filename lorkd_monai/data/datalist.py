@@ -40,6 +40,7 @@ class TaskSpec:
     ``labels`` names the class ids 0..n-1. ``channels`` are those of its images. ``intensity`` is
     ``{"range": [low, high]}`` or ``{"percentiles": [low, high]}``, None for the default of its kind (see
     `lorkd_monai.transforms.default_intensity`). ``spacing`` (mm, axes of RAS) is what 3D segmentation resamples to.
+    ``vista3d_class`` gives VISTA3D's index of each class id, for that teacher.
     ``score`` is False for a task that is there to try things out: its figures stand apart and count in no mean.
     """
 
@@ -53,6 +54,7 @@ class TaskSpec:
     intensity: dict[str, Any] | None = None
     spacing: tuple[float, ...] | None = None
     score: bool = True
+    vista3d_class: dict[int, int] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -249,6 +251,20 @@ def _first_images(entries: dict, items: dict[str, list], dims: int, problems: Pr
     return facts
 
 
+def _prompts(name: str, value: object) -> dict[int, int] | None:
+    if value is None:
+        return None
+    value = {"1": value} if isinstance(value, int) else value
+    if not isinstance(value, dict) or not all(
+        str(k).isdigit() and isinstance(v, int) and not isinstance(v, bool) and v > 0 for k, v in value.items()
+    ):
+        raise LoRKDError(
+            f"task {name!r}: vista3d_class must map class ids to VISTA3D's class indices, such as {{'1': 3}}, got "
+            f"{value!r}"
+        )
+    return {int(k): v for k, v in value.items()}
+
+
 def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims: int) -> TaskSpec:
     intensity = entry.get("intensity")
     if intensity is None and dims == 2 and facts.bits == 16:
@@ -266,5 +282,6 @@ def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims:
         channels=entry.get("channels", facts.channels),
         intensity=intensity,
         spacing=None if spacing is None else tuple(map(float, spacing)),
+        vista3d_class=_prompts(name, entry.get("vista3d_class")),
         score=entry.get("score", not _NO_SCORE.search(entry.get("note") or "")),
     )

@@ -26,6 +26,7 @@ from lorkd_monai.networks.checkpoint import load_weights
 from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.networks.teacher_bundle import load_teacher
 from lorkd_monai.networks.teacher_cache import CachedTeacher
+from lorkd_monai.transforms import default_intensity
 
 __all__ = [
     "cosine_schedule",
@@ -82,6 +83,7 @@ def find_teacher(
     transfer_weight: float = 1.0,
     cache: bool | int = False,
     cache_dir: str | os.PathLike = "teacher_cache",
+    intensity: str | Mapping[str, Any] = "auto",
 ) -> Teacher | CachedTeacher | None:
     """The teacher of a decomposition from a MONAI bundle folder.
 
@@ -92,6 +94,7 @@ def find_teacher(
         cache: keep the teacher's answers on disk, so that it runs once for each image. True shows every image as it
             is, without augmentation; a number shows it in so many fixed ways, see `CachedTeacher`.
         cache_dir: folder of the answers.
+        intensity: what the teacher wants of the student's images; "auto": what its bundle says, see `load_teacher`.
 
     Raises:
         LoRKDError: there is no such folder, or it does not fit.
@@ -103,7 +106,9 @@ def find_teacher(
             f"no teacher at {teacher_bundle}: run `pretraining` with the same --output_dir first, name the folder of a "
             "MONAI bundle with --teacher_bundle, or train without one (--transfer_weight 0)"
         )
-    teacher = load_teacher(teacher_bundle, data.tasks)
+    seen = {name: default_intensity(task, data.spatial_dims).get("range") for name, task in data.tasks.items()}
+    ranges = {name: None if own is None else (float(own[0]), float(own[1])) for name, own in seen.items()}
+    teacher = load_teacher(teacher_bundle, data.tasks, intensity=intensity, ranges=ranges)
     return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
 
 

@@ -13,6 +13,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.heads import find_heads
 from lorkd_monai.networks.outputs import first_tensor
 from lorkd_monai.networks.routing import task_list
+from lorkd_monai.networks.teacher_intensity import Intensity
 
 __all__ = ["Channel", "Teacher"]
 
@@ -38,6 +39,7 @@ class Teacher(nn.Module):
         activation: ``"softmax"`` or ``"sigmoid"``: what the teacher's logits go through.
         in_channels: image channels that the network takes; None: those of its first convolution.
         head: name of the last layer, where it can't be found; only needed for features.
+        intensity: what becomes of the student's images on their way to the network; None: nothing.
 
     Raises:
         LoRKDError: a channel list of another length than its task's classes, a negative or repeated channel, an
@@ -57,8 +59,10 @@ class Teacher(nn.Module):
         activation: str = "softmax",
         in_channels: int | None = None,
         head: str | None = None,
+        intensity: Intensity | None = None,
     ) -> None:
         super().__init__()
+        self.intensity = intensity
         if activation not in _ACTIVATIONS:
             raise LoRKDError(f"activation must be one of {_ACTIVATIONS}, got {activation!r}")
         self.num_classes = dict(num_classes)
@@ -128,11 +132,8 @@ class Teacher(nn.Module):
         Raises:
             LoRKDError: a task out of range, image channels that don't fit, or an output with too few channels.
         """
-        tasks = self._indices(task)
-        if len(tasks) not in (1, x.shape[0]):
-            raise LoRKDError(f"task has {len(tasks)} entries for a batch of {x.shape[0]} samples")
-        tasks = tasks * x.shape[0] if len(tasks) == 1 else tasks
-        x = self._adapted(x)
+        tasks = self._rows(x, task)
+        x = self._adapted(x, tasks)
         with _collect_head_inputs() as found:
             y = first_tensor(self.network(x))
         most = max((max(_flat(c)) for c in self.channels.values() if c is not None), default=-1)
@@ -154,15 +155,26 @@ class Teacher(nn.Module):
         return (out, _main_features(found)) if return_features else out
 
     @torch.no_grad()
-    def features_of(self, x: Tensor) -> Tensor:
+    def features_of(self, x: Tensor, task: Tensor | int | Sequence[int] = 0) -> Tensor:
         """The input of the network's last layer, pooled over space: B × D.
+
+        Args:
+            x: batch, BCHW[D].
+            task: whose images these are, which counts only where the teacher wants other intensities.
 
         Raises:
             LoRKDError: the last layer can't be found; name it with ``head=…``.
         """
         with _collect_head_inputs() as found:
-            self.network(self._adapted(x))
+            self.network(self._adapted(x, self._rows(x, task)))
         return _main_features(found)
+
+    def _rows(self, x: Tensor, task: Tensor | int | Sequence[int]) -> list[int]:
+        """The task of each row of ``x``."""
+        tasks = self._indices(task)
+        if len(tasks) not in (1, x.shape[0]):
+            raise LoRKDError(f"task has {len(tasks)} entries for a batch of {x.shape[0]} samples")
+        return tasks * x.shape[0] if len(tasks) == 1 else tasks
 
     def _indices(self, task: Tensor | int | Sequence[int]) -> list[int]:
         tasks = task_list(task)
@@ -171,8 +183,11 @@ class Teacher(nn.Module):
             raise LoRKDError(f"task {wrong[:1] or 'is empty'}: the teacher serves tasks 0 to {len(self._known) - 1}")
         return tasks
 
-    def _adapted(self, x: Tensor) -> Tensor:
-        x = x.as_tensor() if hasattr(x, "as_tensor") else x
+    def _adapted(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
+        x = self._channels_adapted(x.as_tensor() if hasattr(x, "as_tensor") else x)
+        return x if self.intensity is None else self.intensity(x, tasks)
+
+    def _channels_adapted(self, x: Tensor) -> Tensor:
         wanted, came = self.in_channels, x.shape[1]
         if wanted is None or wanted == came:
             return x

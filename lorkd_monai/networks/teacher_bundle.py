@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from monai.bundle import ConfigParser
+from monai.networks.nets import VISTA3D
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.checkpoint import fit_weights, load_weights
 from lorkd_monai.networks.decompose import build_backbone
+from lorkd_monai.networks.feature_teacher import FeatureTeacher
 from lorkd_monai.networks.teacher import Channel, Teacher
+from lorkd_monai.networks.teacher_intensity import Intensity, find_intensity, given_intensity
+from lorkd_monai.networks.vista_teacher import vista_teacher
 
 __all__ = ["channels_by_name", "load_teacher", "teacher_from_checkpoint"]
 
@@ -21,6 +25,7 @@ _CONFIGS = ("inference.json", "inference.yaml", "inference.yml", "train.json", "
 _NETWORK_IDS = ("network_def", "network", "net", "model")
 _WEIGHTS = ("model.pt", "model.safetensors")
 _BACKGROUND = "background"
+_FEATURES = ("feature", "features", "embedding")
 
 
 def channels_by_name(
@@ -114,6 +119,9 @@ def load_teacher(
     channels: Mapping[str, Sequence[Channel] | None] | None = None,
     activation: str | None = None,
     head: str | None = None,
+    intensity: str | Mapping = "auto",
+    ranges: Mapping[str, tuple[float, float] | None] | None = None,
+    features_only: bool | None = None,
 ) -> Teacher:
     """A teacher from a MONAI bundle folder.
 
@@ -121,12 +129,21 @@ def load_teacher(
     its weights are ``models/model.pt``, its classes the ``channel_def`` of the output in ``configs/metadata.json``.
     A bundle's config may hold expressions, which are run as MONAI runs them: use bundles that you trust.
 
+    VISTA3D's network is prompted with the tasks' classes, see `vista_teacher`; ``channels`` are its class prompts then.
+
     Args:
         bundle_folder: the bundle's root.
         tasks: task -> its class names by id, or an object with such ``labels`` (``TaskSpec``), in the student's order.
         channels: the channels of each task, in place of finding them by name.
         activation: ``"softmax"`` or ``"sigmoid"``; None: what the bundle's postprocessing does.
         head: name of the network's last layer, where it is not found.
+        intensity: what the teacher wants of the student's images: ``"auto"``, what its bundle's preprocessing says, see
+            `find_intensity`; ``"same"``, the student's 0..1; ``"zscore"``; or ``{"range": [a_min, a_max], "to": [b_min,
+            b_max]}``, the data's values a_min..a_max as b_min..b_max.
+        ranges: task -> the data's values that the student sees as 0 and 1, None where images are scaled one by one;
+            without them the student's images are taken as they are.
+        features_only: the network is an encoder without classes, see `FeatureTeacher`; None: where the metadata calls
+            its output's type "feature", "features" or "embedding".
 
     Raises:
         LoRKDError: no such folder, no network or weights in it, weights that do not fit, no class names, or classes
@@ -144,8 +161,16 @@ def load_teacher(
     activation = activation or _activation_of(parser)
     formats = _data_format(folder)
     labels = {name: getattr(task, "labels", task) for name, task in tasks.items()}
+    names = _class_names(formats)
+    wanted = _intensity_of(parser, intensity, ranges, names, labels, folder)
+    if features_only is None:
+        features_only = str(_first(formats, "outputs").get("type")) in _FEATURES
+    if features_only:
+        counts = {name: len(classes) for name, classes in labels.items()}
+        return FeatureTeacher(network, counts, in_channels=_input_channels(formats), intensity=wanted)
+    if isinstance(network, VISTA3D):
+        return vista_teacher(network, tasks, names, intensity=wanted)
     if channels is None:
-        names = _class_names(formats)
         if not names:
             raise LoRKDError(
                 f"{folder}/configs/metadata.json does not name the teacher's classes (network_data_format, outputs, "
@@ -153,7 +178,7 @@ def load_teacher(
             )
         channels = channels_by_name(names, labels, activation)
     counts = {name: len(classes) for name, classes in labels.items()}
-    return Teacher(network, channels, counts, activation, _input_channels(formats), head)
+    return Teacher(network, channels, counts, activation, _input_channels(formats), head, wanted)
 
 
 def teacher_from_checkpoint(
@@ -218,6 +243,40 @@ def _build(parser: ConfigParser, file: Path) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise LoRKDError(f"{file}: {ids[0]!r} gives a {type(network).__name__}, expected a network")
     return network
+
+
+def _intensity_of(
+    parser: ConfigParser,
+    intensity: str | Mapping,
+    ranges: Mapping[str, tuple[float, float] | None] | None,
+    names: Mapping[int, str],
+    labels: Mapping[str, Mapping[int, str]],
+    folder: Path,
+) -> Intensity | None:
+    """What the teacher wants of the student's images; None where it takes them as they are."""
+    if intensity != "auto":
+        return given_intensity(intensity, dict.fromkeys(labels) if ranges is None else ranges)
+    # A teacher of `pretraining` names its classes "<task>: <class>": it was trained on the student's own images.
+    own = {_plain(f"{task}: {name}") for task, classes in labels.items() for name in classes.values()}
+    steps = parser.config.get("preprocessing")
+    steps = steps.get("transforms") if isinstance(steps, Mapping) else steps
+    if ranges is None or not isinstance(steps, list) or any(_plain(name) in own for name in names.values()):
+        return None
+    resolved = [_resolved(parser, i, s) for i, s in enumerate(steps) if isinstance(s, Mapping)]
+    return find_intensity(resolved, ranges, source=f"the teacher {folder.name}")
+
+
+def _resolved(parser: ConfigParser, index: int, step: Mapping) -> dict:
+    """A step's config with the values that its references stand for, as far as they are plain."""
+    values = dict(step)
+    for key, value in step.items():
+        if isinstance(value, str) and value[:1] in ("@", "$") and key != "_target_":
+            base = "preprocessing" if isinstance(parser.config["preprocessing"], list) else "preprocessing#transforms"
+            try:
+                values[key] = parser.get_parsed_content(f"{base}#{index}#{key}")
+            except Exception:  # it needs data or a device: find_intensity says so where it matters
+                values[key] = value
+    return values
 
 
 def _activation_of(parser: ConfigParser) -> str:

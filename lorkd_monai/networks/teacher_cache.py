@@ -80,9 +80,9 @@ class CachedTeacher(nn.Module):
         """As the teacher's."""
         return self.teacher.has_logits(task)
 
-    def features_of(self, x: Tensor) -> Tensor:
+    def features_of(self, x: Tensor, task: Tensor | int | Sequence[int] = 0) -> Tensor:
         """As the teacher's; not kept."""
-        return self.teacher.features_of(x)
+        return self.teacher.features_of(x, task)
 
     @torch.no_grad()
     def forward(
@@ -94,10 +94,7 @@ class CachedTeacher(nn.Module):
             LoRKDError: as `Teacher`.
         """
         x = x.as_tensor() if hasattr(x, "as_tensor") else x
-        tasks = self.teacher._indices(task)
-        if len(tasks) not in (1, x.shape[0]):
-            raise LoRKDError(f"task has {len(tasks)} entries for a batch of {x.shape[0]} samples")
-        tasks = tasks * x.shape[0] if len(tasks) == 1 else tasks
+        tasks = self.teacher._rows(x, task)
         keys = self._keys(x, tasks, return_features)
         known = [self._read(key) for key in keys]
         missing = [i for i, answer in enumerate(known) if answer is None]
@@ -110,14 +107,15 @@ class CachedTeacher(nn.Module):
             counts = list(self.teacher.num_classes.values())
             for place, i in enumerate(missing):
                 # Past its own classes a row is all -inf: that is not worth keeping. A row without logits is all NaN.
-                answer = {"logits": out[place, : counts[tasks[i]]].cpu().contiguous().clone()}
+                answer = {} if out is None else {"logits": out[place, : counts[tasks[i]]].cpu().contiguous().clone()}
                 if features is not None:
                     answer["features"] = features[place].cpu().contiguous().clone()
                 known[i] = answer
                 self._write(keys[i], answer)
         widest = max(self.teacher.num_classes.values())
-        result = [_padded(answer["logits"], widest) for answer in known]
-        logits = torch.stack(result).to(x.device)
+        logits = None
+        if all("logits" in answer for answer in known):
+            logits = torch.stack([_padded(answer["logits"], widest) for answer in known]).to(x.device)
         if not return_features:
             return logits
         return logits, torch.stack([answer["features"] for answer in known]).to(x.device)
@@ -171,7 +169,7 @@ def fingerprint(teacher: Teacher) -> str:
         "lorkd-teacher-1", str(teacher), teacher.num_classes, teacher.activation, teacher.in_channels,
         {t: None if c is None else [list(e) if isinstance(e, tuple) else e for e in c]
          for t, c in teacher.channels.items()},
-        getattr(teacher, "identity", None),
+        getattr(teacher, "identity", None), str(teacher.intensity),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
