@@ -212,6 +212,6 @@ def test_required_properties(phantoms, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which initialize replaces
     config = BUNDLE / "configs" / "train.yaml"
     places = {"bundle_root": str(BUNDLE), "dataset_dir": str(phantoms), "output_dir": str(tmp_path)}
-    workflow = ConfigWorkflow(str(config), logging_file=False, workflow_type="train", **places)
+    workflow = ConfigWorkflow(str(config), logging_file=False, workflow_type="train", transfer_weight=0, **places)
     workflow.initialize()
     assert not workflow.check_properties()
