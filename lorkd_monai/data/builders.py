@@ -212,6 +212,7 @@ def combine(
     refuse_existing(output, overwrite)
     tasks: dict[str, Any] = {}
     rows: list[Row] = []
+    lists = _listed(lists)
     for path in map(Path, [lists] if isinstance(lists, (str, os.PathLike)) else lists):
         file = path / "dataset.json" if path.is_dir() else path
         try:
@@ -238,6 +239,7 @@ def task_folders(sources: Sources, parent: bool) -> dict[str, Path]:
     """
     if isinstance(sources, str) and sources.startswith("{") and not os.path.exists(sources):
         sources = read_mapping(sources)
+    sources = _listed(sources)
     if isinstance(sources, (str, os.PathLike)):
         root = Path(sources).expanduser()
         sources = (
@@ -308,6 +310,19 @@ def read_mapping(text: str) -> dict[str, str]:
     if not isinstance(mapping, dict) or not all(isinstance(path, str) for path in mapping.values()):
         raise LoRKDError(f"expected tasks as '{{name: path, other: path}}', got {text}.")
     return {str(name): path for name, path in mapping.items()}
+
+
+def _listed(text: Any) -> Any:
+    """Read ``[folder/a, folder/b]`` as a command line has it; leave everything else as it is."""
+    if not isinstance(text, str) or not text.startswith("[") or os.path.exists(text):
+        return text
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(path, str) for path in found):
+        raise LoRKDError(f"expected paths as '[path, other]', got {text}.")
+    return found
 
 
 def _class_images(folder: Path, spatial_dims: int) -> list[tuple[str | None, str, str]]:
