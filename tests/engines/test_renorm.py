@@ -121,10 +121,13 @@ def test_suggest_ranks_on_the_command_line(images, checkpoint, tmp_path, monkeyp
     out = run_cli(monkeypatch, capsys, "suggest-ranks", checkpoint, tuned)
     ranks = dict(part.split(": ") for part in out.strip().splitlines()[-1].split("{")[1].rstrip("}'").split(", "))
     assert set(ranks) == set(paths)
-    assert int(ranks["mr"]) > max(int(r) for task, r in ranks.items() if task != "mr")
     rows = json.loads(run_cli(monkeypatch, capsys, "suggest-ranks", checkpoint, tuned, "--as_json"))
-    assert sum(row["parameters"] for row in rows) <= sum(row["equal_parameters"] for row in rows) * 2
+    assert sum(row["parameters"] for row in rows) <= sum(row["equal_parameters"] for row in rows) 
     assert {row["task"]: str(row["rank"]) for row in rows} == ranks
+    # Experts of rank 2 are held in full by rank 2; what moved in all directions is not.
+    energy = {row["task"]: row["equal_energy"] for row in rows}
+    assert all(energy[task] > 0.999 for task in paths if task != "mr")
+    assert energy["mr"] < 0.9
     with pytest.raises(LoRKDError, match="{name: path, other: path}"):
         cli.suggest_ranks(str(checkpoint), "mr.pt")
     with pytest.raises(LoRKDError, match="tuned holds the tasks mr"):
