@@ -122,7 +122,7 @@ def test_suggest_ranks_on_the_command_line(images, checkpoint, tmp_path, monkeyp
     ranks = dict(part.split(": ") for part in out.strip().splitlines()[-1].split("{")[1].rstrip("}'").split(", "))
     assert set(ranks) == set(paths)
     rows = json.loads(run_cli(monkeypatch, capsys, "suggest-ranks", checkpoint, tuned, "--as_json"))
-    assert sum(row["parameters"] for row in rows) <= sum(row["equal_parameters"] for row in rows) 
+    assert sum(row["parameters"] for row in rows) <= sum(row["equal_parameters"] for row in rows)
     assert {row["task"]: str(row["rank"]) for row in rows} == ranks
     # Experts of rank 2 are held in full by rank 2; what moved in all directions is not.
     energy = {row["task"]: row["equal_energy"] for row in rows}
