@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -21,10 +22,10 @@ from lorkd_monai.data import DataList
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table, write_figures
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
-from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.networks.checkpoint import load_weights
 from lorkd_monai.networks.teacher import Teacher
-from lorkd_monai.networks.teacher_bundle import load_teacher
+from lorkd_monai.networks.teacher_bundle import load_teacher, teacher_from_checkpoint
 from lorkd_monai.networks.teacher_cache import CachedTeacher
 from lorkd_monai.transforms import default_intensity
 
@@ -84,32 +85,47 @@ def find_teacher(
     cache: bool | int = False,
     cache_dir: str | os.PathLike = "teacher_cache",
     intensity: str | Mapping[str, Any] = "auto",
+    backbone: Mapping[str, Any] | functools.partial | None = None,
 ) -> Teacher | CachedTeacher | None:
-    """The teacher of a decomposition from a MONAI bundle folder.
+    """The teacher of a decomposition from a MONAI bundle folder, or from a checkpoint and its network's config.
 
     Args:
-        teacher_bundle: the folder.
+        teacher_bundle: the folder; or a weights file of ``backbone``, whose output must then hold the classes of all
+            tasks side by side, in the order of the data list.
         data: the data list, whose classes are looked up among the teacher's by name.
         transfer_weight: 0 trains without a teacher: None is returned.
         cache: keep the teacher's answers on disk, so that it runs once for each image. True shows every image as it
             is, without augmentation; a number shows it in so many fixed ways, see `CachedTeacher`.
         cache_dir: folder of the answers.
         intensity: what the teacher wants of the student's images; "auto": what its bundle says, see `load_teacher`.
+        backbone: MONAI config of the network of a weights file (``teacher_backbone`` in the bundles).
 
     Raises:
-        LoRKDError: there is no such folder, or it does not fit.
+        LoRKDError: there is no such folder or file, or it does not fit.
     """
     if transfer_weight == 0:
         return None
+    if Path(teacher_bundle).is_file() and backbone is not None:
+        teacher = _checkpoint_teacher(teacher_bundle, backbone, data)
+        return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
     if not Path(teacher_bundle).is_dir():
         raise LoRKDError(
             f"no teacher at {teacher_bundle}: run `pretraining` with the same --output_dir first, name the folder of a "
-            "MONAI bundle with --teacher_bundle, or train without one (--transfer_weight 0)"
+            "MONAI bundle (or a weights file of teacher_backbone) with --teacher_bundle, or train without one "
+            "(--transfer_weight 0)"
         )
     seen = {name: default_intensity(task, data.spatial_dims).get("range") for name, task in data.tasks.items()}
     ranges = {name: None if own is None else (float(own[0]), float(own[1])) for name, own in seen.items()}
     teacher = load_teacher(teacher_bundle, data.tasks, intensity=intensity, ranges=ranges)
     return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
+
+
+def _checkpoint_teacher(
+    weights: str | os.PathLike, backbone: Mapping[str, Any] | functools.partial, data: DataList
+) -> Teacher:
+    view = TaskChannels.build(backbone, data.num_classes)
+    names = [f"{name}: {task.labels[c]}" for name, task in data.tasks.items() for c in sorted(task.labels)]
+    return teacher_from_checkpoint(weights, view.config, names, data.tasks)
 
 
 def make_objective(

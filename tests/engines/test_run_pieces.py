@@ -73,6 +73,19 @@ def test_teacher_of_all_tasks(data, items, network, write_teacher):
     assert list(loss.parameters()) == []
 
 
+def test_teacher_from_a_weights_file_and_a_config(data, write_teacher, tmp_path):
+    bundle = write_teacher(list(data.tasks.values()))
+    config = {**SMALL, "block_inplanes": [4, 4, 8, 12]}
+    config.pop("num_classes", None)
+    teacher = engines.find_teacher(bundle / "models" / "model.pt", data, backbone=config)
+    x, task = torch.rand(4, 3, 16, 16), torch.arange(4)
+    assert torch.equal(teacher(x, task), engines.find_teacher(bundle, data)(x, task))
+    with pytest.raises(LoRKDError, match="does not fit the network ResNet"):
+        engines.find_teacher(bundle / "models" / "model.pt", data, backbone=SMALL)
+    with pytest.raises(LoRKDError, match="no teacher at .* a weights file of teacher_backbone"):
+        engines.find_teacher(tmp_path / "model.pt", data, backbone=config)
+
+
 def test_teacher_that_lacks_a_task_trains_a_projection(data, items, network, write_teacher):
     tasks = [task for name, task in data.tasks.items() if name != "mr"]
     teacher = engines.find_teacher(write_teacher(tasks), data)
