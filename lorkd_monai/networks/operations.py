@@ -113,7 +113,10 @@ class ConvMap(NamedTuple):
 
     def pack(self, x: Tensor, pieces: int) -> Tensor:
         rows, (channels, *space) = x.shape[0] // pieces, x.shape[1:]
-        return x.reshape(pieces, rows, channels, *space).transpose(0, 1).reshape(rows, pieces * channels, *space)
+        side_by_side = x.reshape(pieces, rows, channels, *space).transpose(0, 1)
+        # Through one dimension, so that dims of size 1 get plain strides too: torch's backward takes odd ones for
+        # channels_last and refuses its own gradient of the weight.
+        return side_by_side.reshape(-1).view(rows, pieces * channels, *space)
 
     def unpack(self, y: Tensor, pieces: int, like: Tensor) -> Tensor:
         """Undo :meth:`pack`; ``like`` is any tensor with the rows that are wanted."""

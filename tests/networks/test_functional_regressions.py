@@ -33,3 +33,18 @@ def test_activations_in_place(layer, shape, tasks):
     own = torch.autograd.grad(y, [x, wrapped.layer.weight], weight)
     for a, b in zip(own, torch.autograd.grad(expected, [x, plain.weight], weight)):
         assert_close(a, b)
+
+
+def test_one_voxel_with_odd_strides():
+    """A single token of a transformer, moved to the channel dimension, is contiguous with strides of its own."""
+    plain = nn.ConvTranspose2d(4, 3, 2, 2).double()
+    wrapped = LowRankLayer(copy.deepcopy(plain), [2, 2])
+    for tasks in ([0, 1], [1, 0], [0, 0]):
+        x = torch.rand(2, 1, 1, 4).double().requires_grad_()
+        moved = x.permute(0, 3, 1, 2)
+        with route(tasks):
+            y = wrapped(moved)
+        weight = torch.rand_like(y)
+        own = torch.autograd.grad(y, [x, wrapped.layer.weight], weight)
+        for a, b in zip(own, torch.autograd.grad(plain(moved), [x, plain.weight], weight)):
+            assert_close(a, b)
