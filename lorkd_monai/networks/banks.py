@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorkd_monai.networks.routing import RoutedModule, take_rows
 
-__all__ = ["HeadBank", "TaskBank", "pooled_features", "watch_heads"]
+__all__ = ["HeadBank", "NormBank", "TaskBank", "pooled_features", "watch_heads"]
 
 
 class TaskBank(RoutedModule):
@@ -58,6 +59,21 @@ class TaskBank(RoutedModule):
     def expert_tensors(self, task: int) -> dict[str, Tensor]:
         """Parameters and buffers of one task's module by name."""
         return self.tasks[task].state_dict(keep_vars=True)
+
+
+class NormBank(TaskBank):
+    """Norms of all tasks (``norm="task"``): each task's rows are normalised by its own statistics and parameters.
+
+    In training, a batch norm whose task has a single value per channel in the batch takes its running statistics, as
+    one value has no variance; which batches hold such a task is chance.
+    """
+
+    def _apply_one(self, task: int, x: Tensor) -> Tensor:
+        norm = self.tasks[task]
+        single = x.numel() == x.shape[1] and norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        if single and norm.running_mean is not None:
+            return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        return norm(x)
 
 
 class HeadBank(TaskBank):

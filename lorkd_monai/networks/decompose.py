@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.banks import HeadBank, TaskBank
+from lorkd_monai.networks.banks import HeadBank, NormBank
 from lorkd_monai.networks.functional import LayerOp
 from lorkd_monai.networks.heads import find_heads, head_channels, head_layers, head_like
 from lorkd_monai.networks.routing import refuse_direct_calls
@@ -190,7 +190,7 @@ def insert_heads(
     return banks, widths.pop()
 
 
-def insert_norms(network: nn.Module, heads: Sequence[str], num_tasks: int) -> dict[str, TaskBank]:
+def insert_norms(network: nn.Module, heads: Sequence[str], num_tasks: int) -> dict[str, NormBank]:
     """Replace each batch or instance norm that has parameters or statistics by one for each task."""
     banks = {}
     for name, module in list(network.named_modules()):
@@ -201,7 +201,7 @@ def insert_norms(network: nn.Module, heads: Sequence[str], num_tasks: int) -> di
                 f"norm='task': {name!r} is a SyncBatchNorm, which waits for all processes while their tasks differ"
             )
         if module.affine or module.track_running_stats:
-            banks[name] = TaskBank([copy.deepcopy(module) for _ in range(num_tasks)], name)
+            banks[name] = NormBank([copy.deepcopy(module) for _ in range(num_tasks)], name)
             replace_module(network, module, banks[name])
             refuse_direct_calls(module, f"norm {name!r}")
     return banks

@@ -135,7 +135,7 @@ def load_pack(
     own = shared_state_dict(net)
     state = _read_tensors(folder / SHARED)
     if own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own):
-        raise LoRKDError(f"{folder / SHARED} does not fit its own description: the file was changed, or the backbone was")
+        raise LoRKDError(f"{folder / SHARED} does not fit its own description: it, or the backbone, was changed")
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(state[key])

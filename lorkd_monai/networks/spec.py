@@ -38,7 +38,8 @@ def differences(other: Mapping, own: Mapping) -> list[str]:
     return [
         f"{key}: checkpoint {other.get(key)}, this network {own[key]}"
         for key in own
-        if key not in ("backbone", "info") and (other.get(key) != own[key] or _order(other.get(key)) != _order(own[key]))
+        if key not in ("backbone", "info")
+        and (other.get(key) != own[key] or _order(other.get(key)) != _order(own[key]))
     ]
 
 

@@ -81,3 +81,14 @@ def test_refusals_keep_the_old_statistics():
         reestimate_norms(LoRKDNet(network(), {"a": 4}), [torch.rand(4, 1, 8, 8)], "a")
     with pytest.raises(LoRKDError, match="task is needed"):
         reestimate_norms(LoRKDNet(network(), {"a": 4}, norm="task"), [torch.rand(4, 1, 8, 8)])
+
+
+def test_a_task_with_one_value_a_channel_takes_its_running_statistics():
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    net = LoRKDNet(backbone, {"a": 2, "b": 2}, norm="task").double().train()
+    x = torch.rand(3, 1, 3, 3).double()
+    y = net(x, [0, 1, 0])  # one sample of task b, 1 × 1 after the convolution
+    y.sum().backward()
+    assert torch.allclose(y[1], net.extract("b").eval()(x[1:2])[0])
+    assert not torch.allclose(y[0], net.extract("a").eval()(x[:1])[0])
