@@ -68,6 +68,13 @@ def move_batch(batch: dict[str, Tensor], device: torch.device, non_blocking: boo
     return {k: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
+class _StepOutput(list):
+    """A step's output as MONAI's handlers read it, a list of one dict, that answers by name as well."""
+
+    def __getitem__(self, key: object) -> object:
+        return super().__getitem__(0)[key] if isinstance(key, str) else super().__getitem__(key)
+
+
 class DecompositionTrainer(SupervisedTrainer):
     """Train a decomposed network on batches of mixed tasks, with the knowledge of a frozen teacher.
 
@@ -194,6 +201,9 @@ class DecompositionTrainer(SupervisedTrainer):
             "has_teacher": has_teacher,
         }
         return image, label, (task,), extra
+
+    def _iteration(self, engine: Engine, batchdata: dict[str, Tensor]) -> _StepOutput:
+        return _StepOutput([super()._iteration(engine, batchdata)])
 
     def _loss(self, pred: Tensor | tuple[Tensor, Tensor], label: Tensor) -> Tensor:
         features = None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
-from monai.handlers import StatsHandler
+from monai.handlers import StatsHandler, from_engine
 from tiny_run import TASKS, Items, Teacher, network, trainer
 from torch import nn
 
@@ -45,6 +45,14 @@ def test_terms_of_each_step_and_their_mean_over_the_epoch():
         assert run.state.metrics[name] == pytest.approx((steps[0][name] + steps[1][name]) / 2)
     assert steps[0]["total"] == pytest.approx(steps[0]["task"] + steps[0]["transfer"])
     assert steps[0]["transfer"] > 0
+
+
+def test_monai_s_handlers_can_read_the_output():
+    run, losses = trainer(network()), []
+    read = from_engine(["loss"], first=True)  # what MONAI's tracking reads it with
+    run.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(read(engine.state.output).item()))
+    run.run()
+    assert sum(losses) / 2 == pytest.approx(run.state.metrics["total"])
 
 
 def test_the_transfer_moves_the_weights():
