@@ -19,6 +19,7 @@ from lorkd_monai.networks.functional import LAYOUTS
 from lorkd_monai.networks.heads import head_like
 from lorkd_monai.networks.low_rank import LowRankLayer
 from lorkd_monai.networks.outputs import fill_classes, first_rows, narrow_classes, select_rows, widen_classes
+from lorkd_monai.networks.recompute import remember_routing
 from lorkd_monai.networks.routing import RoutedModule, Routing, UnverifiedFolding, route, task_list
 from lorkd_monai.networks.serving import PlainView
 from lorkd_monai.networks.spec import checked_ranks, checked_tasks, differences, read_spec, write_spec
@@ -315,6 +316,7 @@ class LoRKDNet(nn.Module):
             )
         self._head_seen = True
         features = pooled_features(calls) if return_features else None
+        remember_routing((y, features), routing.sorted)
         y = fill_classes(y, routing.sorted, list(self._num_classes.values()), x.ndim)
         if shuffle:
             y = select_rows(y, routing.inverse)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.recompute import recomputed_routing
 
 __all__ = ["RoutedModule", "Routing", "Segment", "UnverifiedFolding", "current_routing", "route"]
 
@@ -215,6 +216,7 @@ class RoutedModule(nn.Module):
         routing, watch = _ROUTING.get(), _WATCH.get()
         if watch is not None:
             watch(self, x)
+        routing = recomputed_routing() if routing is None else routing
         if routing is None:
             raise LoRKDError(
                 f"{self._who()} was called without a routing: call the LoRKDNet with a task, or use `with route(task):`"
