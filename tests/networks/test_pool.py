@@ -5,10 +5,10 @@ import time
 
 import pytest
 import torch
+from test_packs import decomposition
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.pool import ExpertPool
-from tests.networks.test_packs import decomposition
 
 SHAPES = [(1, 32, 32), (1, 24, 40)]
 
