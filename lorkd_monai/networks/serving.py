@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorkd_monai.networks.outputs import widen_classes
 
@@ -16,13 +17,25 @@ if TYPE_CHECKING:
 
 __all__ = ["PlainView"]
 
+# Fused optimisers change parameters without a trace in the tensors' versions, so their steps are counted.
+_STEPS = [0]
+
+
+def _count_step(*_: object) -> None:
+    _STEPS[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
 
 class PlainView:
     """The extracted network of one task, kept while the weights stay what they are.
 
     It shares all tensors with the decomposed network but the fused weights, and is made anew as soon as any parameter
-    or buffer was changed in place or replaced. Only used without gradients in evaluation mode. One view is kept, as a
-    single reference, so that threads that serve different tasks replace it without disturbing each other.
+    or buffer was changed in place or replaced, or any optimiser took a step. Changes through ``.data`` leave no trace:
+    call :meth:`clear` after them (``net.train().eval()`` does). Only used without gradients in evaluation mode. One
+    view is kept, as a single reference, so that threads that serve different tasks replace it without disturbing each
+    other.
     """
 
     def __init__(self, net: LoRKDNet) -> None:
@@ -65,7 +78,7 @@ class PlainView:
                 for name in tensors
             ]
         tensors = [t for t in (d.get(name) for d, name in self._slots) if t is not None]
-        return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+        return _STEPS[0], *((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
 
     def __deepcopy__(self, memo: dict) -> PlainView:
         return PlainView(copy.deepcopy(self._net, memo))
