@@ -33,7 +33,7 @@ echo "packages: $(tr '\n' ' ' < "$work/requirements.txt")" >&2
 "$python" -m pip install -q --disable-pip-version-check -r "$work/requirements.txt" || exit 3
 
 cd "$work"
-"$python" -c 'import lorkd_monai' 2>/dev/null && fail "lorkd_monai is installed in $venv: name another environment"
+PYTHONPATH= "$python" -c 'import lorkd_monai' 2>/dev/null && fail "lorkd_monai is installed in $venv: name another environment"
 PYTHONPATH= "$python" -W ignore -m monai.bundle run --bundle_root "$bundle" \
   --config_file "$bundle/configs/inference.json" --dataset_dir "$images" --output_dir "$work/out" > "$work/log" 2>&1 \
   || { cat "$work/log" >&2; fail "the bundle does not run with only the packages of its metadata.json"; }

@@ -29,8 +29,8 @@ DIFFERING = (
     "backbone", "teacher_backbone", "image_size", "in_channels", "batch_size", "max_epochs", "pretrain_epochs",
     "val_interval", "learning_rate", "rank", "rank_pattern", "flip_axes", "rotate", "norm", "weight_decay", "tasks",
     "train#dataset", "train#augment", "validate#dataset", "validate#dataloader", "validate#inferer",
-    "validate#metric#kind", "validate#evaluator#key_val_metric", "evaluate#dataset", "evaluate#dataloader",
-    "pretrain#loss", "pretrain#evaluator#key_val_metric",
+    "validate#metric#kind", "validate#key_metric", "evaluate#dataset", "evaluate#dataloader",
+    "pretrain#loss",
 )  # fmt: skip
 # Keys that some kinds have and others have no use for.
 EXTRA_KEYS = {"3d_segmentation": {"cache_dir"}}
