@@ -109,6 +109,7 @@ python -m monai.bundle run RUN_ID --bundle_root B --config_file B/configs/train.
 | `pretraining` | trains a teacher on all tasks together, where you have none: `OUT/teacher`, a MONAI bundle |
 | `training` (also `run`) | decomposes the teacher: `OUT/experts/<task>_{kind}`, one bundle for each task |
 | `evaluating` | figures of the experts, and of the teacher beside them, on the test images: `OUT/figures.json` |
+| `adding` | trains experts for new tasks, see below |
 
 A run that was interrupted goes on from its last epoch when it is started again with the same settings.
 
@@ -149,6 +150,29 @@ python -m monai.bundle run --bundle_root $E --config_file $E/configs/inference.j
 python -m monai.bundle run --bundle_root B --config_file B/configs/inference.yaml --output_dir OUT \\
   --task TASK --dataset_dir IMAGES --predictions_dir ANSWERS
 ```
+
+## A new task for a trained decomposition
+
+```bash
+python -m monai.bundle run adding --bundle_root B --config_file "['B/configs/train.yaml','B/configs/add.yaml']" \\
+  --dataset_dir D --output_dir OUT
+```
+
+`D` holds the new tasks at least; `OUT` the trained decomposition. Each task of `D` that it does not have gets an expert
+and a head; the shared network and all other experts stay as they are, to the last bit. Only the new experts are written.
+
+| key | default | |
+|---|---|---|
+| `new_tasks` | `null` | names of the tasks to add; null: all of `D` that are new: `"['retina']"` |
+| `replace` | `false` | `True`: tasks of `new_tasks` that exist are trained anew, and their experts replaced |
+| `rank` | `null` | rank of the new experts; null: that of the first task, or of the one replaced |
+| `teacher_bundle` | `null` | a teacher that knows the new tasks; null: labels alone (`transfer_weight` is 0 then) |
+| `trained` | `OUT/training/model.pt` | checkpoint to start from, such as `OUT/adding/model.pt` of an earlier `adding` |
+
+The result is `OUT/adding/model.pt`, which every `lorkd` command takes. The next tasks go into another folder:
+`--trained OUT/adding/model.pt --output_dir OUT2`. `evaluating`, called with `add.yaml` too, gives the figures of all
+tasks of `D` that the result has (`OUT/adding/evaluation.json`). Image size, channels, `alpha`, `layout`, `norm`, and the
+layers that have experts are those of the trained decomposition. `lorkd remove-task` takes a task out.
 
 ## Several GPUs, or several processes on a CPU
 

@@ -1,5 +1,12 @@
 """The decomposition trainer, its evaluator, and the figures of a trained decomposition."""
 
+from lorkd_monai.engines.adding import (
+    added_tasks,
+    network_with_new_tasks,
+    new_tasks_of,
+    trained_info,
+    what_is_added,
+)
 from lorkd_monai.engines.evaluation import evaluate_tasks
 from lorkd_monai.engines.run import (
     cosine_schedule,
@@ -18,14 +25,19 @@ __all__ = [
     "AutocastInferer",
     "DecompositionTrainer",
     "TaskEvaluator",
+    "added_tasks",
     "check_settings",
     "cosine_schedule",
     "evaluate_tasks",
     "figures_of",
     "find_teacher",
     "make_objective",
+    "network_with_new_tasks",
+    "new_tasks_of",
     "report_figures",
     "run_facts",
     "test_loader",
     "train_loader",
+    "trained_info",
+    "what_is_added",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.networks.checkpoint import load_weights
 from lorkd_monai.networks.teacher import Teacher
-from lorkd_monai.networks.teacher_bundle import load_teacher, teacher_from_checkpoint
+from lorkd_monai.networks.teacher_bundle import channels_by_name, load_teacher, teacher_from_checkpoint
 from lorkd_monai.networks.teacher_cache import CachedTeacher
 from lorkd_monai.transforms import default_intensity
 
@@ -62,7 +62,11 @@ def test_loader(dataset: Dataset, batch_size: int = 64, sampler: Sampler | None 
 
 
 def run_facts(
-    network: LoRKDNet, data: DataList, teacher_bundle: str | os.PathLike, max_epochs: int, settings: Mapping[str, Any]
+    network: LoRKDNet,
+    data: DataList,
+    teacher_bundle: str | os.PathLike | None,
+    max_epochs: int,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Facts on a decomposition for the READMEs of its experts."""
     spec = network.spec()
@@ -73,25 +77,28 @@ def run_facts(
         "experts": f"rank {spec['rank']}, layout {spec['layout']}, norm {spec['norm']}",
         "epochs": max_epochs,
         "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
-        "teacher": {"name": Path(teacher_bundle).name},
+        "teacher": {"name": "none" if teacher_bundle is None else Path(teacher_bundle).name},
         "versions": f"lorkd-monai {__version__}, monai {monai.__version__}, torch {torch.__version__}",
     }
 
 
 def find_teacher(
-    teacher_bundle: str | os.PathLike,
+    teacher_bundle: str | os.PathLike | None,
     data: DataList,
     transfer_weight: float = 1.0,
     cache: bool | int = False,
     cache_dir: str | os.PathLike = "teacher_cache",
     intensity: str | Mapping[str, Any] = "auto",
     backbone: Mapping[str, Any] | functools.partial | None = None,
+    split: str = "training",
 ) -> Teacher | CachedTeacher | None:
     """The teacher of a decomposition from a MONAI bundle folder, or from a checkpoint and its network's config.
 
+    Only the tasks with images in ``split`` are looked up: the teacher needs to know nothing of the others.
+
     Args:
         teacher_bundle: the folder; or a weights file of ``backbone``, whose output must then hold the classes of all
-            tasks side by side, in the order of the data list.
+            those tasks side by side, in the order of the data list.
         data: the data list, whose classes are looked up among the teacher's by name.
         transfer_weight: 0 trains without a teacher: None is returned.
         cache: keep the teacher's answers on disk, so that it runs once for each image. True shows every image as it
@@ -99,14 +106,21 @@ def find_teacher(
         cache_dir: folder of the answers.
         intensity: what the teacher wants of the student's images; "auto": what its bundle says, see `load_teacher`.
         backbone: MONAI config of the network of a weights file (``teacher_backbone`` in the bundles).
+        split: what it is to teach or to be measured on.
 
     Raises:
         LoRKDError: there is no such folder or file, or it does not fit.
     """
     if transfer_weight == 0:
         return None
+    if teacher_bundle is None:
+        raise LoRKDError(
+            f"transfer_weight is {transfer_weight}, and there is no teacher: name one with --teacher_bundle, or train "
+            "from the labels alone (--transfer_weight 0)"
+        )
+    present = _present(data, split)
     if Path(teacher_bundle).is_file() and backbone is not None:
-        teacher = _checkpoint_teacher(teacher_bundle, backbone, data)
+        teacher = _checkpoint_teacher(teacher_bundle, backbone, data, present)
         return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
     if not Path(teacher_bundle).is_dir():
         raise LoRKDError(
@@ -116,16 +130,32 @@ def find_teacher(
         )
     seen = {name: default_intensity(task, data.spatial_dims).get("range") for name, task in data.tasks.items()}
     ranges = {name: None if own is None else (float(own[0]), float(own[1])) for name, own in seen.items()}
-    teacher = load_teacher(teacher_bundle, data.tasks, intensity=intensity, ranges=ranges)
+    teacher = load_teacher(teacher_bundle, data.tasks, intensity=intensity, ranges=ranges, only=present)
     return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
 
 
+def _present(data: DataList, split: str) -> list[str]:
+    """The tasks with images in a split."""
+    found = {item["task"] for item in data.split(split)}
+    return [name for name in data.tasks if name in found]
+
+
+def _knows(teacher: Teacher | CachedTeacher, data: DataList, split: str) -> bool:
+    """Whether the teacher has logits for all tasks of a split."""
+    return bool(teacher.has_logits([data.tasks[name].index for name in _present(data, split)]).all())
+
+
 def _checkpoint_teacher(
-    weights: str | os.PathLike, backbone: Mapping[str, Any] | functools.partial, data: DataList
+    weights: str | os.PathLike,
+    backbone: Mapping[str, Any] | functools.partial,
+    data: DataList,
+    present: Sequence[str],
 ) -> Teacher:
-    view = TaskChannels.build(backbone, data.num_classes)
-    names = [f"{name}: {task.labels[c]}" for name, task in data.tasks.items() for c in sorted(task.labels)]
-    return teacher_from_checkpoint(weights, view.config, names, data.tasks)
+    view = TaskChannels.build(backbone, {name: data.num_classes[name] for name in present})
+    labels = {name: data.tasks[name].labels for name in present}
+    names = [f"{name}: {classes[c]}" for name, classes in labels.items() for c in sorted(classes)]
+    found = channels_by_name(dict(enumerate(names)), labels)
+    return teacher_from_checkpoint(weights, view.config, names, data.tasks, channels=found)
 
 
 def make_objective(
@@ -150,14 +180,14 @@ def make_objective(
         temperature: of the transfer.
     """
     features = None
-    if teacher is not None and not teacher.has_logits(list(range(len(data.tasks)))).all():
+    if teacher is not None and not _knows(teacher, data, "training"):
         with torch.no_grad():
             device = next(network.parameters()).device
-            image = dataset[0]["image"][None].to(device)
+            image, task = dataset[0]["image"][None].to(device), int(dataset[0]["task"])
             training = network.training
-            student = network.eval()(image, 0, return_features=True)[1]
+            student = network.eval()(image, task, return_features=True)[1]
             network.train(training)
-            width = teacher.to(device)(image, 0, return_features=True)[1].shape[1]
+            width = teacher.to(device)(image, task, return_features=True)[1].shape[1]
         features = FeatureTransferLoss(student.shape[1], width, temperature)
     return LoRKDLoss(
         "ce" if data.kind == "classification" else "dice_ce",
@@ -205,7 +235,7 @@ def report_figures(
     data: DataList,
     device: torch.device | str,
     path: str | os.PathLike,
-    teacher_bundle: str | os.PathLike,
+    teacher_bundle: str | os.PathLike | None,
     inferer: Inferer | None = None,
 ) -> Mapping[str, Figures]:
     """Measure the experts, and the teacher beside them where there is one; print a table and write it as JSON.
@@ -217,19 +247,20 @@ def report_figures(
         data: the data list.
         device: where to run.
         path: JSON file to write: ``{"experts": …, "teacher": …}``.
-        teacher_bundle: folder of the teacher; left out where it does not exist.
+        teacher_bundle: folder of the teacher; left out where it does not exist or does not know all tasks measured.
         inferer: such as sliding windows.
 
     Raises:
         LoRKDError: there are no weights yet, or they belong to another decomposition.
     """
     if not Path(weights).exists():
-        raise LoRKDError(f"no trained weights at {weights}: run `training` with the same --output_dir first")
+        run_id = "adding" if Path(weights).parent.name == "adding" else "training"
+        raise LoRKDError(f"no trained weights at {weights}: run `{run_id}` with the same --output_dir first")
     network.load_state_dict(load_weights(weights))
     figures = {"experts": evaluate_tasks(network.eval(), loader, data, device, inferer)}
-    if Path(teacher_bundle).is_dir():
-        teacher = find_teacher(teacher_bundle, data)
-        if teacher.has_logits(list(range(len(data.tasks)))).all():
+    if teacher_bundle is not None and Path(teacher_bundle).is_dir():
+        teacher = find_teacher(teacher_bundle, data, split="test")
+        if _knows(teacher, data, "test"):
             figures["teacher"] = evaluate_tasks(teacher, loader, data, device, inferer)
     write_figures(path, figures)
     score = "balanced_accuracy" if data.kind == "classification" else "dice"

@@ -35,6 +35,7 @@ class ExpertExport:
         parent: facts on the decomposition for the bundles' README.
         overwrite: replace experts that exist.
         formats: file formats of the weights, see `write_expert_bundle`.
+        tasks: which tasks; None: all.
 
     Raises:
         LoRKDError: an unknown format; at the start of training, where experts exist and ``overwrite`` is not set.
@@ -49,9 +50,11 @@ class ExpertExport:
         parent: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         formats: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> None:
         self.network, self.weights, self.folder = network, weights, Path(folder)
         self.figures, self.parent, self.overwrite, self.formats = figures, dict(parent or {}), overwrite, formats
+        self.tasks = network.tasks if tasks is None else list(tasks)
         if formats is not None:
             check_formats(formats)
 
@@ -64,7 +67,7 @@ class ExpertExport:
         """Refuse experts that exist, before any time is spent."""
         if self._unfinished.exists():
             return
-        names = [expert_name(task, self.network.info["kind"]) for task in self.network.tasks]
+        names = [expert_name(task, self.network.info["kind"]) for task in self.tasks]
         refuse_existing_experts(self.folder, names, self.overwrite)
 
     def export(self, engine: Engine) -> None:
@@ -78,7 +81,7 @@ class ExpertExport:
         self.folder.mkdir(parents=True, exist_ok=True)
         overwrite = self.overwrite or self._unfinished.exists()
         self._unfinished.touch()
-        written = export_experts(self.network, self.folder, None, figures, self.parent, overwrite, self.formats)
+        written = export_experts(self.network, self.folder, self.tasks, figures, self.parent, overwrite, self.formats)
         self._unfinished.unlink()
         _log.info("%d expert bundles in %s", len(written), self.folder)
 

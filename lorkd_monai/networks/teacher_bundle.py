@@ -122,6 +122,7 @@ def load_teacher(
     intensity: str | Mapping = "auto",
     ranges: Mapping[str, tuple[float, float] | None] | None = None,
     features_only: bool | None = None,
+    only: Sequence[str] | None = None,
 ) -> Teacher:
     """A teacher from a MONAI bundle folder.
 
@@ -144,6 +145,7 @@ def load_teacher(
             without them the student's images are taken as they are.
         features_only: the network is an encoder without classes, see `FeatureTeacher`; None: where the metadata calls
             its output's type "feature", "features" or "embedding".
+        only: the tasks to look up; the teacher then has no logits for the others. None: all.
 
     Raises:
         LoRKDError: no such folder, no network or weights in it, weights that do not fit, no class names, or classes
@@ -161,6 +163,7 @@ def load_teacher(
     activation = activation or _activation_of(parser)
     formats = _data_format(folder)
     labels = {name: getattr(task, "labels", task) for name, task in tasks.items()}
+    sought = labels if only is None else {name: labels[name] for name in only}
     names = _class_names(formats)
     wanted = _intensity_of(parser, intensity, ranges, names, labels, folder)
     if features_only is None:
@@ -169,14 +172,14 @@ def load_teacher(
         counts = {name: len(classes) for name, classes in labels.items()}
         return FeatureTeacher(network, counts, in_channels=_input_channels(formats), intensity=wanted)
     if isinstance(network, VISTA3D):
-        return vista_teacher(network, tasks, names, intensity=wanted)
+        return vista_teacher(network, tasks, names, only, intensity=wanted)
     if channels is None:
         if not names:
             raise LoRKDError(
                 f"{folder}/configs/metadata.json does not name the teacher's classes (network_data_format, outputs, "
                 "channel_def): add them, or give the channels of each task yourself"
             )
-        channels = channels_by_name(names, labels, activation)
+        channels = channels_by_name(names, sought, activation)
     counts = {name: len(classes) for name, classes in labels.items()}
     return Teacher(network, channels, counts, activation, _input_channels(formats), head, wanted)
 

@@ -89,13 +89,18 @@ def vista_prompts(tasks: Mapping[str, object], names: Mapping[int, str] | None =
 
 
 def vista_teacher(
-    network: nn.Module, tasks: Mapping[str, object], names: Mapping[int, str] | None = None, **options: object
+    network: nn.Module,
+    tasks: Mapping[str, object],
+    names: Mapping[int, str] | None = None,
+    only: Sequence[str] | None = None,
+    **options: object,
 ) -> Teacher:
     """A teacher of per-region experts from VISTA3D, prompted with the classes of the data list.
 
     Args:
         network: the network with its weights.
         tasks, names: see :func:`vista_prompts`.
+        only: the tasks to prompt for; the teacher then has no logits for the others. None: all.
         options: further ones of `Teacher`, such as ``intensity``.
 
     Raises:
@@ -107,7 +112,7 @@ def vista_teacher(
         teacher = vista_teacher(network, {"spleen": {0: "background", 1: "spleen"}}, {3: "spleen"})
         logits = teacher(torch.rand(1, 1, 64, 64, 64), 0)   # channel 0, the background, is -inf
     """
-    prompts = vista_prompts(tasks, names)
+    prompts = vista_prompts(tasks if only is None else {name: tasks[name] for name in only}, names)
     classes = sorted({c for own in prompts.values() for c in own or () if c is not None})
     channels = {
         task: None if own is None else [None if c is None else classes.index(c) for c in own]

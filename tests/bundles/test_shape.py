@@ -23,11 +23,11 @@ from lorkd_monai.engines import settings
 from lorkd_monai.networks.checkpoint import load_weights
 
 SAME_FILES = ("LICENSE", "configs/logging.conf", "configs/inference.yaml", "configs/evaluate.yaml",
-              "configs/multi_gpu_train.yaml")  # fmt: skip
+              "configs/multi_gpu_train.yaml", "configs/add.yaml")  # fmt: skip
 # What may differ from kind to kind in train.yaml, by the beginning of its id.
 DIFFERING = (
     "backbone", "teacher_backbone", "image_size", "in_channels", "batch_size", "max_epochs", "pretrain_epochs",
-    "val_interval", "learning_rate", "rank", "rank_pattern", "flip_axes", "rotate", "norm", "weight_decay", "tasks",
+    "val_interval", "learning_rate", "rank", "rank_pattern", "flip_axes", "rotate", "norm", "weight_decay", "data_list",
     "train#dataset", "train#augment", "validate#dataset", "validate#dataloader", "validate#inferer",
     "validate#metric#kind", "validate#key_metric", "evaluate#dataset", "evaluate#dataloader",
     "pretrain#loss",
