@@ -15,18 +15,24 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import decompose
 from lorkd_monai.networks.banks import TaskBank, pooled_features, watch_heads
 from lorkd_monai.networks.folding import find_folding
-from lorkd_monai.networks.functional import LAYOUTS
 from lorkd_monai.networks.heads import head_like
 from lorkd_monai.networks.low_rank import LowRankLayer
+from lorkd_monai.networks.nested import cut_rank, cut_ranks, draw_ranks, layer_rank
 from lorkd_monai.networks.outputs import fill_classes, first_rows, narrow_classes, select_rows, widen_classes
 from lorkd_monai.networks.recompute import remember_routing
 from lorkd_monai.networks.routing import RoutedModule, Routing, UnverifiedFolding, route, task_list
 from lorkd_monai.networks.serving import PlainView
-from lorkd_monai.networks.spec import checked_ranks, checked_tasks, differences, read_spec, write_spec
+from lorkd_monai.networks.spec import (
+    checked_options,
+    checked_ranks,
+    checked_tasks,
+    differences,
+    misfits,
+    read_spec,
+    write_spec,
+)
 
 __all__ = ["LoRKDNet"]
-
-NORMS = ("shared", "task")
 
 
 class LoRKDNet(nn.Module):
@@ -50,6 +56,8 @@ class LoRKDNet(nn.Module):
         norm: ``"shared"`` as in the papers, or ``"task"``: own batch and instance norms for each task.
         scale: factor of ΔW in place of ``alpha / rank``.
         info: what every checkpoint of this network is to carry along, as plain JSON data (classes, image size, …).
+        nested: train experts that can be cut to any lower rank: each call in training mode uses the first components
+            only, as many of each task's as torch's random generator draws evenly from 1 to its rank. The scale stays.
 
     Raises:
         LoRKDError: no tasks, a bad task name or class count, bad ranks, patterns that match nothing, no head found, a
@@ -76,27 +84,13 @@ class LoRKDNet(nn.Module):
         norm: str = "shared",
         scale: float | None = None,
         info: Mapping | None = None,
+        nested: bool = False,
     ) -> None:
         super().__init__()
         self.info = dict(info or {})
         self._num_classes = checked_tasks(tasks)
         self._rank = checked_ranks(rank, list(self._num_classes))
-        if layout not in LAYOUTS:
-            raise LoRKDError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-        if norm not in NORMS:
-            raise LoRKDError(f"norm must be one of {NORMS}, got {norm!r}")
-        if not isinstance(alpha, (int, float)) or not (scale is None or isinstance(scale, (int, float))):
-            raise LoRKDError(f"alpha and scale must be numbers, got alpha={alpha!r}, scale={scale!r}")
-        self._options = {
-            "alpha": float(alpha),
-            "scale": None if scale is None else float(scale),
-            "layout": layout,
-            "head": head if head is None or isinstance(head, str) else list(head),
-            "include": None if include is None else list(include),
-            "exclude": None if exclude is None else list(exclude),
-            "rank_pattern": dict(rank_pattern or {}),
-            "norm": norm,
-        }
+        self._options = checked_options(alpha, scale, layout, head, include, exclude, rank_pattern, norm, nested)
         self._frozen = False
         self._head_seen = False
         self._serving: int | None = None
@@ -123,16 +117,15 @@ class LoRKDNet(nn.Module):
             if not any(fnmatchcase(n, pattern) for n in layers):
                 raise LoRKDError(f"rank_pattern: {pattern!r} matches no layer that gets experts")
         for name, layer in layers.items():
-            ranks = [self._layer_rank(name, task) for task in self.tasks]
-            wrapped = LowRankLayer(layer, ranks, [self._layer_scale(r) for r in ranks], options["layout"], name)
+            factor = next((f for p, f in options["rank_pattern"].items() if fnmatchcase(name, p)), 1.0)
+            ranks = [layer_rank(self._rank[task], factor) for task in self.tasks]
+            scales = [self.layer_scale(r) for r in ranks]
+            wrapped = LowRankLayer(layer, ranks, scales, options["layout"], name, factor)
             decompose.replace_module(self.backbone, layer, wrapped)
             self._layers[name] = wrapped
 
-    def _layer_rank(self, layer: str, task: str) -> int:
-        factor = next((f for p, f in self._options["rank_pattern"].items() if fnmatchcase(layer, p)), 1)
-        return max(1, round(self._rank[task] * factor))
-
-    def _layer_scale(self, rank: int) -> float:
+    def layer_scale(self, rank: int) -> float:
+        """Factor of ΔW in a layer where an expert has this rank."""
         return self._options["alpha"] / rank if self._options["scale"] is None else self._options["scale"]
 
     # ------------------------------------------------------------------ what it is
@@ -161,6 +154,11 @@ class LoRKDNet(nn.Module):
     def layout(self) -> str:
         """How A_t and B_t make ΔW."""
         return self._options["layout"]
+
+    @property
+    def nested(self) -> bool:
+        """Whether experts are trained so that they can be cut to any lower rank."""
+        return self._options.get("nested", False)
 
     @property
     def rank_pattern(self) -> dict[str, float]:
@@ -232,6 +230,7 @@ class LoRKDNet(nn.Module):
         task: str | int | Sequence[str | int] | Tensor | None = None,
         *,
         return_features: bool = False,
+        rank: int | Mapping[str, int] | None = None,
         **kwargs: object,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Each sample through its own task's expert and head.
@@ -241,6 +240,7 @@ class LoRKDNet(nn.Module):
             task: task of each sample: a name, an index, a LongTensor[B] or a list of either; a single one serves the
                 whole batch (also as a tensor of length 1). May be left out after :meth:`switch_to`.
             return_features: also return the head's input, pooled over space: B × F.
+            rank: cut the experts to at most this rank, one for all or by task, see :meth:`extract`.
             kwargs: passed to the backbone; tensors with B rows are routed with the batch.
 
         Returns:
@@ -251,7 +251,7 @@ class LoRKDNet(nn.Module):
             LoRKDError: no task, an unknown task, or a number of tasks that is neither 1 nor B.
         """
         if isinstance(x, MetaTensor):
-            y = self(x.as_tensor(), task, return_features=return_features, **kwargs)
+            y = self(x.as_tensor(), task, return_features=return_features, rank=rank, **kwargs)
             if not isinstance(y, Tensor):
                 return y
             return MetaTensor(y, meta=x.meta, applied_operations=x.applied_operations)
@@ -261,8 +261,9 @@ class LoRKDNet(nn.Module):
                 raise LoRKDError("task is needed: give the task of each sample, or call switch_to(task) first")
             task = self._serving
             narrow = self._num_classes[self.tasks[task]]
-        routing = self._routing(task, x.shape[0])
-        if routing.uniform is not None and not return_features and self._view.usable():
+        routing = self._routing(task, x.shape[0], rank)
+        plain = routing.uniform is not None and routing.ranks is None and not return_features
+        if plain and self._view.usable():
             if not self._head_seen:
                 self._routed_forward(x[:1], Routing([routing.uniform], 1), False, first_rows(kwargs, x.shape[0], 1))
             y = self._view(routing.uniform, x, kwargs, None)
@@ -273,7 +274,9 @@ class LoRKDNet(nn.Module):
             y = narrow_classes(y, max(self._num_classes.values()), narrow, x.ndim)
         return (y, features) if return_features else y
 
-    def _routing(self, task: str | int | Sequence | Tensor, batch: int) -> Routing:
+    def _routing(
+        self, task: str | int | Sequence | Tensor, batch: int, rank: int | Mapping[str, int] | None
+    ) -> Routing:
         if isinstance(task, str):
             indices = [self.task_index(task)]
         elif isinstance(task, (list, tuple)) and any(isinstance(t, str) for t in task):
@@ -282,7 +285,10 @@ class LoRKDNet(nn.Module):
             indices = task_list(task)
             for index in set(indices):
                 self.task_index(index)
-        return Routing(indices, batch)
+        if rank is not None:
+            return Routing(indices, batch, cut_ranks(self, rank))
+        drawn = self.training and self.nested and self._layers
+        return Routing(indices, batch, draw_ranks(list(self._rank.values())) if drawn else None)
 
     def _routed_forward(
         self, x: Tensor, routing: Routing, return_features: bool, kwargs: Mapping
@@ -356,19 +362,25 @@ class LoRKDNet(nn.Module):
 
     # ------------------------------------------------------------------ experts as plain networks
 
-    def extract(self, task: str | int) -> nn.Module:
+    def extract(self, task: str | int, rank: int | None = None) -> nn.Module:
         """A plain network of the backbone's own class that computes what this one does for ``task`` (fusion).
 
         Its weights are W0 + ΔW of the task, its head is the task's, and its keys are the backbone's own; nothing in it
         belongs to this package.
 
-        Raises:
-            LoRKDError: unknown task.
-        """
-        return self._plain(self.task_index(task), {})
+        Args:
+            task: name or index.
+            rank: cut the task's expert to at most this rank (with ``nested``): its first ``rank`` components at the
+                scale of the whole expert; ``rank`` × the layer's factor where ``rank_pattern`` names a layer.
 
-    def _plain(self, task: int, memo: dict) -> nn.Module:
-        replaced = {id(m): m.plain(task, memo) for m in self._routed().values()}
+        Raises:
+            LoRKDError: unknown task, a bad rank, or experts that were not trained to be cut.
+        """
+        return self._plain(self.task_index(task), {}, None if rank is None else cut_rank(self, task, rank))
+
+    def _plain(self, task: int, memo: dict, rank: int | None = None) -> nn.Module:
+        replaced = {id(m): m.plain(task, memo) for m in (*self._norms.values(), *self._heads.values())}
+        replaced |= {id(m): m.plain(task, memo, rank) for m in self._layers.values()}
         plain = copy.deepcopy(self.backbone, {**decompose.detached(self.backbone), **memo, **replaced})
         for attribute in ("out_channels", "num_classes"):
             if getattr(plain, attribute, None) == self._built_classes:
@@ -410,12 +422,7 @@ class LoRKDNet(nn.Module):
             LoRKDError: a key too many or too few, or a shape that differs (another rank, layout or class count).
         """
         own = self.expert_tensors(self.task_index(task))
-        problems = [f"missing {k}" for k in own if k not in state] + [f"unknown {k}" for k in state if k not in own]
-        problems += [
-            f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-            for k in own
-            if k in state and state[k].shape != own[k].shape
-        ]
+        problems = misfits(own, state)
         if problems:
             raise LoRKDError(f"expert of task {task!r} does not fit: " + "; ".join(problems[:6]))
         for key, tensor in own.items():
@@ -449,9 +456,9 @@ class LoRKDNet(nn.Module):
             self._frozen = True
         self._num_classes[name] = num_classes
         self._rank[name] = rank
-        for layer_name, layer in self._layers.items():
-            layer_rank = self._layer_rank(layer_name, name)
-            layer.add_expert(layer_rank, self._layer_scale(layer_rank))
+        for layer in self._layers.values():
+            own = layer_rank(rank, layer.rank_factor)
+            layer.add_expert(own, self.layer_scale(own))
         for head_name, bank in self._heads.items():
             for module in heads[head_name].modules():
                 if hasattr(module, "reset_parameters"):

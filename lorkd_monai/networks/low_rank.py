@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.functional import LayerOp, eks, factor_shapes, fuse
+from lorkd_monai.networks.nested import layer_rank
 from lorkd_monai.networks.routing import RoutedModule, Routing, refuse_direct_calls
 
 __all__ = ["LowRankLayer"]
@@ -37,6 +38,7 @@ class LowRankLayer(RoutedModule):
         scale: factor of ΔW, one for all tasks or one for each.
         layout: ``"lorkd"`` or ``"conv"``, see :func:`~lorkd_monai.networks.functional.factor_shapes`.
         name: name of the layer in its network, for messages.
+        rank_factor: rank of this layer's experts relative to their tasks', which counts where experts are cut.
 
     Raises:
         LoRKDError: a layer of another type, no ranks, a rank below 1, a wrong number of scales, an unknown layout.
@@ -55,6 +57,7 @@ class LowRankLayer(RoutedModule):
         scale: float | Sequence[float] = 1.0,
         layout: str = "lorkd",
         name: str = "",
+        rank_factor: float = 1.0,
     ) -> None:
         super().__init__(num_tasks=0, name=name)
         if not LayerOp.supports(layer):
@@ -76,6 +79,7 @@ class LowRankLayer(RoutedModule):
         refuse_direct_calls(layer, self._who())
         self.layer = layer
         self.layout = layout
+        self.rank_factor = rank_factor
         self.op = LayerOp(layer)
         self.scales: list[float] = []
         self.lora_A = nn.ParameterList()
@@ -86,8 +90,12 @@ class LowRankLayer(RoutedModule):
     @property
     def ranks(self) -> list[int]:
         """Rank of each task's expert."""
-        blocks = factor_shapes(self.layer.weight.shape, 1, self.layout)[0][0]
-        return [a.shape[0] // blocks for a in self.lora_A]
+        return [a.shape[0] // self._blocks for a in self.lora_A]
+
+    @property
+    def _blocks(self) -> int:
+        """Rows of A, and columns of B, that make one component of an expert."""
+        return factor_shapes(self.layer.weight.shape, 1, self.layout)[0][0]
 
     def add_expert(self, rank: int, scale: float) -> None:
         """Append a fresh expert for one more task."""
@@ -104,17 +112,22 @@ class LowRankLayer(RoutedModule):
         kwargs = {} if output_size is None else {"output_size": output_size}
         routing = self.routing(x)
         self._refuse_unbatched(x, routing)
-        return eks(
-            self.op,
-            x,
-            self.layer.weight,
-            self.layer.bias,
-            self.lora_A,
-            self.lora_B,
-            self.scales,
-            routing,
-            **kwargs,
-        )
+        factors_a, factors_b = self.lora_A, self.lora_B
+        if routing.ranks is not None:
+            cut = [self.factors(t, routing.ranks.get(t)) for t in range(self.num_tasks)]
+            factors_a, factors_b = zip(*cut, strict=True)
+        return eks(self.op, x, self.layer.weight, self.layer.bias, factors_a, factors_b, self.scales, routing, **kwargs)
+
+    def factors(self, task: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """A_t and B_t; with ``rank``, their first components alone, as many as a task of that rank has here.
+
+        See :mod:`~lorkd_monai.networks.nested`.
+        """
+        a, b = self.lora_A[task], self.lora_B[task]
+        if rank is None:
+            return a, b
+        rows = layer_rank(rank, self.rank_factor) * self._blocks
+        return a[:rows], b[:, :rows].contiguous()
 
     def _refuse_unbatched(self, x: Tensor, routing: Routing) -> None:
         # torch takes an input without batch dimension too: cut into rows, its channels would pass for samples.
@@ -126,19 +139,20 @@ class LowRankLayer(RoutedModule):
                 f"got shape {tuple(x.shape)}"
             )
 
-    def fused_weight(self, task: int) -> Tensor:
-        """W0 + ΔW_t, as extraction and the forward pass both use it."""
-        return fuse(self.layer.weight, self.lora_A[task], self.lora_B[task], self.scales[task])
+    def fused_weight(self, task: int, rank: int | None = None) -> Tensor:
+        """W0 + ΔW_t, as extraction and the forward pass both use it; see :meth:`factors` for ``rank``."""
+        return fuse(self.layer.weight, *self.factors(task, rank), self.scales[task])
 
     @torch.no_grad()
-    def plain(self, task: int, memo: dict) -> nn.Module:
+    def plain(self, task: int, memo: dict, rank: int | None = None) -> nn.Module:
         """A layer of the wrapped layer's class with the expert of ``task`` fused into its weight.
 
         Args:
             task: task index.
             memo: deepcopy memo: tensors found in it are shared instead of copied.
+            rank: cut the expert, see :meth:`factors`.
         """
-        weight = nn.Parameter(self.fused_weight(task), self.layer.weight.requires_grad)
+        weight = nn.Parameter(self.fused_weight(task, rank), self.layer.weight.requires_grad)
         layer = copy.deepcopy(self.layer, {**memo, id(self.layer.weight): weight})
         layer._forward_pre_hooks.clear()  # the guard set in __init__; a layer with hooks of its own was refused there
         return layer

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.checkpoint import check_inert_config
 from lorkd_monai.networks.lorkd_net import LoRKDNet
+from lorkd_monai.networks.nested import cut_expert_state, cut_rank, cut_ranks
 from lorkd_monai.networks.spec import SPEC_KEY
 
 __all__ = ["fingerprint", "load_expert", "load_pack", "save_expert", "save_pack"]
@@ -47,7 +48,7 @@ def fingerprint(net: LoRKDNet) -> str:
 
 
 def _construction(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in spec.items() if k not in ("tasks", "rank", "info")}
+    return {k: v for k, v in spec.items() if k not in ("tasks", "rank", "info", "nested")}
 
 
 def expert_file(task: str) -> str:
@@ -61,14 +62,24 @@ def expert_file(task: str) -> str:
     return f"expert_{task}.safetensors"
 
 
-def save_pack(net: LoRKDNet, folder: str | os.PathLike) -> list[Path]:
+def save_pack(net: LoRKDNet, folder: str | os.PathLike, rank: int | Mapping[str, int] | None = None) -> list[Path]:
     """Write the shared weights and every expert of a decomposition; files of the same names are replaced.
+
+    Args:
+        net: the decomposition.
+        folder: where the files go.
+        rank: cut nested experts to at most this rank, one for all or by task, which makes their files smaller.
 
     Returns:
         The files, the shared one first.
+
+    Raises:
+        LoRKDError: a task whose name can't be a file's, or experts that can't be cut.
     """
     folder = Path(folder)
     names = [expert_file(task) for task in net.tasks]  # refused before anything is written
+    ranks = net.spec()["rank"]
+    ranks |= {net.tasks[index]: k for index, k in cut_ranks(net, rank).items()} if rank is not None else {}
     folder.mkdir(parents=True, exist_ok=True)
     mark = fingerprint(net)
     spec = net.spec()
@@ -76,20 +87,23 @@ def save_pack(net: LoRKDNet, folder: str | os.PathLike) -> list[Path]:
     shared = {k: v.detach() for k, v in shared_state_dict(net).items()}
     written = [_write(folder / SHARED, shared, header)]
     for task, name in zip(net.tasks, names, strict=True):
-        written.append(_write(folder / name, net.expert_state_dict(task), _expert_header(net, task, mark)))
+        header = _expert_header(net, task, mark, ranks[task])
+        written.append(_write(folder / name, _expert_state(net, task, ranks[task]), header))
     return written
 
 
-def save_expert(net: LoRKDNet, task: str, folder: str | os.PathLike) -> Path:
-    """Write one task's expert into the folder of a pack.
+def save_expert(net: LoRKDNet, task: str, folder: str | os.PathLike, rank: int | None = None) -> Path:
+    """Write one task's expert into the folder of a pack; with ``rank``, a nested one cut to at most that.
 
     Raises:
-        LoRKDError: unknown task, or a folder whose shared weights are not those of ``net``.
+        LoRKDError: unknown task, an expert that can't be cut, a folder whose shared weights are not those of ``net``.
     """
     name = net.tasks[net.task_index(task)]
+    rank = net.spec()["rank"][name] if rank is None else cut_rank(net, name, rank)
     mark = fingerprint(net)
     _check_fingerprint(_read_header(Path(folder) / SHARED), mark, f"the pack {folder}")
-    return _write(Path(folder) / expert_file(name), net.expert_state_dict(name), _expert_header(net, name, mark))
+    header = _expert_header(net, name, mark, rank)
+    return _write(Path(folder) / expert_file(name), _expert_state(net, name, rank), header)
 
 
 def load_pack(
@@ -170,13 +184,18 @@ def load_expert(net: LoRKDNet, file: str | os.PathLike) -> str:
     return task
 
 
-def _expert_header(net: LoRKDNet, task: str, mark: str) -> dict[str, str]:
+def _expert_state(net: LoRKDNet, task: str, rank: int) -> dict[str, Tensor]:
+    whole = rank == net.spec()["rank"][task]
+    return net.expert_state_dict(task) if whole else cut_expert_state(net, task, rank)
+
+
+def _expert_header(net: LoRKDNet, task: str, mark: str, rank: int) -> dict[str, str]:
     return {
         "form": _FORM,
         "fingerprint": mark,
         "task": task,
         "num_classes": str(net.num_classes[task]),
-        "rank": str(net.spec()["rank"][task]),
+        "rank": str(rank),
         "info": json.dumps(net.info.get("tasks", {}).get(task)),
     }
 

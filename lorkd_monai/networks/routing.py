@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -39,12 +39,13 @@ class Routing:
     Args:
         tasks: task index of each row, in any order. One entry with ``size=None`` stands for a batch of any size.
         size: number of rows; a single task is repeated to it.
+        ranks: rank to which the experts of a task are cut in this call, by the task's index; None: none is cut.
 
     Raises:
         LoRKDError: no task at all, a negative task, or a number of tasks that is neither 1 nor ``size``.
     """
 
-    def __init__(self, tasks: Sequence[int], size: int | None = None) -> None:
+    def __init__(self, tasks: Sequence[int], size: int | None = None, ranks: Mapping[int, int] | None = None) -> None:
         tasks = tuple(int(t) for t in tasks)
         if not tasks:
             raise LoRKDError("task is empty: expected one task for the batch, or one for each sample")
@@ -57,6 +58,7 @@ class Routing:
         self.uniform = tasks[0] if len(set(tasks)) == 1 else None
         self.size = size if size is not None else (len(tasks) if len(tasks) > 1 else None)
         self.tasks = tasks * self.size if len(tasks) == 1 and self.size else tasks
+        self.ranks = ranks
         self._expanded: dict[tuple[int, str], Routing] = {}
 
     @cached_property
@@ -85,7 +87,7 @@ class Routing:
     @cached_property
     def sorted(self) -> Routing:
         """The routing of the batch after sorting by task."""
-        return self if self.is_sorted else Routing([self.tasks[i] for i in self.order], self.size)
+        return self if self.is_sorted else Routing([self.tasks[i] for i in self.order], self.size, self.ranks)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -110,7 +112,7 @@ class Routing:
         if key not in self._expanded:
             times = rows // self.size
             tasks = [t for t in self.tasks for _ in range(times)] if fold == "major" else self.tasks * times
-            self._expanded[key] = Routing(tasks, rows)
+            self._expanded[key] = Routing(tasks, rows, self.ranks)
         return self._expanded[key]
 
 

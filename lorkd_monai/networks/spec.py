@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.functional import LAYOUTS
 
-__all__ = ["SPEC_KEY", "checked_ranks", "checked_tasks", "differences", "read_spec", "write_spec"]
+__all__ = [
+    "SPEC_KEY",
+    "checked_options",
+    "checked_ranks",
+    "checked_tasks",
+    "differences",
+    "misfits",
+    "read_spec",
+    "write_spec",
+]
+
+NORMS = ("shared", "task")
 
 SPEC_KEY = "_extra_state"
 """Key of the spec in the state dict of a :class:`~lorkd_monai.networks.LoRKDNet`."""
@@ -68,3 +80,46 @@ def checked_ranks(rank: int | Mapping[str, int], tasks: Sequence[str]) -> dict[s
     if len({r == 0 for r in ranks.values()}) > 1:
         raise LoRKDError(f"rank must be 0 for all tasks or for none, got {ranks}")
     return {name: ranks[name] for name in tasks}
+
+
+def checked_options(
+    alpha: object,
+    scale: object,
+    layout: str,
+    head: str | Sequence[str] | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    rank_pattern: Mapping[str, float] | None,
+    norm: str,
+    nested: bool,
+) -> dict:
+    """The options of a decomposition as plain data; ``nested`` is only there where it is set, as it came later."""
+    if layout not in LAYOUTS:
+        raise LoRKDError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    if norm not in NORMS:
+        raise LoRKDError(f"norm must be one of {NORMS}, got {norm!r}")
+    if not isinstance(alpha, (int, float)) or not (scale is None or isinstance(scale, (int, float))):
+        raise LoRKDError(f"alpha and scale must be numbers, got alpha={alpha!r}, scale={scale!r}")
+    if not isinstance(nested, bool):
+        raise LoRKDError(f"nested must be True or False, got {nested!r}")
+    return {
+        "alpha": float(alpha),
+        "scale": None if scale is None else float(scale),
+        "layout": layout,
+        "head": head if head is None or isinstance(head, str) else list(head),
+        "include": None if include is None else list(include),
+        "exclude": None if exclude is None else list(exclude),
+        "rank_pattern": dict(rank_pattern or {}),
+        "norm": norm,
+        **({"nested": True} if nested else {}),
+    }
+
+
+def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Why ``state`` does not fit the tensors ``own``."""
+    problems = [f"missing {k}" for k in own if k not in state] + [f"unknown {k}" for k in state if k not in own]
+    return problems + [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
