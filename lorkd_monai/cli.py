@@ -9,6 +9,7 @@ from typing import Any
 
 import fire
 
+from lorkd_monai.cli_study import study
 from lorkd_monai.errors import LoRKDError, show_errors_plainly
 
 __all__ = ["COMMANDS", "main"]
@@ -123,6 +124,27 @@ def export(
     net = load_decomposition(file, _backbone(backbone))
     written = export_experts(net, _path(output, "output"), _names(tasks), known, None, overwrite, _names(formats))
     return "\n".join(map(str, written))
+
+
+def remove_task(checkpoint: str, task: str, output: str, overwrite: bool = False, backbone: str | None = None) -> str:
+    """Write a decomposition without one of its tasks; the others answer as before, to the last bit.
+
+    Args:
+        checkpoint: checkpoint file, or output folder of a run.
+        task: name of the task.
+        output: file to write, .pt or .safetensors.
+        overwrite: replace a file that is there.
+        backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
+    """
+    from lorkd_monai.engines.adding import network_without_task
+    from lorkd_monai.networks.checkpoint import save_weights
+
+    file = _path(output, "output")
+    if file.exists() and not overwrite:
+        raise LoRKDError(f"{file} exists already: name another file, or say --overwrite")
+    net = network_without_task(_checkpoint(checkpoint), str(task), _backbone(backbone))
+    save_weights(file, net.state_dict())
+    return f"{file}: {', '.join(net.tasks)}"
 
 
 def check(bundle: str, schema: str | None = None) -> str:
@@ -370,6 +392,7 @@ COMMANDS: dict[str, Any] = {
     "tasks": tasks,
     "inspect": inspect,
     "export": export,
+    "remove-task": remove_task,
     "import": import_checkpoint,
     "check": check,
     "pack": pack,
@@ -379,6 +402,7 @@ COMMANDS: dict[str, Any] = {
     "phantoms": phantoms,
     "label-app": label_app,
     "deploy-app": deploy_app,
+    "study": study,
 }
 
 

@@ -17,9 +17,10 @@ from lorkd_monai.engines.trainer import TaskEvaluator
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.metrics import case_scores, classification_figures, segmentation_figures
 
-__all__ = ["evaluate_tasks", "figures_table", "write_figures"]
+__all__ = ["collect_predictions", "evaluate_tasks", "figures_of_predictions", "figures_table", "write_figures"]
 
 Figures = dict[str, dict[str, dict[str, float]]]
+Predictions = dict[str, dict[str, Tensor]]
 
 
 def evaluate_tasks(
@@ -49,24 +50,51 @@ def evaluate_tasks(
     Raises:
         LoRKDError: there are no images.
     """
+    return figures_of_predictions(collect_predictions(network, loader, data, device, inferer), data, resamples)
+
+
+def collect_predictions(
+    network: nn.Module,
+    loader: DataLoader,
+    data: DataList,
+    device: torch.device | str = "cpu",
+    inferer: Inferer | None = None,
+) -> Predictions:
+    """What a network says of each image, for each task that has images in ``loader``, in their order.
+
+    Args:
+        network, loader, data, device, inferer: see `evaluate_tasks`.
+
+    Returns:
+        Classification: ``{task: {"probability": N × C, "label": N}}``. Segmentation: ``{task: {score: N × C - 1}}``,
+        see `case_scores`.
+
+    Raises:
+        LoRKDError: there are no images.
+    """
     names = list(data.tasks)
-    kept: dict[str, list[tuple[Tensor, Tensor]] | list[dict[str, Tensor]]] = {name: [] for name in names}
+    kept: dict[str, list[dict[str, Tensor]]] = {name: [] for name in names}
     evaluator = TaskEvaluator(device, loader, network.to(device), inferer=inferer)
     evaluator.add_event_handler("ITERATION_COMPLETED", lambda engine: _keep(engine.state.output, data, names, kept))
     if not len(loader):
         raise LoRKDError("there is nothing to evaluate: the split has no images")
     evaluator.run()
+    return {
+        name: {key: torch.stack([case[key] for case in cases]) for key in cases[0]}
+        for name, cases in kept.items()
+        if cases
+    }
+
+
+def figures_of_predictions(predictions: Predictions, data: DataList, resamples: int = 1000) -> Figures:
+    """The figures of what `collect_predictions` gave; see `evaluate_tasks`."""
     figures = {}
-    for name in names:
-        if not kept[name]:
-            continue
+    for name, kept in predictions.items():
         if data.kind == "classification":
-            probability, label = (torch.stack(column) for column in zip(*kept[name], strict=True))
-            figures[name] = classification_figures(probability, label, resamples)
+            figures[name] = classification_figures(kept["probability"], kept["label"], resamples)
         else:
-            scores = {key: torch.stack([case[key] for case in kept[name]]) for key in kept[name][0]}
             classes = [text for index, text in sorted(data.tasks[name].labels.items()) if index]
-            figures[name] = segmentation_figures(scores, classes, resamples)
+            figures[name] = segmentation_figures(kept, classes, resamples)
     return figures
 
 
@@ -76,7 +104,7 @@ def _keep(output: Mapping[str, Tensor], data: DataList, names: Sequence[str], ke
         classes = data.tasks[name].num_classes
         logits, label = output["pred"][row, :classes].float(), output["label"][row]
         if data.kind == "classification":
-            kept[name].append((logits.softmax(0).cpu(), label.cpu()))
+            kept[name].append({"probability": logits.softmax(0).cpu(), "label": label.cpu()})
         else:
             spacing = output["spacing"][row].tolist() if "spacing" in output and data.spatial_dims == 3 else None
             kept[name].append(case_scores(logits.argmax(0).cpu(), label[0].cpu(), classes, spacing))

@@ -19,7 +19,8 @@ class BatchAugment:
 
     What is drawn depends on ``seed`` and the ``iteration`` of the call alone, so a resumed training sees what it
     would have seen. Each sample of a batch is changed in its own way. Images are float B×C×H×W[×D] in 0..1 and stay
-    in 0..1; masks are B×1×H×W[×D] and take the nearest voxel. What comes in from outside the image is 0.
+    in 0..1; masks are B×1×H×W[×D] and take the nearest voxel. What comes in from outside the image is 0. A mask of -1
+    only, of an image without a label, stays so.
 
     Args:
         spatial_dims: 2 or 3.
@@ -96,10 +97,13 @@ class BatchAugment:
         state = np.random.SeedSequence([self.seed, iteration]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]) >> 1)
         image = image.clone()
+        unlabelled = None if label is None else (label == -1).flatten(1).all(1)
         label = None if label is None else label.clone()
         self._flip(image, label, generator)
         self._warp(image, label, generator)
         self._change_intensity(image, generator)
+        if label is not None:
+            label[unlabelled] = -1  # what comes in from outside is no label there
         return image, label
 
     def _chosen(self, count: int, probability: float, generator: torch.Generator) -> torch.Tensor:

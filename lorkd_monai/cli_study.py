@@ -1,0 +1,98 @@
+"""The commands `lorkd study` and `lorkd report`: they read the arguments and call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["study"]
+
+
+def study(
+    output: str,
+    dataset_dir: str | None = None,
+    kind: str = "classification",
+    spatial_dims: int = 2,
+    methods: Any = None,
+    settings: Any = "full,few10",
+    seeds: Any = (0, 1, 2),
+    variants: Any = None,
+    quick: bool = False,
+    device: str | None = None,
+    keep_weights: bool = False,
+    plan_only: bool = False,
+    **changes: Any,
+) -> str:
+    """Compare the foundation model, single-task and multi-task students and decompositions, under one budget.
+
+    A study that was stopped goes on; runs that are finished are not done again. See docs/study.md.
+
+    Args:
+        output: folder of the study.
+        dataset_dir: data list with training, validation and test images; phantoms by default, with --quick.
+        kind: classification or segmentation.
+        spatial_dims: 2 or 3.
+        methods: names separated by commas, or all; the main ones by default.
+        settings: full, few10 (labels of 10 % of the training images), few30, and so on, separated by commas.
+        seeds: whole numbers separated by commas.
+        variants: "{name: {base: lorkd, temperature: 2}}": further methods.
+        quick: a short budget and one seed, to see that it works.
+        device: such as cuda:0; the first GPU where there is one.
+        keep_weights: keep the weights of every run, not of the teachers alone.
+        plan_only: list the runs and do none.
+        changes: settings of all runs, such as --epochs 20 --ema 0.98.
+    """
+    import torch
+
+    from lorkd_monai.study.command import run_from_arguments
+
+    if not isinstance(output, (str, Path)):
+        raise LoRKDError(f"output: expected a path, got {output!r}")
+    folder = run_from_arguments(
+        output,
+        dataset_dir,
+        kind,
+        spatial_dims,
+        _words(methods),
+        _words(settings) or [],
+        _numbers(seeds),
+        _mapping(variants, "variants"),
+        {name: _mapping(value, name) if isinstance(value, str) and value[:1] == "{" else value
+         for name, value in changes.items()},
+        quick,
+        device or ("cuda:0" if torch.cuda.is_available() else "cpu"),
+        keep_weights,
+        plan_only,
+    )  # fmt: skip
+    return str(folder)
+
+
+def _words(value: Any) -> list[str] | None:
+    """Words given as "a,b", which fire may have read as a tuple or a single one."""
+    if value is None:
+        return None
+    words = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    return [str(word).strip() for word in words if str(word).strip()]
+
+
+def _numbers(value: Any) -> list[int]:
+    words = _words(value) or []
+    if not all(word.isdigit() for word in words):
+        raise LoRKDError(f"seeds: expected whole numbers separated by commas, got {value!r}")
+    return [int(word) for word in words]
+
+
+def _mapping(value: Any, name: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    import yaml
+
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise LoRKDError(f"{name}: expected '{{name: value, other: value}}', got {value!r}")
+    return found

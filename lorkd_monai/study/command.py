@@ -1,0 +1,67 @@
+"""What `lorkd study` does with its arguments."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorkd_monai.data import load_data_list, make_phantoms
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.study.methods import METHODS, methods_named
+from lorkd_monai.study.plan import plan_runs, run_study
+from lorkd_monai.study.settings import default_settings
+
+__all__ = ["MAIN_METHODS", "run_from_arguments"]
+
+MAIN_METHODS = ("teacher", "stl", "mtl", "mtl_norms", "stl_kd", "mtl_kd", "lorkd", "lorkd_norms")
+_QUICK_METHODS = ("teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "lorkd_norms")
+_QUICK = {
+    ("classification", 2): {"epochs": 4, "teacher_epochs": 8, "images_per_epoch": 1024},
+    ("classification", 3): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 384},
+    ("segmentation", 2): {"epochs": 6, "teacher_epochs": 12, "images_per_epoch": 64, "image_size": 64},
+    ("segmentation", 3): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 24, "image_size": (32, 32, 32)},
+}
+
+
+def run_from_arguments(
+    output: str | os.PathLike,
+    dataset_dir: str | os.PathLike | None,
+    kind: str,
+    spatial_dims: int,
+    methods: Sequence[str] | None,
+    settings: Sequence[str],
+    seeds: Sequence[int],
+    variants: Mapping[str, Mapping[str, Any]] | None,
+    changes: Mapping[str, Any],
+    quick: bool,
+    device: str,
+    keep_weights: bool,
+    plan_only: bool,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Run a study; see `lorkd study --help` for the arguments.
+
+    Raises:
+        LoRKDError: an argument that does not fit; see `run_study`.
+    """
+    common = default_settings(kind, spatial_dims)
+    if quick:
+        common = common.changed(_QUICK[kind, spatial_dims])
+        methods, seeds = methods or _QUICK_METHODS, list(seeds)[:1]
+    common = common.changed(changes)
+    names = list(METHODS) if methods is not None and list(methods) == ["all"] else methods or MAIN_METHODS
+    runs = plan_runs(methods_named(names, variants), settings, seeds)
+    if plan_only:
+        for run in runs:
+            say(f"{run.setting} {run.method.name} seed {run.seed}: {run.method.about}")
+        return Path(output)
+    if dataset_dir is None:
+        if not quick:
+            raise LoRKDError("dataset_dir: expected the folder of a data list; phantoms are taken with --quick only")
+        dataset_dir = Path(output) / "phantoms"
+        if not (dataset_dir / "dataset.json").is_file():
+            make_phantoms(dataset_dir, kind, spatial_dims, num_images=60)
+    data = load_data_list(dataset_dir, kind, spatial_dims, needs=("training", "validation", "test"))
+    return run_study(output, data, common, runs, device, keep_weights, say)

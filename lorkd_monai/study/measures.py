@@ -1,0 +1,127 @@
+"""What a network costs: parameters, multiply-adds, time and memory; and what it was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ignite
+import monai
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorkd_monai import __version__
+from lorkd_monai.networks import LoRKDNet, TaskChannels
+from lorkd_monai.study.models import OneEach
+
+__all__ = ["command", "cost_of", "hardware", "peak_memory", "plain_networks", "versions"]
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def plain_networks(network: nn.Module, tasks: list[str]) -> dict[str, nn.Module]:
+    """The plain network that serves each task: what would be deployed."""
+    if isinstance(network, LoRKDNet):
+        return {name: network.extract(name) for name in tasks}
+    if isinstance(network, OneEach):
+        return {name: one.extract(0) for name, one in zip(tasks, network.networks, strict=True)}
+    plain = network.network if isinstance(network, TaskChannels) else network
+    return dict.fromkeys(tasks, plain)
+
+
+@torch.no_grad()
+def cost_of(network: nn.Module, tasks: list[str], shape: tuple[int, ...], repeats: int = 20) -> dict[str, Any]:
+    """Parameters of the trained whole, and of each task's plain network its parameters, multiply-adds and latency.
+
+    Multiply-adds are those of convolutions and matrix products (half of what torch's counter says). The latency is
+    the median time of one image, on the CPU with the threads that the process has.
+
+    Args:
+        network: as trained.
+        tasks: names of the tasks.
+        shape: C×H×W[×D] of an image.
+        repeats: of the timing.
+    """
+    x = torch.rand(1, *shape)
+    known: dict[int, dict[str, float]] = {}
+    rows = {}
+    for name, plain in plain_networks(network, tasks).items():
+        if id(plain) not in known:
+            plain = plain.cpu().eval()
+            with FlopCounterMode(display=False) as counter:
+                plain(x)
+            known[id(plain)] = {
+                "parameters": sum(p.numel() for p in plain.parameters()),
+                "multiply_adds": counter.get_total_flops() // 2,
+                "latency_s": _latency(plain, x, repeats),
+            }
+        rows[name] = known[id(plain)]
+    return {"parameters": sum(p.numel() for p in network.parameters()), "plain": rows}
+
+
+def _latency(network: nn.Module, x: torch.Tensor, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        network(x)
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[2:]))
+
+
+@contextmanager
+def peak_memory(device: torch.device | str) -> Iterator[dict[str, int | None]]:
+    """Fill a dict with the most memory (bytes) that was in use inside: of the GPU, and of this process where told."""
+    found: dict[str, int | None] = {"process": None, "gpu": None}
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        _CLEAR.write_text("5")  # Linux: start the high-water mark anew
+        told = True
+    except OSError:
+        told = False
+    yield found
+    if cuda:
+        found["gpu"] = torch.cuda.max_memory_allocated(device)
+    if told and _STATUS.is_file():
+        line = next((line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM")), "")
+        found["process"] = int(line.split()[1]) * 1024 if line else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    return {
+        "lorkd-monai": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "pytorch-ignite": ignite.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def hardware(device: torch.device | str) -> dict[str, Any]:
+    """The processor, the threads in use, and the GPU."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        line = next((line for line in info.read_text().splitlines() if line.startswith("model name")), None)
+        model = model if line is None else line.split(":", 1)[1].strip()
+    result: dict[str, Any] = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.device(device).type == "cuda":
+        result["gpu"] = torch.cuda.get_device_name(device)
+    return result
+
+
+def command() -> str:
+    """The command line of this process, without the folder of its program."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,167 @@
+"""The networks of a study, all called with (image, task): students, one network for each task, the teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorkd_monai.data import DataList
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks import LoRKDNet, TaskChannels
+from lorkd_monai.networks.teacher import Teacher
+from lorkd_monai.study.settings import StudySettings
+
+__all__ = [
+    "MeanNetwork",
+    "OneEach",
+    "build_student",
+    "choose_ranks",
+    "init_from",
+    "members_of",
+    "teacher_of",
+    "teacher_view",
+]
+
+
+def choose_ranks(settings: StudySettings, counts: Mapping[str, int]) -> int | dict[str, int]:
+    """The rank of each task's expert; ``"imbalanced"``: 2, 4 or 8 for the smaller, middle and larger tasks.
+
+    Args:
+        settings: with ``rank``.
+        counts: training images of each task.
+    """
+    if isinstance(settings.rank, Mapping):
+        return {name: settings.rank[name] for name in counts if name in settings.rank}
+    if settings.rank != "imbalanced":
+        return settings.rank
+    order = sorted(counts, key=lambda name: counts[name])
+    return {name: (2, 4, 8)[3 * place // len(order)] for place, name in enumerate(order)}
+
+
+def build_student(settings: StudySettings, data: DataList, experts: bool, seed: int) -> LoRKDNet:
+    """A student with a head for each task of the data list, and with low-rank experts or without.
+
+    The backbone starts from the same weights for each method of a seed.
+    """
+    torch.manual_seed(seed)
+    counts = {name: row["training"] for name, row in data.counts().items()}
+    return LoRKDNet(
+        dict(settings.backbone),
+        data.num_classes,
+        rank=choose_ranks(settings, counts) if experts else 0,
+        alpha=settings.alpha,
+        layout=settings.layout,
+        norm=settings.norm if len(data.tasks) > 1 else "shared",
+    )
+
+
+class OneEach(nn.Module):
+    """Networks of one task each, called as one network of all of them.
+
+    Args:
+        networks: task -> what takes (image, 0) and gives the task's channels, in the order of the tasks.
+        num_classes: task -> channels.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], num_classes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.tasks, self.num_classes = list(networks), dict(num_classes)
+        self.networks = nn.ModuleList(networks.values())
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        """B × C_max × …, -inf past each sample's own channels."""
+        task = task.reshape(-1).expand(x.shape[0])
+        result: Tensor | None = None
+        for index in task.unique().tolist():
+            rows = (task == index).nonzero()[:, 0]
+            y = self.networks[index](x[rows], torch.zeros(len(rows), dtype=torch.long, device=x.device))
+            if result is None:
+                shape = (x.shape[0], max(self.num_classes.values()), *y.shape[2:])
+                result = y.new_full(shape, float("-inf"))
+            result[rows, : y.shape[1]] = y
+        if result is None:
+            raise LoRKDError("the batch is empty")
+        return result
+
+
+class MeanNetwork(nn.Module):
+    """The mean of several networks' outputs."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean."""
+        return torch.stack([network(x) for network in self.networks]).mean(0)
+
+
+def members_of(view: TaskChannels) -> list[nn.Module]:
+    """The plain networks that a foundation model is made of."""
+    return list(view.network.networks) if isinstance(view.network, MeanNetwork) else [view.network]
+
+
+def teacher_view(settings: StudySettings, data: DataList, states: Sequence[Mapping[str, Tensor]]) -> TaskChannels:
+    """The foundation model from the weights of its members."""
+    members = []
+    for state in states:
+        view = TaskChannels.build(settings.teacher_backbone, data.num_classes)
+        view.load_state_dict(state)
+        members.append(view.network)
+    return TaskChannels(members[0] if len(members) == 1 else MeanNetwork(members), data.num_classes)
+
+
+def teacher_of(view: TaskChannels, tasks: Sequence[str]) -> Teacher:
+    """The frozen teacher of some of the tasks that a foundation model knows, numbered in the order of ``tasks``."""
+    starts, start = {}, 0
+    for name, count in view.num_classes.items():
+        starts[name] = start
+        start += count
+    classes = {name: view.num_classes[name] for name in tasks}
+    channels = {name: list(range(starts[name], starts[name] + n)) for name, n in classes.items()}
+    return Teacher(copy.deepcopy(view.network), channels, classes)
+
+
+@torch.no_grad()
+def init_from(student: LoRKDNet, teacher: nn.Module) -> int:
+    """Start a student's shared weights from an even selection of a larger network's; returns how many tensors.
+
+    Tensors of one name and as many axes are taken over where the teacher's is at least as large on each axis: its
+    entries at even distances ("weight selection", arXiv 2311.18823). The heads start anew.
+
+    Raises:
+        LoRKDError: no tensor fits.
+    """
+    source = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
+    wrapped = {id(t): name for name, t in _shared_tensors(student).items()}
+    taken = 0
+    for target in _shared_tensors(student).values():
+        other = source.get(wrapped[id(target)])
+        if other is None or other.ndim != target.ndim or target.ndim == 0:
+            continue
+        if any(o < t for o, t in zip(other.shape, target.shape, strict=True)):
+            continue
+        for axis, (o, t) in enumerate(zip(other.shape, target.shape, strict=True)):
+            other = other.index_select(axis, torch.linspace(0, o - 1, t).round().long().to(other.device))
+        target.copy_(other)
+        taken += 1
+    if not taken:
+        raise LoRKDError("init: no layer of the student has the name and a smaller shape of one of the teacher's")
+    return taken
+
+
+def _shared_tensors(student: LoRKDNet) -> dict[str, Tensor]:
+    """The backbone's own tensors by the names that they have in the backbone without experts."""
+    own = {id(t) for i in range(len(student.tasks)) for t in student.expert_tensors(i).values()}
+    named = [*student.backbone.named_parameters(), *student.backbone.named_buffers()]
+    layers = {f"{name}.layer.": f"{name}." for name in student.expert_layers}
+    result = {}
+    for name, tensor in named:
+        if id(tensor) in own:
+            continue
+        prefix = next((p for p in layers if name.startswith(p)), None)
+        result[name if prefix is None else layers[prefix] + name[len(prefix) :]] = tensor
+    return result

@@ -1,0 +1,132 @@
+"""A study: which runs it consists of, doing those that are missing, and what it found so far."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorkd_monai.data import DataList
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.study.files import FORMAT, RunFile, read_json, write_json
+from lorkd_monai.study.methods import Method, label_share_of
+from lorkd_monai.study.runs import Workbench
+from lorkd_monai.study.settings import StudySettings
+
+__all__ = ["PlannedRun", "plan_runs", "run_study"]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run: a method in a setting with a seed."""
+
+    method: Method
+    setting: str
+    seed: int
+
+
+def plan_runs(methods: Sequence[Method], settings: Sequence[str], seeds: Sequence[int]) -> list[PlannedRun]:
+    """The runs in the order to do them: seed by seed, teachers first (they see all labels: one for all settings).
+
+    Raises:
+        LoRKDError: no methods, settings or seeds; a bad setting or seed.
+    """
+    for what, given in (("methods", methods), ("settings", settings), ("seeds", seeds)):
+        if not given:
+            raise LoRKDError(f"{what}: expected at least one")
+    for seed in seeds:
+        if type(seed) is not int or seed < 0:
+            raise LoRKDError(f"seeds are whole numbers of at least 0, got {seed!r}")
+    for setting in settings:
+        label_share_of(setting)
+    ordered = sorted(methods, key=lambda m: m.family != "teacher")
+    runs = []
+    for seed in dict.fromkeys(seeds):
+        for method in ordered:
+            own = ["full"] if method.family == "teacher" else dict.fromkeys(settings)
+            runs += [PlannedRun(method, setting, seed) for setting in own]
+    return runs
+
+
+def run_study(
+    folder: str | os.PathLike,
+    data: DataList,
+    common: StudySettings,
+    runs: Sequence[PlannedRun],
+    device: str | torch.device = "cpu",
+    keep_weights: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Do the runs that are not done yet; a study that was stopped goes on where it was.
+
+    A run's files appear when it is finished, so that a killed one is done again from its start.
+
+    Args:
+        folder: where the files go; ``study.json`` in it says what the runs have in common.
+        data: the data list, with test images.
+        common: settings of all runs.
+        runs: as `plan_runs` gives them.
+        device: where to train.
+        keep_weights: see `Workbench`.
+        say: is told what happens.
+
+    Returns:
+        The folder.
+
+    Raises:
+        LoRKDError: a folder that holds a study with other settings, no validation or test images.
+    """
+    folder = Path(folder)
+    for split in ("validation", "test"):
+        if not data.split(split):
+            raise LoRKDError(f"the data list {data.name!r} has no {split} images, which a study needs")
+    _agree(folder, data, common)
+    missing = [run for run in runs if not _file(folder, run).done]
+    say(f"{len(runs)} runs, {len(runs) - len(missing)} done already")
+    if not missing:
+        return folder
+    bench = Workbench(folder, data, common, device, keep_weights)
+    for number, run in enumerate(missing, 1):
+        if _file(folder, run).done:  # by another process meanwhile
+            continue
+        label = f"[{number}/{len(missing)}] {run.setting} {run.method.name} seed {run.seed}"
+        bench.progress = lambda line, label=label: say(f"{label}: {line}")
+        started = time.perf_counter()
+        bench.run(run.method, run.setting, run.seed)
+        mean = _file(folder, run).read()["mean"]
+        shown = "no score" if mean is None else f"test {mean:.3f}"
+        say(f"{label}: {shown}, {time.perf_counter() - started:.0f} s")
+    return folder
+
+
+def _file(folder: Path, run: PlannedRun) -> RunFile:
+    return RunFile(folder, run.setting, run.method.name, run.seed)
+
+
+def _agree(folder: Path, data: DataList, common: StudySettings) -> None:
+    """Write what the runs of this folder have in common, or refuse to mix them with others."""
+    path = folder / "study.json"
+    now: dict[str, Any] = {
+        "format": FORMAT,
+        "data": {"name": data.name, "kind": data.kind, "spatial_dims": data.spatial_dims, "images": data.counts()},
+        "settings": common.as_data(),
+    }
+    if not path.exists():
+        write_json(path, now)
+        return
+    before = read_json(path)
+    differing = [
+        f"{key} was {before.get(part, {}).get(key)!r}, now {value!r}"
+        for part in ("data", "settings")
+        for key, value in now[part].items()
+        if before.get(part, {}).get(key) != value
+    ]
+    if differing:
+        raise LoRKDError(
+            f"{folder} holds a study with other settings: {'; '.join(differing)}. Give them again, or another folder"
+        )

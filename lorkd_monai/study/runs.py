@@ -1,0 +1,212 @@
+"""One run of a study: build the method's networks, train them, measure them on the test images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lorkd_monai.data import DataList, TaskDataset
+from lorkd_monai.engines.evaluation import collect_predictions, figures_of_predictions
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks import TaskChannels
+from lorkd_monai.networks.checkpoint import load_weights, save_weights
+from lorkd_monai.study import measures
+from lorkd_monai.study.examples import example_arrays
+from lorkd_monai.study.files import RunFile
+from lorkd_monai.study.methods import Method, label_share_of
+from lorkd_monai.study.models import members_of, teacher_view
+from lorkd_monai.study.settings import StudySettings
+from lorkd_monai.study.students import Students
+from lorkd_monai.study.subsets import Part, choose_labelled
+from lorkd_monai.study.training import Fitted, evaluation_loader, fit, inferer_of
+
+__all__ = ["Workbench", "score_name"]
+
+_FIXED = ("image_size", "in_channels", "teacher_backbone", "resamples")
+
+
+def score_name(kind: str) -> str:
+    """The figure that methods are compared by."""
+    return "balanced_accuracy" if kind == "classification" else "dice"
+
+
+class Workbench:
+    """The images of a study in memory, and what turns a method into a run's files.
+
+    Args:
+        folder: of the study.
+        data: the data list, with training, validation and test images.
+        settings: what all runs have in common.
+        device: where to train.
+        keep_weights: keep the weights of every run, not of the teachers alone.
+        progress: is told one line now and then.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        data: DataList,
+        settings: StudySettings,
+        device: str | torch.device = "cpu",
+        keep_weights: bool = False,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.folder, self.data, self.settings, self.device = folder, data, settings, torch.device(device)
+        self.keep_weights, self.progress = keep_weights, progress
+        volumes = (data.kind, data.spatial_dims) == ("segmentation", 3)
+        size = list(settings.image_size) if isinstance(settings.image_size, tuple) else settings.image_size
+        patch = {"patch_size": size} if volumes else {}
+        self.training = TaskDataset(data, "training", settings.in_channels, size, **patch)
+        self.validation = TaskDataset(data, "validation", settings.in_channels, size)
+        self.test = TaskDataset(data, "test", settings.in_channels, size)
+        self._teacher: tuple[int, TaskChannels] | None = None
+
+    def run(self, method: Method, setting: str, seed: int) -> None:
+        """Do one run and write its files.
+
+        Raises:
+            LoRKDError: a method that changes what all runs must share, or a distilled one whose teacher is missing.
+        """
+        fixed = [name for name in _FIXED if name in method.changes]
+        if fixed:
+            raise LoRKDError(f"method {method.name!r} changes {fixed[0]}, which all runs of a study share")
+        settings = method.settings(self.settings)
+        file = RunFile(self.folder, setting, method.name, seed)
+        labelled = choose_labelled(self.data.training, label_share_of(setting), seed)
+        started = datetime.now(timezone.utc)
+        with measures.peak_memory(self.device) as memory:
+            if method.family == "teacher":
+                network, fitted, notes = self._train_teacher(settings, seed)
+            else:
+                view = self.teacher(seed) if method.distilled or settings.init == "teacher" else None
+                network, fitted, notes = Students(
+                    method, settings, self.training, self.validation, labelled, seed, view, self.device, self.progress
+                ).train()
+        clock = time.perf_counter()
+        predictions = collect_predictions(
+            network, evaluation_loader(self.test, self.data), self.data, self.device, inferer_of(self.data, settings)
+        )
+        figures = figures_of_predictions(predictions, self.data, settings.resamples)
+        evaluation = time.perf_counter() - clock
+        arrays = {
+            f"{self.data.tasks[name].index}_{key}": value.numpy()
+            for name, kept in predictions.items()
+            for key, value in kept.items()
+        }
+        if self.data.kind == "segmentation":
+            arrays |= example_arrays(network, self.test, predictions, self.device, inferer_of(self.data, settings))
+        if method.family == "teacher":
+            states = [m.state_dict() for m in members_of(network)]
+            file.weights.parent.mkdir(parents=True, exist_ok=True)
+            save_weights(file.weights, {f"{i}.{k}": v for i, s in enumerate(states) for k, v in s.items()})
+        elif self.keep_weights:
+            file.weights.parent.mkdir(parents=True, exist_ok=True)
+            save_weights(file.weights, network.state_dict())
+        network = network.cpu()
+        score = score_name(self.data.kind)
+        values = [figures[t][score]["value"] for t in self.data.scored if score in figures.get(t, {})]
+        shape = self.test[0]["image"].shape if len(self.test) else (settings.in_channels,)
+        file.write(
+            {
+                "method": method.name,
+                "family": method.family,
+                "about": method.about,
+                "distilled": method.distilled,
+                "setting": setting,
+                "seed": seed,
+                "score": score,
+                "mean": float(np.mean(values)) if values else None,
+                "figures": figures,
+                "labelled_images": self._labelled_counts(labelled if method.family != "teacher" else None),
+                "fits": {name: _fit_facts(one) for name, one in fitted.items()},
+                "curves": {name: one.curves for name, one in fitted.items()},
+                "cost": measures.cost_of(network, list(self.data.tasks), tuple(shape)),
+                "time": {
+                    "training_s": sum(one.seconds for one in fitted.values()),
+                    "training_cpu_s": sum(one.cpu_seconds for one in fitted.values()),
+                    "evaluation_s": evaluation,
+                },
+                "memory": memory,
+                "settings": settings.as_data(),
+                **notes,
+                "data": self._data_facts(),
+                "command": measures.command(),
+                "versions": measures.versions(),
+                "hardware": measures.hardware(self.device),
+                "started": started.isoformat(timespec="seconds"),
+                "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            },
+            arrays,
+        )
+
+    def teacher(self, seed: int) -> TaskChannels:
+        """The foundation model of a seed, from the files of its run.
+
+        Raises:
+            LoRKDError: it has not been trained yet.
+        """
+        if self._teacher is None or self._teacher[0] != seed:
+            file = RunFile(self.folder, "full", "teacher", seed)
+            if not (file.done and file.weights.is_file()):
+                raise LoRKDError(f"seed {seed} has no teacher yet: put 'teacher' among the methods")
+            state = load_weights(file.weights)
+            count = 1 + max(int(key.split(".", 1)[0]) for key in state)
+            states = [{k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{i}.")} for i in range(count)]
+            view = teacher_view(self.settings, self.data, [{f"network.{k}": v for k, v in s.items()} for s in states])
+            self._teacher = (seed, view.eval())
+        return self._teacher[1]
+
+    def _train_teacher(self, settings: StudySettings, seed: int) -> tuple[nn.Module, dict[str, Fitted], dict]:
+        names = list(self.data.tasks)
+        part, validation = Part(self.training, names), Part(self.validation, names)
+        fitted = {}
+        for member in range(settings.teacher_members):
+            own = seed * 1000 + member
+            torch.manual_seed(own)
+            network = TaskChannels.build(settings.teacher_backbone, self.data.num_classes)
+            fitted[f"member {member}"] = fit(
+                network, self.data, part, validation, settings, own, settings.teacher_epochs,
+                settings.teacher_images_per_epoch or settings.images_per_epoch or len(part), settings.teacher_ema,
+                device=self.device, progress=self.progress,
+            )  # fmt: skip
+        states = [one.network.state_dict() for one in fitted.values()]
+        return teacher_view(settings, self.data, states).to(self.device), fitted, {}
+
+    def _labelled_counts(self, labelled: list[bool] | None) -> dict[str, int]:
+        counts = dict.fromkeys(self.data.tasks, 0)
+        for i, item in enumerate(self.data.training):
+            counts[item["task"]] += labelled is None or labelled[i]
+        return counts
+
+    def _data_facts(self) -> dict[str, Any]:
+        data = self.data
+        return {
+            "name": data.name,
+            "kind": data.kind,
+            "spatial_dims": data.spatial_dims,
+            "images": data.counts(),
+            "tasks": {
+                name: {
+                    "labels": {str(k): v for k, v in task.labels.items()},
+                    "modality": task.modality,
+                    "scored": task.score,
+                }
+                for name, task in data.tasks.items()
+            },
+        }
+
+
+def _fit_facts(fitted: Fitted) -> dict[str, Any]:
+    return {
+        "epoch": fitted.epoch,
+        "validation": fitted.score,
+        "seconds": fitted.seconds,
+        "cpu_seconds": fitted.cpu_seconds,
+        "images": fitted.images,
+    }

@@ -1,0 +1,229 @@
+"""What all runs of a study have in common: the networks, the budget, the augmentation, the rule of selection."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.functional import LAYOUTS
+
+__all__ = ["StudySettings", "default_settings"]
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """The budget and everything else that is the same for all methods, unless a method's own change says otherwise.
+
+    An epoch is ``images_per_epoch`` draws over all tasks together (`TaskSampler`), in the full and in the few-labels
+    setting alike; a method that trains a network for each task gives it that task's part of the draws.
+
+    Attributes:
+        backbone: MONAI config of every student's network.
+        teacher_backbone: MONAI config of the foundation model's network.
+        image_size: size of the images, of the patches for 3D segmentation.
+        in_channels: channels of the network's input.
+        epochs: of each student.
+        images_per_epoch: draws of one epoch; None: as many as there are training images.
+        batch_size, learning_rate, weight_decay: of the AdamW optimiser, with a cosine schedule.
+        single_batch_size: of networks that are trained on one task alone: smaller, so that they make about as many
+            steps from their part of the draws.
+        rotate, flip_axes, noise: see `BatchAugment`.
+        sampling, sampling_temperature: see `TaskSampler`.
+        ema: share of the running average of the weights that is kept in each step; 0: no averaging. Validation and
+            selection then look at the averaged weights.
+        selection: ``"best"``: the epoch with the highest mean score on the validation images; ``"last"``.
+        val_interval: epochs between two looks at the validation images.
+        temperature, transfer_weight: of the transfer from the teacher.
+        label_share: part of each task's draws that has labels, where most images have none.
+        rank: of the experts, one for all or one for each task; ``"imbalanced"``: by the size of the task.
+        alpha, layout, norm: see `LoRKDNet`.
+        expert_weight_decay: of the low-rank factors; None: as all weights.
+        expert_learning_rate: of the low-rank factors, as a multiple of the learning rate.
+        expert_warmup: epochs in which the shared weights and heads train alone.
+        init: ``"random"``, or ``"teacher"``: an even selection of the teacher's weights, where layers have one name.
+        teacher_epochs: of each teacher.
+        teacher_ema: as ``ema``, of the teachers.
+        teacher_members: networks of one teacher; their logits are averaged.
+        teacher_images_per_epoch: as ``images_per_epoch``, of the teachers.
+        resamples: bootstrap resamples of the intervals.
+        amp: mixed precision.
+    """
+
+    backbone: Mapping[str, Any]
+    teacher_backbone: Mapping[str, Any]
+    image_size: int | tuple[int, ...]
+    in_channels: int
+    epochs: int = 15
+    images_per_epoch: int | None = None
+    batch_size: int = 64
+    single_batch_size: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    rotate: float = 10.0
+    flip_axes: tuple[int, ...] = ()
+    noise: float = 0.0
+    sampling: str = "temperature"
+    sampling_temperature: float = 2.0
+    ema: float = 0.0
+    selection: str = "best"
+    val_interval: int = 1
+    temperature: float = 4.0
+    transfer_weight: float = 1.0
+    label_share: float = 0.5
+    rank: int | str | Mapping[str, int] = 4
+    alpha: float = 16.0
+    layout: str = "lorkd"
+    norm: str = "shared"
+    expert_weight_decay: float | None = None
+    expert_learning_rate: float = 1.0
+    expert_warmup: int = 0
+    init: str = "random"
+    teacher_epochs: int = 45
+    teacher_ema: float = 0.995
+    teacher_members: int = 1
+    teacher_images_per_epoch: int | None = None
+    resamples: int = 1000
+    amp: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, (rule, holds) in _RULES.items():
+            value = getattr(self, name)
+            if not holds(value):
+                problems.append(f"{name} must be {rule}, got {value!r}")
+        if problems:
+            raise LoRKDError("; ".join(problems))
+
+    def changed(self, changes: Mapping[str, Any]) -> StudySettings:
+        """A copy with other values.
+
+        Raises:
+            LoRKDError: an unknown name, or a value that does not fit.
+        """
+        names = {f.name for f in dataclasses.fields(self)}
+        unknown = sorted(set(changes) - names)
+        if unknown:
+            raise LoRKDError(f"unknown setting {unknown[0]!r}; a study's settings are {', '.join(sorted(names))}")
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        return dataclasses.replace(self, **tuples)
+
+    def as_data(self) -> dict[str, Any]:
+        """The settings as plain JSON data."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def _whole(least: int) -> tuple[str, Callable[[object], bool]]:
+    return f"a whole number of at least {least}", lambda v: type(v) is int and v >= least
+
+
+def _real(v: object) -> bool:
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
+
+def _choice(*values: str) -> tuple[str, Callable[[object], bool]]:
+    return f"one of {', '.join(map(repr, values))}", lambda v: v in values
+
+
+_OPTIONAL_WHOLE = ("a whole number of at least 1, or None", lambda v: v is None or (type(v) is int and v >= 1))
+_AVERAGE = ("a number from 0 to below 1", lambda v: _real(v) and 0 <= v < 1)
+_POSITIVE = ("a number above 0", lambda v: _real(v) and v > 0)
+_NOT_NEGATIVE = ("a number of at least 0", lambda v: _real(v) and v >= 0)
+
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        (
+            "epochs",
+            "batch_size",
+            "single_batch_size",
+            "val_interval",
+            "teacher_epochs",
+            "teacher_members",
+            "in_channels",
+        ),
+        _whole(1),
+    ),
+    **dict.fromkeys(("expert_warmup", "resamples"), _whole(0)),
+    **dict.fromkeys(("images_per_epoch", "teacher_images_per_epoch"), _OPTIONAL_WHOLE),
+    **dict.fromkeys(("ema", "teacher_ema"), _AVERAGE),
+    **dict.fromkeys(("learning_rate", "temperature", "alpha", "expert_learning_rate"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "rotate", "noise", "transfer_weight"), _NOT_NEGATIVE),
+    "sampling_temperature": ("a number of at least 1", lambda v: _real(v) and v >= 1),
+    "expert_weight_decay": ("a number of at least 0, or None", lambda v: v is None or (_real(v) and v >= 0)),
+    "label_share": ("a number above 0 and at most 1", lambda v: _real(v) and 0 < v <= 1),
+    "selection": _choice("best", "last"),
+    "sampling": _choice("natural", "balanced", "temperature"),
+    "layout": _choice(*LAYOUTS),
+    "norm": _choice("shared", "task"),
+    "init": _choice("random", "teacher"),
+    "rank": (
+        "a whole number of at least 1, 'imbalanced', or one number for each task",
+        lambda v: v == "imbalanced" or isinstance(v, Mapping) or (type(v) is int and v >= 1),
+    ),
+    "image_size": (
+        "a whole number of at least 1, or one for each axis",
+        lambda v: all(type(n) is int and n >= 1 for n in (v if isinstance(v, tuple) else (v,))),
+    ),
+}
+
+
+def _resnet(dims: int, channels: int, width: int, blocks: int, **stem: Any) -> dict[str, Any]:
+    return {
+        "_target_": "ResNet",
+        "block": "basic",
+        "layers": [blocks] * 4,
+        "block_inplanes": [width * n for n in (1, 2, 4, 8)],
+        "spatial_dims": dims,
+        "n_input_channels": channels,
+        "conv1_t_size": 3,
+        **stem,
+    }
+
+
+def _unet(dims: int, channels: int, width: int, norm: str) -> dict[str, Any]:
+    return {
+        "_target_": "UNet",
+        "spatial_dims": dims,
+        "in_channels": channels,
+        "channels": [width * n for n in (1, 2, 4, 8)],
+        "strides": [2, 2, 2],
+        "num_res_units": 2,
+        "norm": norm,
+    }
+
+
+def default_settings(kind: str, spatial_dims: int) -> StudySettings:
+    """The settings of a study of one kind: the bundles' students, and teachers that are larger and train longer.
+
+    Raises:
+        LoRKDError: another kind than classification or segmentation, or dimensions other than 2 or 3.
+    """
+    if (kind, spatial_dims) == ("classification", 2):
+        stem = {"conv1_t_stride": 1, "no_max_pool": False}
+        return StudySettings(
+            _resnet(2, 3, 16, 1, **stem), _resnet(2, 3, 32, 2, **stem), 32, 3, images_per_epoch=4096, ema=0.98
+        )
+    if (kind, spatial_dims) == ("classification", 3):
+        stem = {"conv1_t_stride": 2, "no_max_pool": True}
+        return StudySettings(
+            _resnet(3, 1, 16, 1, **stem), _resnet(3, 1, 32, 2, **stem), 28, 1, images_per_epoch=2048, batch_size=32,
+            single_batch_size=8, ema=0.98,
+        )  # fmt: skip
+    if (kind, spatial_dims) == ("segmentation", 2):
+        return StudySettings(
+            _unet(2, 3, 16, "instance"), _unet(2, 3, 32, "instance"), 128, 3, epochs=40, teacher_epochs=100,
+            batch_size=16, single_batch_size=4, images_per_epoch=160, val_interval=4, selection="last", ema=0.98,
+            teacher_ema=0.99,
+        )  # fmt: skip
+    if (kind, spatial_dims) == ("segmentation", 3):
+        return StudySettings(
+            _unet(3, 1, 16, "instance"), _unet(3, 1, 32, "instance"), (48, 48, 32), 1, epochs=30, teacher_epochs=60,
+            batch_size=4, single_batch_size=2, images_per_epoch=96, val_interval=10, selection="last", ema=0.98,
+            teacher_ema=0.99,
+        )  # fmt: skip
+    raise LoRKDError(
+        f"expected kind 'classification' or 'segmentation' and spatial_dims 2 or 3, got {kind!r} and {spatial_dims!r}"
+    )

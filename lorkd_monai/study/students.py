@@ -1,0 +1,119 @@
+"""The students of one run: built as the method says, trained within the budget, joined to one network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorkd_monai.data import DataList, TaskDataset
+from lorkd_monai.data.samplers import draws_per_task
+from lorkd_monai.networks import LoRKDNet, TaskChannels
+from lorkd_monai.study.diagnostics import gradient_conflict, spectra
+from lorkd_monai.study.methods import Method
+from lorkd_monai.study.models import OneEach, build_student, init_from, members_of, teacher_of
+from lorkd_monai.study.settings import StudySettings
+from lorkd_monai.study.subsets import Part, only_tasks
+from lorkd_monai.study.training import Fitted, fit
+
+__all__ = ["Students", "Trained", "draws_of"]
+
+Trained = tuple[nn.Module, dict[str, Fitted], dict[str, Any]]
+"""The trained network, how each of its parts was trained, and what else was found out."""
+
+
+def draws_of(data: DataList, settings: StudySettings, names: list[str]) -> int:
+    """Draws of an epoch: what these tasks get of the draws of all, however few of the images have labels."""
+    counts = {name: row["training"] for name, row in data.counts().items()}
+    temperature = {"natural": 1.0, "balanced": float("inf")}.get(settings.sampling, settings.sampling_temperature)
+    total = settings.images_per_epoch or sum(counts.values())
+    draws = dict(zip(counts, draws_per_task(list(counts.values()), total, temperature), strict=True))
+    return max(1, sum(draws[name] for name in names))
+
+
+@dataclass(frozen=True)
+class Students:
+    """The students of one run.
+
+    Args:
+        method: says what they are.
+        settings: of this method.
+        training, validation: images of all tasks.
+        labelled: which training images have labels.
+        seed: of the weights, the draws, the augmentation.
+        view: the foundation model, where the method takes its knowledge or its weights.
+        device: where to train.
+        progress: is told one line now and then.
+    """
+
+    method: Method
+    settings: StudySettings
+    training: TaskDataset
+    validation: TaskDataset
+    labelled: list[bool]
+    seed: int
+    view: TaskChannels | None
+    device: torch.device
+    progress: Callable[[str], None]
+
+    @property
+    def data(self) -> DataList:
+        """The data list."""
+        return self.training.data
+
+    def train(self) -> Trained:
+        """Train them all."""
+        names = list(self.data.tasks)
+        if self.method.family == "stl":
+            fitted = {
+                name: self._fit(self._student([name]), [name], self.settings.epochs, single=True) for name in names
+            }
+            return self._joined(fitted), fitted, {}
+        if self.method.family == "separate":
+            return self._train_separate(names)
+        experts = self.method.family == "lorkd"
+        network = self._student(names, experts)
+        fitted = self._fit(network, names, self.settings.epochs)
+        part = Part(self.training, names, self.labelled)
+        notes: dict[str, Any] = {"gradient_conflict": gradient_conflict(network, self.data, part, seed=self.seed)}
+        if experts:
+            notes |= {"spectra": spectra(network), "ranks": network.spec()["rank"]}
+        return network, {"all tasks": fitted}, notes
+
+    def _train_separate(self, names: list[str]) -> Trained:
+        first = self.settings.epochs // 2
+        shared = self._student(names)
+        fitted = {"all tasks": self._fit(shared, names, max(1, first))}
+        copies = {
+            name: LoRKDNet(shared.extract(name), {name: self.data.tasks[name].num_classes}, rank=0) for name in names
+        }
+        own = {
+            name: self._fit(network, [name], max(1, self.settings.epochs - first), single=True)
+            for name, network in copies.items()
+        }
+        return self._joined(own), fitted | own, {}
+
+    def _joined(self, fitted: dict[str, Fitted]) -> OneEach:
+        return OneEach({name: one.network for name, one in fitted.items()}, self.data.num_classes).eval()
+
+    def _student(self, names: list[str], experts: bool = False) -> LoRKDNet:
+        network = build_student(self.settings, only_tasks(self.data, names), experts, self.seed)
+        if self.settings.init == "teacher":
+            init_from(network, members_of(self.view)[0])
+        return network
+
+    def _fit(self, network: LoRKDNet, names: list[str], epochs: int, single: bool = False) -> Fitted:
+        settings = self.settings
+        part = Part(self.training, names, self.labelled, drop_unlabelled=not self.method.distilled)
+        if single:
+            settings = settings.changed({"batch_size": settings.single_batch_size})
+        data = only_tasks(self.data, names)
+        draws = draws_of(self.data, settings, names)
+        return fit(
+            network, data, part, Part(self.validation, names), settings, self.seed, epochs, draws,
+            settings.ema, teacher_of(self.view, names) if self.method.distilled else None, self.device,
+            lambda line: self.progress(f"{', '.join(names)}: {line}" if single else line),
+        )  # fmt: skip

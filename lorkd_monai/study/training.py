@@ -1,0 +1,210 @@
+"""One training of a study: the shipped trainer, the schedule, the average of the weights, the choice of the epoch."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
+from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+
+from lorkd_monai.data import DataList
+from lorkd_monai.data.samplers import TaskSampler
+from lorkd_monai.engines import DecompositionTrainer, TaskEvaluator, make_objective, test_loader, train_loader
+from lorkd_monai.engines.run import cosine_schedule
+from lorkd_monai.handlers import TaskMetric
+from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.networks.teacher import Teacher
+from lorkd_monai.study.settings import StudySettings
+from lorkd_monai.study.subsets import LabelShareSampler, Part
+from lorkd_monai.transforms import BatchAugment
+
+__all__ = ["Fitted", "evaluation_loader", "fit", "inferer_of"]
+
+
+@dataclass
+class Fitted:
+    """A network with the weights of the chosen epoch, and how it came to them.
+
+    ``curves`` holds ``training`` and ``validation``: a row for each epoch, with its number and the terms or scores.
+    """
+
+    network: nn.Module
+    epoch: int
+    score: float
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    images: int = 0
+
+
+def inferer_of(data: DataList, settings: StudySettings) -> Inferer:
+    """One pass, or overlapping windows for 3D segmentation."""
+    if (data.kind, data.spatial_dims) != ("segmentation", 3):
+        return SimpleInferer()
+    size = settings.image_size
+    roi = (size,) * 3 if isinstance(size, int) else size
+    return SlidingWindowInferer(roi_size=roi, sw_batch_size=4, overlap=0.5, mode="gaussian")
+
+
+def evaluation_loader(dataset: Dataset, data: DataList) -> DataLoader:
+    """Batches for evaluation; volumes to segment have different sizes."""
+    return test_loader(dataset, 1 if (data.kind, data.spatial_dims) == ("segmentation", 3) else 64)
+
+
+def fit(
+    network: nn.Module,
+    data: DataList,
+    training: Part,
+    validation: Part,
+    settings: StudySettings,
+    seed: int,
+    epochs: int,
+    images_per_epoch: int,
+    ema: float,
+    teacher: Teacher | None = None,
+    device: str | torch.device = "cpu",
+    progress: Callable[[str], None] = lambda line: None,
+) -> Fitted:
+    """Train a network, and give it the weights of the chosen epoch.
+
+    Args:
+        network: takes (image, task); trained in place.
+        data: data list of its tasks.
+        training: the images to train on.
+        validation: those that choose the epoch.
+        settings: batch size, optimiser, transfer, augmentation, selection.
+        seed: of the draws and the augmentation.
+        epochs: how many.
+        images_per_epoch: draws of one epoch.
+        ema: see `StudySettings`.
+        teacher: for the transfer.
+        device: where to train.
+        progress: is told one line for each look at the validation images.
+    """
+    network = network.to(device)
+    options = {"seed": seed, "num_samples": images_per_epoch}
+    sampling = (settings.sampling, settings.sampling_temperature)
+    if all(training.labelled):
+        sampler = TaskSampler(training.task_of_item, *sampling, **options)
+    else:
+        sampler = LabelShareSampler(
+            training, settings.label_share, strategy=sampling[0], temperature=sampling[1], **options
+        )
+    loader = train_loader(training, sampler, settings.batch_size)
+    objective = make_objective(
+        network, teacher, data, training, settings.transfer_weight if teacher else 0.0, settings.temperature
+    )
+    optimizer = AdamW(_groups(network, objective, settings), lr=settings.learning_rate)
+    schedule = _schedule(optimizer, epochs, settings.expert_warmup)
+    trainer = DecompositionTrainer(
+        device, epochs, loader, network, optimizer, objective, teacher,
+        augment=BatchAugment(
+            data.spatial_dims, settings.rotate, flip_axes=settings.flip_axes, noise=settings.noise, seed=seed
+        ),
+        seed=seed, amp=settings.amp,
+    )  # fmt: skip
+    watched = network
+    if ema:
+        average = EMAHandler(network, momentum=1 - ema, momentum_warmup=0.5, warmup_iters=min(100, 10 * len(loader)))
+        average.attach(trainer)
+        watched = average.ema_model
+    watch = _Watch(watched, data, validation, settings, epochs, device, progress)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, watch)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: schedule.step())
+    started, cpu = time.perf_counter(), time.process_time()
+    trainer.run()
+    network.load_state_dict(watch.best)
+    return Fitted(
+        network.eval(), watch.epoch, watch.score, watch.curves, time.perf_counter() - started - watch.seconds,
+        time.process_time() - cpu - watch.cpu_seconds, epochs * len(loader) * settings.batch_size,
+    )  # fmt: skip
+
+
+def _groups(network: nn.Module, objective: nn.Module, settings: StudySettings) -> list[dict[str, Any]]:
+    """Parameter groups: the low-rank factors may have a decay and a learning rate of their own."""
+    factors = []
+    if isinstance(network, LoRKDNet):
+        factors = [p for layer in network.expert_layers.values() for p in (*layer.lora_A, *layer.lora_B)]
+    own = {id(p) for p in factors}
+    rest = [p for p in (*network.parameters(), *objective.parameters()) if id(p) not in own]
+    decay = settings.weight_decay
+    groups = [{"params": rest, "weight_decay": decay}]
+    if factors:
+        expert_decay = decay if settings.expert_weight_decay is None else settings.expert_weight_decay
+        rate = settings.learning_rate * settings.expert_learning_rate
+        groups.append({"params": factors, "weight_decay": expert_decay, "lr": rate, "factors": True})
+    return groups
+
+
+def _schedule(optimizer: AdamW, epochs: int, expert_warmup: int) -> LambdaLR:
+    """The bundles' schedule; factors wait for ``expert_warmup`` epochs."""
+    schedule = cosine_schedule(optimizer, epochs)
+    shape = schedule.lr_lambdas[0]
+    if expert_warmup and len(optimizer.param_groups) > 1:
+        late = [shape, lambda epoch: 0.0 if epoch < expert_warmup else shape(epoch)]
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+        return LambdaLR(optimizer, late)
+    return schedule
+
+
+class _Watch:
+    """Looks at the validation images after an epoch and keeps the weights of the one to choose."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: DataList,
+        validation: Part,
+        settings: StudySettings,
+        epochs: int,
+        device: str | torch.device,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.network, self.epochs, self.settings, self.progress = network, epochs, settings, progress
+        self.epoch, self.score, self.best = 0, float("-inf"), {}
+        self.curves: dict[str, list[dict[str, float]]] = {"training": [], "validation": []}
+        self.seconds = self.cpu_seconds = 0.0
+        self.evaluator = None
+        if len(validation):
+            self.evaluator = TaskEvaluator(
+                device, evaluation_loader(validation, data), network, inferer=inferer_of(data, settings),
+                key_val_metric={"mean": TaskMetric(data.num_classes, data.kind, data.scored)},
+            )  # fmt: skip
+
+    def __call__(self, engine: Engine) -> None:
+        epoch = engine.state.epoch
+        terms = {k: round(v, 6) for k, v in engine.state.metrics.items() if isinstance(v, float)}
+        self.curves["training"].append({"epoch": epoch, **terms})
+        last = epoch == self.epochs
+        if self.evaluator is not None and (epoch % self.settings.val_interval == 0 or last):
+            self._look(epoch, last)
+        elif last:
+            self._keep(epoch, float("nan"))
+
+    def _look(self, epoch: int, last: bool) -> None:
+        started, cpu = time.perf_counter(), time.process_time()
+        training = self.network.training
+        self.evaluator.run()
+        self.network.train(training)
+        scores = {k: float(v) for k, v in self.evaluator.state.metrics.items()}
+        self.curves["validation"].append({"epoch": epoch, **scores})
+        self.progress(f"epoch {epoch}/{self.epochs}: validation {scores['mean']:.3f}")
+        if last if self.settings.selection == "last" else scores["mean"] > self.score:
+            self._keep(epoch, scores["mean"])
+        self.seconds += time.perf_counter() - started
+        self.cpu_seconds += time.process_time() - cpu
+
+    def _keep(self, epoch: int, score: float) -> None:
+        self.epoch, self.score = epoch, score
+        self.best = copy.deepcopy(self.network.state_dict())
