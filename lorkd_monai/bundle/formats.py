@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import time
 import warnings
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorkd_monai.bundle.metadata import strings_of
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file
 
 __all__ = ["FORMATS", "build_network", "measure", "onnx_is_installed", "save_formats", "torchscript_of", "weights_of"]
 
@@ -150,13 +150,15 @@ def _drop_source_paths(path: Path) -> None:
 
     They are there for error messages only, and hold the paths of whoever exported the network.
     """
-    temporary = path.with_name(f".{path.name}.plain")
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as plain:
+    with (
+        atomic_file(path) as temporary,
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as plain,
+    ):
         for entry in archive.infolist():
             if not entry.filename.endswith(".debug_pkl"):
                 with archive.open(entry) as source, plain.open(zipfile.ZipInfo(entry.filename), "w") as sink:
                     shutil.copyfileobj(source, sink, 2**20)
-    os.replace(temporary, path)
 
 
 def save_formats(

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lorkd_monai.data import DataList
 from lorkd_monai.engines.trainer import TaskEvaluator
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file
 from lorkd_monai.metrics import case_scores, classification_figures, segmentation_figures
 
 __all__ = ["collect_predictions", "evaluate_tasks", "figures_of_predictions", "figures_table", "write_figures"]
@@ -114,9 +115,8 @@ def write_figures(path: str | os.PathLike, figures: Mapping) -> Path:
     """Write figures as JSON, all at once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return path
 
 

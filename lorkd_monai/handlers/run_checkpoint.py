@@ -15,6 +15,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file, remove_leftovers
 from lorkd_monai.networks.checkpoint import fit_weights
 
 __all__ = ["RunCheckpoint"]
@@ -76,6 +77,9 @@ class RunCheckpoint:
 
     def resume(self, engine: Engine) -> None:
         """Go on from ``last.pt`` where there is one."""
+        if idist.get_rank() == 0:
+            for path in (self.last, self.model):
+                remove_leftovers(path)
         if not self.last.exists():
             return
         try:
@@ -160,9 +164,5 @@ class RunCheckpoint:
 
 
 def _write(state: Mapping, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic_file(path) as temporary:
         torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.lorkd_net import LoRKDNet
 from lorkd_monai.networks.spec import SPEC_KEY, read_spec
 
@@ -113,21 +113,12 @@ def save_weights(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
     if not path.parent.is_dir():
         raise LoRKDError(f"the folder of {path} does not exist: make it first")
     state = {k: v.detach().cpu() for k, v in state.items()}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
+    with atomic_file(path) as temporary:
         if path.suffix == ".safetensors":
             # safetensors knows no tensors that share memory (tied weights): each is written by itself.
             safetensors.torch.save_file({k: v.contiguous().clone() for k, v in state.items()}, temporary)
         else:
             torch.save(state, temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def fit_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

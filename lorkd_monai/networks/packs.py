@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.checkpoint import check_inert_config
 from lorkd_monai.networks.lorkd_net import LoRKDNet
 from lorkd_monai.networks.nested import cut_expert_state, cut_rank, cut_ranks
@@ -137,6 +138,8 @@ def load_pack(
         raise LoRKDError(f"{folder} holds no expert: expected files expert_<task>.safetensors beside {SHARED}")
     headers = {task: _read_header(folder / expert_file(task)) for task in tasks}
     for task, own in headers.items():
+        if own.get("task") != task:
+            raise LoRKDError(f"{folder / expert_file(task)} holds the expert of task {own.get('task')!r}, not {task!r}")
         _check_fingerprint(own, header["fingerprint"], f"the expert of task {task!r}")
     spec["tasks"] = {task: int(own["num_classes"]) for task, own in headers.items()}
     spec["rank"] = {task: int(own["rank"]) for task, own in headers.items()}
@@ -170,6 +173,8 @@ def load_expert(net: LoRKDNet, file: str | os.PathLike) -> str:
         LoRKDError: the file is truncated, belongs to another backbone, or does not fit; ``net`` is then unchanged.
     """
     header = _read_header(Path(file))
+    if "task" not in header:
+        raise LoRKDError(f"{file} holds the shared weights of a pack, no expert: expected an expert_<task>.safetensors")
     _check_fingerprint(header, fingerprint(net), str(file))
     task, state = header["task"], _read_tensors(Path(file))
     if task in net.tasks:
@@ -209,13 +214,9 @@ def _check_fingerprint(header: Mapping[str, str], expected: str, what: str) -> N
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    with atomic_file(path) as temporary:
         safetensors.torch.save_file(plain, temporary, metadata=dict(header))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

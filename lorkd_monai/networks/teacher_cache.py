@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.teacher import Teacher
 
 __all__ = ["CachedTeacher"]
@@ -152,14 +152,8 @@ class CachedTeacher(nn.Module):
     def _write(self, key: str, answer: dict[str, Tensor]) -> None:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
-        os.close(handle)
-        try:
+        with atomic_file(path) as temporary:
             safetensors.torch.save_file(answer, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
         self._remember(key, answer)
 
 

@@ -187,6 +187,8 @@ def decomposition(tasks, rank):
         ({"a": 2, "b": 2}, 1, "rank: checkpoint .* this network"),
         ({"b": 2, "a": 2}, 2, "tasks: checkpoint"),
         ({"a": 2, "c": 2}, 2, "tasks: checkpoint"),
+        ({"a": 2}, 2, "tasks: checkpoint .*'b'"),
+        ({"a": 2, "b": 2, "c": 2}, 2, "tasks: checkpoint .*'c'"),
     ],
 )
 def test_another_decomposition_is_refused_unchanged(tmp_path, tasks, rank, words):

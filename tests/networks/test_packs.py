@@ -91,6 +91,42 @@ def test_a_truncated_file_is_refused(tmp_path, name):
         load_pack(tmp_path)
 
 
+def test_an_expert_under_another_name_is_refused(tmp_path):
+    save_pack(decomposition(tasks={"breast": 2, "xray": 2}), tmp_path)
+    (tmp_path / "expert_breast.safetensors").replace(tmp_path / "expert_xray.safetensors")
+    with pytest.raises(LoRKDError, match="expert_xray.safetensors holds the expert of task 'breast', not 'xray'"):
+        load_pack(tmp_path)
+
+
+def test_a_running_network_is_unchanged_by_what_is_refused(tmp_path):
+    net = decomposition()
+    save_pack(net, tmp_path)
+    save_pack(decomposition(tasks={"breast": 2, "xray": 4, "new": 2}), tmp_path / "other")
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    cut = tmp_path / "expert_breast.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-50])
+    for file, message in (
+        (cut, "is no complete file of an expert pack"),
+        (tmp_path / "shared.safetensors", "holds the shared weights of a pack, no expert"),
+        (tmp_path / "other" / "expert_new.safetensors", "belongs to other shared weights"),
+        (tmp_path / "no.safetensors", "is no complete file of an expert pack"),
+    ):
+        with pytest.raises(LoRKDError, match=message):
+            load_expert(net, file)
+    twin = decomposition(tasks={"breast": 2, "xray": 4})
+    wider = tmp_path / "wider"
+    for key, tensor in net.backbone.state_dict().items():
+        if key in twin.backbone.state_dict() and twin.backbone.state_dict()[key].shape == tensor.shape:
+            twin.backbone.state_dict()[key].copy_(tensor)
+    save_pack(twin, wider)
+    with pytest.raises(LoRKDError, match="expert of task 'xray' does not fit: .* is \\(4"):
+        load_expert(net, wider / "expert_xray.safetensors")
+    after = net.state_dict()
+    assert net.tasks == ["breast", "xray"]
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
 def test_changed_shared_weights_are_refused(tmp_path):
     save_pack(decomposition(), tmp_path)
     file = tmp_path / "shared.safetensors"

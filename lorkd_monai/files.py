@@ -1,0 +1,39 @@
+"""Writing files so that a reader, or a run that starts again, finds each in full or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["atomic_file", "remove_leftovers"]
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a path beside ``path`` to write to, and move that file into place when the block has ended.
+
+    Where the block raises, or the process is killed in it, ``path`` is what it was. The folder must exist.
+
+    Example::
+
+        with atomic_file("figures.json") as temporary:
+            temporary.write_text("{}")
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Delete what killed processes left of writing ``path``; nobody else may be writing it now."""
+    path = Path(path)
+    for leftover in path.parent.iterdir() if path.parent.is_dir() else ():
+        if leftover.name.startswith(f".{path.name}.") and leftover.name.endswith(".tmp"):
+            leftover.unlink(missing_ok=True)
