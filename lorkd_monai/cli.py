@@ -100,6 +100,7 @@ def export(
     formats: Any = None,
     figures: str | None = None,
     backbone: str | None = None,
+    rank: int | None = None,
 ) -> str:
     """Write expert bundles from a checkpoint of a decomposition.
 
@@ -111,6 +112,7 @@ def export(
         formats: of pt, safetensors, ts, onnx, separated by commas; all that can be written by default.
         figures: JSON file of measured figures for the READMEs; figures.json beside the checkpoint by default.
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
+        rank: cut nested experts to at most this rank; figures are then taken from --figures only.
     """
     from lorkd_monai.bundle.export import export_experts
     from lorkd_monai.networks.checkpoint import load_decomposition
@@ -119,11 +121,41 @@ def export(
     measured = Path(figures) if figures is not None else file.with_name("figures.json")
     if figures is not None and not measured.is_file():
         raise LoRKDError(f"figures: there is no file {measured}")
-    known = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
+    usable = measured.is_file() and (rank is None or figures is not None)  # those beside the file are at full rank
+    known = json.loads(measured.read_text(encoding="utf-8")) if usable else {}
     known = known.get("experts", known)
     net = load_decomposition(file, _backbone(backbone))
-    written = export_experts(net, _path(output, "output"), _names(tasks), known, None, overwrite, _names(formats))
+    written = export_experts(
+        net, _path(output, "output"), _names(tasks), known, None, overwrite, _names(formats), rank=rank
+    )
     return "\n".join(map(str, written))
+
+
+def rank_curve(
+    checkpoint: str,
+    dataset_dir: str,
+    output: str,
+    tasks: Any = None,
+    split: str = "test",
+    backbone: str | None = None,
+) -> str:
+    """Draw the metric of each nested expert against its rank and parameters: rank_curve.png and .json.
+
+    Args:
+        checkpoint: checkpoint file, or output folder of a run, trained with --nested True.
+        dataset_dir: data list of the decomposition.
+        output: folder for the two files.
+        tasks: names of the tasks, separated by commas; all by default.
+        split: training, validation or test.
+        backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
+    """
+    from lorkd_monai.engines.rank_curve import write_rank_curve
+    from lorkd_monai.networks.checkpoint import load_decomposition
+
+    net = load_decomposition(_checkpoint(checkpoint), _backbone(backbone))
+    folder = _path(output, "output")
+    table = write_rank_curve(net, _path(dataset_dir, "dataset_dir"), folder, _names(tasks), split)
+    return f"{table}\n\n{folder / 'rank_curve.png'}\n{folder / 'rank_curve.json'}"
 
 
 def remove_task(checkpoint: str, task: str, output: str, overwrite: bool = False, backbone: str | None = None) -> str:
@@ -392,6 +424,7 @@ COMMANDS: dict[str, Any] = {
     "tasks": tasks,
     "inspect": inspect,
     "export": export,
+    "rank-curve": rank_curve,
     "remove-task": remove_task,
     "import": import_checkpoint,
     "check": check,

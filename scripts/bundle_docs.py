@@ -40,6 +40,7 @@ KEYS = {
     "layout": "`lorkd` (the papers') or `conv` (a k×k convolution and a 1×1 one)",
     "norm": "`shared`, or `task`: each task has norms of its own",
     "rank_pattern": "factor of the rank by layer: `\"{'*submodule*': 2}\"` doubles it in the layers that match",
+    "nested": "train experts that can be cut to any lower rank (`lorkd rank-curve`, `lorkd export --rank`)",
     "include": "patterns of the layers that get experts; null: all convolutions and linear layers but depthwise ones",
     "exclude": "patterns of layers that stay shared",
     "seed": "of everything random",

@@ -16,6 +16,7 @@ from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import load_weights
+from lorkd_monai.networks.nested import cut_rank
 from lorkd_monai.transforms import postprocessing, preprocessing
 
 __all__ = ["describe_expert", "export_experts", "network_info", "refuse_existing_experts", "tasks_of_info"]
@@ -86,6 +87,7 @@ def export_experts(
     overwrite: bool = False,
     formats: Sequence[str] | None = None,
     networks: Mapping[str, nn.Module] | None = None,
+    rank: int | None = None,
 ) -> list[Path]:
     """Write one complete MONAI bundle for each task: ``<folder>/<task>_classification`` or ``…_segmentation``.
 
@@ -98,12 +100,14 @@ def export_experts(
         overwrite: replace bundles that exist.
         formats: file formats of the weights, see `write_expert_bundle`.
         networks: extracted networks of tasks to write in place of what ``network`` gives now.
+        rank: cut nested experts to at most this rank, see `LoRKDNet.extract`.
 
     Returns:
         The bundles' folders.
 
     Raises:
-        LoRKDError: an unknown task, a network without configuration or info, bundles that exist already.
+        LoRKDError: an unknown task, a network without configuration or info, bundles that exist already, experts that
+            can't be cut.
     """
     info, specs = network.info, tasks_of_info(network.info)
     chosen = [network.tasks[network.task_index(t)] for t in tasks] if tasks is not None else network.tasks
@@ -113,6 +117,8 @@ def export_experts(
             f"the decomposition does not describe the task {unknown[0]!r}; it describes {', '.join(specs)}"
         )
     kind, dims = info["kind"], info["spatial_dims"]
+    if rank is not None:
+        ranks = {name: cut_rank(network, name, rank) for name in chosen}
     refuse_existing_experts(folder, [expert_name(name, kind) for name in chosen], overwrite)
     written = []
     for name in chosen:
@@ -125,7 +131,7 @@ def export_experts(
         written.append(
             write_expert_bundle(
                 Path(folder) / expert_name(name, kind),
-                network=(networks[name] if networks and name in networks else network.extract(name)).cpu().eval(),
+                network=(networks[name] if networks and name in networks else network.extract(name, rank)).cpu().eval(),
                 network_config=config,
                 task=specs[name],
                 kind=kind,
@@ -135,7 +141,7 @@ def export_experts(
                 preprocessing=preprocessing(specs[name], kind, dims, info["in_channels"], info["image_size"]),
                 postprocessing=postprocessing(specs[name], kind, dims),
                 metrics=(figures or {}).get(name, {}) if specs[name].score else {},
-                parent=parent or {},
+                parent={**(parent or {}), **({} if rank is None else {"rank of this expert": ranks[name]})},
                 overwrite=overwrite,
                 formats=formats,
             )

@@ -50,7 +50,7 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
         "True, False, or the number of fixed views of each image",
         lambda v: isinstance(v, bool) or _whole(v, 0),
     ),
-    **dict.fromkeys(("amp", "overwrite"), ("True or False", lambda v: isinstance(v, bool))),
+    **dict.fromkeys(("amp", "overwrite", "nested"), ("True or False", lambda v: isinstance(v, bool))),
 }
 
 

@@ -1,0 +1,173 @@
+"""What nested experts are worth at every rank: the metric against rank and parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lorkd_monai.bundle.configs import default_inferer
+from lorkd_monai.bundle.export import tasks_of_info
+from lorkd_monai.data import DataList, TaskDataset, load_data_list
+from lorkd_monai.engines.evaluation import evaluate_tasks
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file
+from lorkd_monai.networks import LoRKDNet
+
+__all__ = ["plot_rank_curve", "rank_curve", "write_rank_curve"]
+
+Curve = dict[str, list[dict[str, Any]]]
+
+
+class _AtRank(nn.Module):
+    """A decomposition with its experts cut."""
+
+    def __init__(self, network: LoRKDNet, ranks: Mapping[str, int]) -> None:
+        super().__init__()
+        self.network, self.ranks = network, dict(ranks)
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        return self.network(x, task, rank=self.ranks)
+
+
+def rank_curve(
+    network: LoRKDNet,
+    data: DataList,
+    tasks: Sequence[str] | None = None,
+    split: str = "test",
+    device: torch.device | str = "cpu",
+) -> Curve:
+    """The score of each task with its expert cut to each rank, from 1 to its own.
+
+    Args:
+        network: a decomposition with nested experts.
+        data: its data list.
+        tasks: which tasks; None: all that have images in the split.
+        split: which images.
+        device: where to run.
+
+    Returns:
+        ``{task: [{"rank", "parameters" (of the expert's factors), "value", "low", "high", "n"}, …]}``: balanced
+        accuracy or Dice with its bootstrap interval.
+
+    Raises:
+        LoRKDError: experts that are not nested, an unknown task, no images, or a data list of other tasks.
+    """
+    if not network.nested:
+        raise LoRKDError(
+            "this decomposition was not trained with nested experts, so none can be cut: train with --nested True"
+        )
+    known, info = tasks_of_info(network.info), network.info
+    chosen = network.tasks if tasks is None else [network.tasks[network.task_index(t)] for t in tasks]
+    differing = [t for t in chosen if t in data.tasks and data.tasks[t].labels != known[t].labels]
+    if differing:
+        raise LoRKDError(f"task {differing[0]!r} has other classes in the data list {data.name!r} than in the network")
+    items = [item for item in data.split(split) if item["task"] in chosen]
+    lacking = [t for t in tasks or () if t not in {item["task"] for item in items}]
+    if lacking or not items:
+        raise LoRKDError(f"the data list {data.name!r} has no {split} images of {lacking or chosen}")
+    own = dataclasses.replace(data, tasks=known, training=[], validation=[], test=items)
+    dataset = TaskDataset(own, "test", info["in_channels"], info["image_size"])
+    loader = DataLoader(dataset, batch_size=1 if data.kind == "segmentation" else 64)
+    size = info["image_size"]
+    size = (size,) * data.spatial_dims if isinstance(size, int) else tuple(size)
+    inferer = ConfigParser(default_inferer(data.kind, size)).get_parsed_content()
+    score = score_of(data.kind)
+    ranks, curve = network.spec()["rank"], {}
+    for rank in range(1, max(ranks[t] for t in chosen) + 1):
+        due = [t for t in chosen if rank <= ranks[t]]
+        part = [i for i, item in enumerate(items) if item["task"] in due]
+        loader = DataLoader(torch.utils.data.Subset(dataset, part), loader.batch_size)
+        figures = evaluate_tasks(_AtRank(network.eval(), dict.fromkeys(due, rank)), loader, own, device, inferer)
+        for task in due:
+            if task in figures:
+                point = {"rank": rank, "parameters": expert_parameters(network, task, rank), **figures[task][score]}
+                curve.setdefault(task, []).append(point)
+    return {task: curve[task] for task in chosen if task in curve}
+
+
+def score_of(kind: str) -> str:
+    """The figure that is drawn."""
+    return "balanced_accuracy" if kind == "classification" else "dice"
+
+
+def expert_parameters(network: LoRKDNet, task: str, rank: int) -> int:
+    """Numbers in the factors of an expert that is cut to ``rank``."""
+    index = network.task_index(task)
+    factors = [factor for layer in network.expert_layers.values() for factor in layer.factors(index, rank)]
+    return sum(factor.numel() for factor in factors)
+
+
+def plot_rank_curve(curve: Curve, score: str, path: str | os.PathLike) -> None:
+    """Draw a curve as PNG: score against rank, and against the parameters of the expert.
+
+    Raises:
+        LoRKDError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise LoRKDError("drawing needs matplotlib: pip install 'lorkd-monai[plot]'") from e
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for task, points in curve.items():
+        values = [p["value"] for p in points]
+        for axes, key in ((left, "rank"), (right, "parameters")):
+            at = [p[key] for p in points]
+            (line,) = axes.plot(at, values, marker="o", markersize=4, label=task)
+            if all("low" in p for p in points):
+                low, high = ([p[k] for p in points] for k in ("low", "high"))
+                axes.fill_between(at, low, high, color=line.get_color(), alpha=0.1, linewidth=0)
+    left.set(xlabel="rank of the expert", ylabel=score.replace("_", " "))
+    left.xaxis.get_major_locator().set_params(integer=True)
+    right.set(xlabel="parameters of the expert's factors")
+    left.legend(fontsize="small")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def write_rank_curve(
+    network: LoRKDNet,
+    dataset_dir: str | os.PathLike,
+    output: str | os.PathLike,
+    tasks: Sequence[str] | None = None,
+    split: str = "test",
+) -> str:
+    """Measure a curve and write ``rank_curve.json`` and ``rank_curve.png``.
+
+    Args:
+        network, tasks, split: see :func:`rank_curve`.
+        dataset_dir: data list of the decomposition.
+        output: folder for the files, made where it does not exist.
+
+    Returns:
+        The curve as a Markdown table.
+    """
+    info = network.info
+    if "kind" not in info:
+        raise LoRKDError("the decomposition does not say what its tasks are: expected a checkpoint of `training`")
+    data = load_data_list(dataset_dir, info["kind"], info["spatial_dims"], needs=(split,))
+    score = score_of(info["kind"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    curve = rank_curve(network, data, tasks, split, device)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / "rank_curve.json") as temporary:
+        temporary.write_text(json.dumps({"score": score, "split": split, "tasks": curve}, indent=2) + "\n")
+    plot_rank_curve(curve, score, folder / "rank_curve.png")
+    lines = [f"| task | rank | parameters | {score} | 95 % interval | images |", "|" + "---|" * 6]
+    for task, points in curve.items():
+        for p in points:
+            interval = f"{p['low']:.3f}–{p['high']:.3f}" if "low" in p else ""
+            lines.append(f"| {task} | {p['rank']} | {p['parameters']} | {p['value']:.3f} | {interval} | {p['n']} |")
+    return "\n".join(lines)
