@@ -12,6 +12,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.study.methods import METHODS, methods_named
 from lorkd_monai.study.plan import plan_runs, run_study
 from lorkd_monai.study.settings import default_settings
+from lorkd_monai.study.tables import study_tables
 
 __all__ = ["MAIN_METHODS", "run_from_arguments"]
 
@@ -64,4 +65,7 @@ def run_from_arguments(
         if not (dataset_dir / "dataset.json").is_file():
             make_phantoms(dataset_dir, kind, spatial_dims, num_images=60)
     data = load_data_list(dataset_dir, kind, spatial_dims, needs=("training", "validation", "test"))
-    return run_study(output, data, common, runs, device, keep_weights, say)
+    folder = run_study(output, data, common, runs, device, keep_weights, say)
+    say("")
+    say(study_tables(folder, common.resamples))
+    return folder

@@ -20,7 +20,7 @@ from lorkd_monai.study import measures
 from lorkd_monai.study.examples import example_arrays
 from lorkd_monai.study.files import RunFile
 from lorkd_monai.study.methods import Method, label_share_of
-from lorkd_monai.study.models import members_of, teacher_view
+from lorkd_monai.study.models import RememberedTeacher, members_of, teacher_of, teacher_view
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Students
 from lorkd_monai.study.subsets import Part, choose_labelled
@@ -29,6 +29,7 @@ from lorkd_monai.study.training import Fitted, evaluation_loader, fit, inferer_o
 __all__ = ["Workbench", "score_name"]
 
 _FIXED = ("image_size", "in_channels", "teacher_backbone", "resamples")
+_TEACHER_MEMORY = 2**29  # bytes of answers of each set of tasks
 
 
 def score_name(kind: str) -> str:
@@ -65,7 +66,8 @@ class Workbench:
         self.training = TaskDataset(data, "training", settings.in_channels, size, **patch)
         self.validation = TaskDataset(data, "validation", settings.in_channels, size)
         self.test = TaskDataset(data, "test", settings.in_channels, size)
-        self._teacher: tuple[int, TaskChannels] | None = None
+        self._foundation: tuple[int, TaskChannels] | None = None
+        self._teachers: dict[tuple[str, ...], RememberedTeacher] = {}
 
     def run(self, method: Method, setting: str, seed: int) -> None:
         """Do one run and write its files.
@@ -84,9 +86,18 @@ class Workbench:
             if method.family == "teacher":
                 network, fitted, notes = self._train_teacher(settings, seed)
             else:
-                view = self.teacher(seed) if method.distilled or settings.init == "teacher" else None
+                view = self.foundation(seed) if method.distilled or settings.init == "teacher" else None
                 network, fitted, notes = Students(
-                    method, settings, self.training, self.validation, labelled, seed, view, self.device, self.progress
+                    method,
+                    settings,
+                    self.training,
+                    self.validation,
+                    labelled,
+                    seed,
+                    view,
+                    lambda names: self._teacher_of(seed, names),
+                    self.device,
+                    self.progress,
                 ).train()
         clock = time.perf_counter()
         predictions = collect_predictions(
@@ -145,13 +156,13 @@ class Workbench:
             arrays,
         )
 
-    def teacher(self, seed: int) -> TaskChannels:
+    def foundation(self, seed: int) -> TaskChannels:
         """The foundation model of a seed, from the files of its run.
 
         Raises:
             LoRKDError: it has not been trained yet.
         """
-        if self._teacher is None or self._teacher[0] != seed:
+        if self._foundation is None or self._foundation[0] != seed:
             file = RunFile(self.folder, "full", "teacher", seed)
             if not (file.done and file.weights.is_file()):
                 raise LoRKDError(f"seed {seed} has no teacher yet: put 'teacher' among the methods")
@@ -159,8 +170,15 @@ class Workbench:
             count = 1 + max(int(key.split(".", 1)[0]) for key in state)
             states = [{k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{i}.")} for i in range(count)]
             view = teacher_view(self.settings, self.data, [{f"network.{k}": v for k, v in s.items()} for s in states])
-            self._teacher = (seed, view.eval())
-        return self._teacher[1]
+            self._foundation = (seed, view.eval())
+            self._teachers = {}
+        return self._foundation[1]
+
+    def _teacher_of(self, seed: int, names: list[str]) -> RememberedTeacher:
+        view, key = self.foundation(seed), tuple(names)
+        if key not in self._teachers:
+            self._teachers[key] = RememberedTeacher(teacher_of(view, names), _TEACHER_MEMORY)
+        return self._teachers[key]
 
     def _train_teacher(self, settings: StudySettings, seed: int) -> tuple[nn.Module, dict[str, Fitted], dict]:
         names = list(self.data.tasks)

@@ -14,7 +14,7 @@ from lorkd_monai.data.samplers import draws_per_task
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.study.diagnostics import gradient_conflict, spectra
 from lorkd_monai.study.methods import Method
-from lorkd_monai.study.models import OneEach, build_student, init_from, members_of, teacher_of
+from lorkd_monai.study.models import OneEach, RememberedTeacher, build_student, init_from, members_of
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.subsets import Part, only_tasks
 from lorkd_monai.study.training import Fitted, fit
@@ -44,7 +44,8 @@ class Students:
         training, validation: images of all tasks.
         labelled: which training images have labels.
         seed: of the weights, the draws, the augmentation.
-        view: the foundation model, where the method takes its knowledge or its weights.
+        view: the foundation model, where the method starts from its weights.
+        teacher: gives the frozen teacher of some tasks.
         device: where to train.
         progress: is told one line now and then.
     """
@@ -56,6 +57,7 @@ class Students:
     labelled: list[bool]
     seed: int
     view: TaskChannels | None
+    teacher: Callable[[list[str]], RememberedTeacher]
     device: torch.device
     progress: Callable[[str], None]
 
@@ -114,6 +116,6 @@ class Students:
         draws = draws_of(self.data, settings, names)
         return fit(
             network, data, part, Part(self.validation, names), settings, self.seed, epochs, draws,
-            settings.ema, teacher_of(self.view, names) if self.method.distilled else None, self.device,
+            settings.ema, self.teacher(names) if self.method.distilled else None, self.device,
             lambda line: self.progress(f"{', '.join(names)}: {line}" if single else line),
         )  # fmt: skip

@@ -1,0 +1,227 @@
+"""What a study found: means over tasks and seeds, and paired bootstrap intervals between methods.
+
+All figures come from the files of finished runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.metrics.bootstrap import resampling_weights
+from lorkd_monai.metrics.classification import balanced_accuracy
+from lorkd_monai.study.files import RunFile, read_runs
+
+__all__ = ["Difference", "Summary", "compare", "scores_under", "summarise"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method in one setting over its seeds.
+
+    ``mean`` and ``sd`` are of the mean over the scored tasks (sd: sample standard deviation over seeds, None for one
+    seed); ``tasks`` holds ``(mean, sd)`` of each task, ``low`` and ``high`` the bootstrap interval of ``mean``.
+    """
+
+    setting: str
+    method: str
+    seeds: tuple[int, ...]
+    mean: float
+    sd: float | None
+    low: float
+    high: float
+    tasks: dict[str, tuple[float, float | None]]
+    runs: tuple[dict[str, Any], ...] = dataclasses.field(repr=False)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``first`` minus ``second`` on the same test images: the value, and the central 95 % of the resamples.
+
+    ``share_above`` is the part of the resamples in which ``first`` is above.
+    """
+
+    setting: str
+    first: str
+    second: str
+    seeds: tuple[int, ...]
+    value: float
+    low: float
+    high: float
+    share_above: float
+    tasks: dict[str, tuple[float, float, float]]
+
+
+def scores_under(arrays: Mapping[str, np.ndarray], kind: str, weights: Tensor, task: int) -> Tensor:
+    """The score of one task in one run, for each row of ``weights`` (R × N: how often each test image counts).
+
+    Balanced accuracy, or the mean over images of the mean Dice over classes (images without a value are left out).
+
+    Raises:
+        LoRKDError: the run has other test images than the weights are made for.
+    """
+    if kind == "classification":
+        label = torch.as_tensor(arrays[f"{task}_label"]).long()
+        probability = torch.as_tensor(arrays[f"{task}_probability"])
+        _check_count(len(label), weights)
+        return balanced_accuracy(probability.argmax(1), label, probability.shape[1], weights)
+    dice = torch.as_tensor(arrays[f"{task}_dice"]).double().nanmean(1)
+    _check_count(len(dice), weights)
+    known = ~dice.isnan()
+    kept = weights[:, known]
+    return kept @ dice[known] / kept.sum(1)
+
+
+def _check_count(count: int, weights: Tensor) -> None:
+    if count != weights.shape[1]:
+        raise LoRKDError(f"runs of one study differ in their test images: {count} and {weights.shape[1]}")
+
+
+class _Scores:
+    """Scores of runs under the same resamples of the test images, task by task."""
+
+    def __init__(self, resamples: int) -> None:
+        self.resamples = resamples
+        self._weights: dict[int, Tensor] = {}
+        self._known: dict[str, dict[str, Tensor]] = {}
+
+    def of(self, run: RunFile, content: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Task -> the score as it is (first), then under each resample."""
+        key = str(run.json)
+        if key not in self._known:
+            arrays, data = run.read_arrays(), content["data"]
+            found = {}
+            for number, (name, task) in enumerate(data["tasks"].items()):
+                count = self._count(arrays, number)
+                if task["scored"] and count:
+                    found[name] = scores_under(arrays, data["kind"], self._rows(number, count), number)
+            self._known[key] = found
+        return self._known[key]
+
+    @staticmethod
+    def _count(arrays: Mapping[str, np.ndarray], number: int) -> int:
+        found = [arrays[key] for key in (f"{number}_label", f"{number}_dice") if key in arrays]
+        return len(found[0]) if found else 0
+
+    def _rows(self, number: int, count: int) -> Tensor:
+        if number not in self._weights:
+            # Tasks have different images: each is resampled by itself.
+            drawn = resampling_weights(count, self.resamples, seed=number)
+            self._weights[number] = torch.cat([torch.ones(1, count, dtype=torch.float64), drawn])
+        return self._weights[number]
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    values = values[values.isfinite()]
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+class _Study:
+    """The finished runs of a folder, read once."""
+
+    def __init__(self, folder: str | os.PathLike, resamples: int) -> None:
+        self.runs: dict[tuple[str, str], dict[int, tuple[RunFile, dict[str, Any]]]] = {}
+        teachers: dict[str, dict[int, tuple[RunFile, dict[str, Any]]]] = {}
+        for run in read_runs(folder):
+            content = run.read()
+            place = self.runs.setdefault((run.setting, run.method), {})
+            place[run.seed] = (run, content)
+            if content["family"] == "teacher":
+                teachers.setdefault(run.method, place)
+        if not self.runs:
+            raise LoRKDError(f"no finished runs in {folder}: expected the folder of `lorkd study`")
+        # The teacher sees all labels in every setting: it stands beside the students of each.
+        for setting in {setting for setting, _ in self.runs}:
+            for method, place in teachers.items():
+                self.runs.setdefault((setting, method), place)
+        self.scores = _Scores(resamples)
+
+    def mean_scores(self, setting: str, method: str, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """Task -> scores (as it is, then resampled), averaged over seeds."""
+        found = [self.scores.of(*self.runs[setting, method][seed]) for seed in seeds]
+        return {task: torch.stack([one[task] for one in found]).mean(0) for task in found[0]}
+
+
+def summarise(folder: str | os.PathLike, resamples: int = 2000) -> list[Summary]:
+    """Every method of a study in every setting, the best mean of a setting first.
+
+    The interval resamples the test images of each task and averages over seeds: it says how much the figure hangs on
+    the choice of test images, ``sd`` how much on the seed (weights, draws, and in settings of few labels which images
+    have them).
+
+    Raises:
+        LoRKDError: there are no finished runs, or a file that can't be read.
+    """
+    study = _Study(folder, resamples)
+    rows = []
+    for (setting, method), place in study.runs.items():
+        seeds = tuple(sorted(place))
+        by_task = study.mean_scores(setting, method, seeds)
+        means = [float(np.mean([s[0] for s in study.scores.of(*place[seed]).values()])) for seed in seeds]
+        tasks = {}
+        for task in by_task:
+            values = [float(study.scores.of(*place[seed])[task][0]) for seed in seeds]
+            tasks[task] = (float(np.mean(values)), _sd(values))
+        low, high = _interval(torch.stack(list(by_task.values())).mean(0)[1:])
+        rows.append(
+            Summary(
+                setting, method, seeds, float(np.mean(means)), _sd(means), low, high, tasks,
+                tuple(place[seed][1] for seed in seeds),
+            )
+        )  # fmt: skip
+    return sorted(rows, key=lambda row: (row.setting != "full", row.setting, -row.mean))
+
+
+def compare(
+    folder: str | os.PathLike,
+    pairs: Sequence[tuple[str, str]] | Callable[[str, str], bool],
+    resamples: int = 2000,
+) -> list[Difference]:
+    """Differences between methods, paired by test image and averaged over the seeds that both have.
+
+    Args:
+        folder: of the study.
+        pairs: (first, second) method names, in every setting that has both; or which of all pairs to take.
+        resamples: of the test images.
+
+    Raises:
+        LoRKDError: there are no finished runs, or a file that can't be read.
+    """
+    study = _Study(folder, resamples)
+    rows = []
+    for setting in sorted({setting for setting, _ in study.runs}, key=lambda s: (s != "full", s)):
+        methods = [method for own, method in study.runs if own == setting]
+        chosen = pairs
+        if callable(pairs):
+            chosen = [(a, b) for a in methods for b in methods if a != b and pairs(a, b)]
+        for first, second in chosen:
+            if first not in methods or second not in methods:
+                continue
+            seeds = sorted(study.runs[setting, first].keys() & study.runs[setting, second].keys())
+            if seeds:
+                rows.append(_difference(study, setting, first, second, seeds))
+    return rows
+
+
+def _difference(study: _Study, setting: str, first: str, second: str, seeds: Sequence[int]) -> Difference:
+    a, b = (study.mean_scores(setting, method, seeds) for method in (first, second))
+    by_task = {task: a[task] - b[task] for task in a if task in b}
+    mean = torch.stack(list(by_task.values())).mean(0)
+    low, high = _interval(mean[1:])
+    return Difference(
+        setting, first, second, tuple(seeds), float(mean[0]), low, high, float((mean[1:] > 0).double().mean()),
+        {task: (float(d[0]), *_interval(d[1:])) for task, d in by_task.items()},
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""A study's findings as Markdown tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from lorkd_monai.study.statistics import Difference, Summary, compare, summarise
+
+__all__ = ["BASELINES", "difference_pairs", "difference_table", "main_table", "study_tables"]
+
+BASELINES = ("teacher", "stl", "mtl", "mtl_norms", "stl_kd", "mtl_kd", "mtl_kd_norms", "separate_kd")
+"""What decompositions are compared with."""
+
+
+def _with_sd(mean: float, sd: float | None) -> str:
+    return f"{mean:.3f}" + ("" if sd is None else f" ± {sd:.3f}")
+
+
+def _mean_of(row: Summary, *keys: str) -> float:
+    values = []
+    for run in row.runs:
+        value: object = run
+        for key in keys:
+            value = value[key]
+        values.append(float(value))
+    return sum(values) / len(values)
+
+
+def _one_expert(row: Summary, key: str) -> float:
+    """The mean over tasks of a cost of the plain network that serves one task, of the first seed."""
+    plain = row.runs[0]["cost"]["plain"].values()
+    return sum(one[key] for one in plain) / len(plain)
+
+
+def main_table(rows: Sequence[Summary]) -> str:
+    """Mean over tasks with its interval, each task, and what it costs: a row for each method of one setting."""
+    tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
+    header = ["method", "seeds", "mean of tasks (± sd over seeds)", "95 % interval", *tasks]
+    header += ["parameters for one task", "of all tasks", "M multiply-adds", "training, CPU min"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        cells = [
+            row.method,
+            str(len(row.seeds)),
+            _with_sd(row.mean, row.sd),
+            f"{row.low:.3f}–{row.high:.3f}",
+            *(_with_sd(*row.tasks[task]) if task in row.tasks else "" for task in tasks),
+            f"{_one_expert(row, 'parameters'):,.0f}",
+            f"{_mean_of(row, 'cost', 'parameters'):,.0f}",
+            f"{_one_expert(row, 'multiply_adds') / 1e6:.1f}",
+            f"{_mean_of(row, 'time', 'training_cpu_s') / 60:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def difference_pairs(rows: Sequence[Summary]) -> list[tuple[str, str]]:
+    """Each decomposition beside each of the methods that it is to beat."""
+    experts = dict.fromkeys(row.method for row in rows if row.runs[0]["family"] == "lorkd")
+    known = {row.method for row in rows}
+    return [(first, second) for first in experts for second in BASELINES if second in known]
+
+
+def difference_table(rows: Sequence[Difference]) -> str:
+    """Differences with their intervals; those whose interval leaves out 0 are set in bold."""
+    lines = ["| setting | methods | seeds | difference | 95 % interval |", "|---|---|---|---|---|"]
+    for row in rows:
+        value = f"{row.value:+.3f}"
+        sure = row.low > 0 or row.high < 0
+        lines.append(
+            f"| {row.setting} | {row.first} − {row.second} | {len(row.seeds)} | {f'**{value}**' if sure else value} "
+            f"| {row.low:+.3f} to {row.high:+.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def study_tables(folder: str | os.PathLike, resamples: int = 2000) -> str:
+    """All tables of a study, read from the files of its finished runs.
+
+    Raises:
+        LoRKDError: there are none.
+    """
+    rows = summarise(folder, resamples)
+    score = rows[0].runs[0]["score"].replace("_", " ")
+    parts = []
+    for setting in dict.fromkeys(row.setting for row in rows):
+        own = [row for row in rows if row.setting == setting]
+        parts.append(f"### {setting}\n\nMean {score} on the test images.\n\n{main_table(own)}")
+    differences = compare(folder, difference_pairs(rows), resamples)
+    if differences:
+        parts.append(f"### Differences\n\n{difference_table(differences)}")
+    return "\n\n".join(parts) + "\n"
