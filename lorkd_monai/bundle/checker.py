@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 import logging
 import re
-import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from lorkd_monai.bundle.check_weights import check_weights, check_zoo_commands
 from lorkd_monai.bundle.metadata import needed_packages, strings_of
+from lorkd_monai.bundle.problem import BundleFiles, Problem
 from lorkd_monai.bundle.readme import SECTIONS
 from lorkd_monai.bundle.text import is_inert
 from lorkd_monai.errors import LoRKDError
@@ -45,50 +44,7 @@ _EXACT = re.compile(r"\d+(\.\d+)+((a|b|rc|\.post|\.dev)\d+)*")
 _LARGE = 25 * 2**20
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One fault of a bundle: a short ``code``, the ``file`` it is in, what is wrong, and what to do."""
-
-    code: str
-    file: str
-    message: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.message}; {self.fix} [{self.code}]"
-
-
-@dataclass
-class _Bundle:
-    """A bundle's folder with what was read of it; a file that cannot be read is absent from ``json``."""
-
-    folder: Path
-    name: str
-    json: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return self.json.get("configs/metadata.json", {})
-
-    @property
-    def inference(self) -> dict[str, Any]:
-        return self.json.get("configs/inference.json", {})
-
-    def tensor(self, side: str, name: str) -> Mapping[str, Any]:
-        item = self.metadata.get("network_data_format", {})
-        for key in (side, name):
-            item = item.get(key, {}) if isinstance(item, Mapping) else {}
-        return item if isinstance(item, Mapping) else {}
-
-    @property
-    def readable(self) -> bool:
-        """True where the network can be built and its input is known."""
-        shape = self.tensor("inputs", "image").get("spatial_shape")
-        known = isinstance(shape, list) and shape and all(isinstance(n, int) for n in shape)
-        return bool(self.inference.get("network_def")) and bool(known)
-
-
-def _files(bundle: _Bundle) -> Iterator[Problem]:
+def _files(bundle: BundleFiles) -> Iterator[Problem]:
     for name in REQUIRED_FILES:
         if not (bundle.folder / name).is_file():
             yield Problem("missing-file", name, "the file is missing", "export the bundle again, or put the file back")
@@ -109,7 +65,7 @@ def _files(bundle: _Bundle) -> Iterator[Problem]:
             yield Problem("indent", name, "JSON must be indented by 4", "write it with json.dump(…, indent=4)")
 
 
-def _names(bundle: _Bundle) -> Iterator[Problem]:
+def _names(bundle: BundleFiles) -> Iterator[Problem]:
     if not re.fullmatch(r"[A-Za-z0-9_-]+_(classification|segmentation)", bundle.name):
         yield Problem(
             "name", ".", f"the folder is named {bundle.name!r}, expected <task>_classification or <task>_segmentation",
@@ -120,7 +76,7 @@ def _names(bundle: _Bundle) -> Iterator[Problem]:
         yield Problem("name", "configs/metadata.json", "'name' must hold a display name", "add one in plain words")
 
 
-def _metadata(bundle: _Bundle) -> Iterator[Problem]:
+def _metadata(bundle: BundleFiles) -> Iterator[Problem]:
     file, metadata = "configs/metadata.json", bundle.metadata
     if not metadata:
         return
@@ -155,7 +111,7 @@ def _metadata(bundle: _Bundle) -> Iterator[Problem]:
         )
 
 
-def _schema(bundle: _Bundle, schema: str | Path | None) -> Iterator[Problem]:
+def _schema(bundle: BundleFiles, schema: str | Path | None) -> Iterator[Problem]:
     if schema is None or not bundle.metadata:
         return
     try:
@@ -170,7 +126,7 @@ def _schema(bundle: _Bundle, schema: str | Path | None) -> Iterator[Problem]:
         yield Problem("schema", "configs/metadata.json", f"{where}: {error.message[:200]}", "do as the schema says")
 
 
-def _packages(bundle: _Bundle) -> Iterator[Problem]:
+def _packages(bundle: BundleFiles) -> Iterator[Problem]:
     file, stated = "configs/metadata.json", bundle.metadata.get("required_packages_version")
     if not isinstance(stated, dict):
         return
@@ -187,7 +143,7 @@ def _packages(bundle: _Bundle) -> Iterator[Problem]:
             )  # fmt: skip
 
 
-def _stock_only(bundle: _Bundle) -> Iterator[Problem]:
+def _stock_only(bundle: BundleFiles) -> Iterator[Problem]:
     for name, content in bundle.json.items():
         for text in strings_of(content):
             if re.search(r"\b(lorkd_monai|scripts)\.", text) and name != "configs/metadata.json":
@@ -197,7 +153,7 @@ def _stock_only(bundle: _Bundle) -> Iterator[Problem]:
                 )  # fmt: skip
 
 
-def _personal_paths(bundle: _Bundle) -> Iterator[Problem]:
+def _personal_paths(bundle: BundleFiles) -> Iterator[Problem]:
     for path in sorted(bundle.folder.rglob("*")):
         if not path.is_file() or path.suffix.lower() not in _TEXT_SUFFIXES:
             continue
@@ -207,24 +163,47 @@ def _personal_paths(bundle: _Bundle) -> Iterator[Problem]:
             yield Problem("personal-path", name, f"it holds the path {found[0]!r}", "write it relative to @bundle_root")
 
 
-def _sizes(bundle: _Bundle) -> Iterator[Problem]:
-    listed = {}
-    for path in bundle.folder.glob("large_files.y*ml"):
-        import yaml
+def _large_files(bundle: BundleFiles) -> tuple[dict[str, Mapping[str, Any]], list[Problem]]:
+    """The entries of large_files.yml by their path, and what is wrong with the file."""
+    import yaml
 
-        entries = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("large_files", [])
-        listed = {entry.get("path"): entry.get("hash_val") for entry in entries}
+    entries: dict[str, Mapping[str, Any]] = {}
+    problems = []
+    for path in sorted(bundle.folder.glob("large_files.y*ml")):
+        fix = "write a list large_files of entries with path, url, hash_val and hash_type"
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))["large_files"]
+            entries.update({str(entry["path"]): entry for entry in found})
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
+            problems.append(Problem("large-file", path.name, f"it cannot be read ({error!r:.200})", fix))
+    return entries, problems
+
+
+def _sizes(bundle: BundleFiles) -> Iterator[Problem]:
+    listed, problems = _large_files(bundle)
+    yield from problems
     for path in sorted(bundle.folder.rglob("*")):
         if not path.is_file() or path.stat().st_size <= _LARGE:
             continue
         name = path.relative_to(bundle.folder).as_posix()
         if name not in listed:
             yield Problem("large-file", name, "it is above 25 MB", "list it in large_files.yml with its sha256")
-        elif listed[name] != sha256(path.read_bytes()).hexdigest():
+        elif listed[name].get("hash_val") != sha256(path.read_bytes()).hexdigest():
             yield Problem("large-file", name, "large_files.yml has another hash for it", "write its sha256 there")
 
 
-def _pages(bundle: _Bundle) -> Iterator[Problem]:
+def _addresses(bundle: BundleFiles) -> Iterator[Problem]:
+    """The zoo holds no file above 25 MB: it downloads them from where large_files.yml says."""
+    for name, entry in _large_files(bundle)[0].items():
+        url = entry.get("url")
+        if not re.fullmatch(r"https?://[^\s/]+/\S+", str(url)):
+            yield Problem(
+                "large-file-url", "large_files.yml", f"{name} has no address to be downloaded from, but {url!r}",
+                "upload the file to where anybody can get it, and write its https:// address there",
+            )  # fmt: skip
+
+
+def _pages(bundle: BundleFiles) -> Iterator[Problem]:
     readme = bundle.folder / "docs" / "README.md"
     if readme.is_file():
         heads = re.findall(r"^#{2,4} +\**(.+?)\** *$", readme.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -249,7 +228,7 @@ def _has(config: Any, key: str) -> bool:
     return True
 
 
-def _properties(bundle: _Bundle) -> Iterator[Problem]:
+def _properties(bundle: BundleFiles) -> Iterator[Problem]:
     from monai.bundle import ConfigWorkflow
 
     meta = bundle.folder / "configs" / "metadata.json"
@@ -286,155 +265,6 @@ def _properties(bundle: _Bundle) -> Iterator[Problem]:
             )  # fmt: skip
 
 
-def _network(bundle: _Bundle) -> Iterator[Problem]:
-    import torch
-
-    from lorkd_monai.bundle.formats import build_network
-
-    path = bundle.folder / "models" / "model.pt"
-    if not path.is_file() or not bundle.readable:
-        return
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
-        reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
-        yield Problem("weights", "models/model.pt", f"it cannot be read ({reason})", "export it again")
-        return
-    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        yield Problem("weights", "models/model.pt", "expected a flat state_dict", "save network.state_dict()")
-        return
-    try:
-        network = build_network(bundle.inference["network_def"], weights)
-    except LoRKDError as error:
-        yield Problem("weights", "models/model.pt", f"it does not fit network_def: {error}", "export it again")
-        return
-    inputs, outputs = bundle.tensor("inputs", "image"), bundle.tensor("outputs", "pred")
-    shape = (1, inputs["num_channels"], *inputs["spatial_shape"])
-    image = torch.rand(shape, generator=torch.Generator().manual_seed(1))
-    try:
-        with torch.no_grad():
-            result = network(image)
-    except RuntimeError as error:
-        yield Problem(
-            "channels", "configs/metadata.json", f"the network does not take the input that it describes, {shape}: "
-            f"{str(error).splitlines()[0]}", "give the network's own input channels and size",
-        )  # fmt: skip
-        return
-    if not isinstance(result, torch.Tensor):
-        message = f"network_def returns a {type(result).__name__}, not one tensor"
-        yield Problem(
-            "channels", "configs/inference.json", message, "MONAI's tools need a network that returns one tensor"
-        )
-        return
-    if result.shape[1] != outputs.get("num_channels"):
-        yield Problem(
-            "channels", "configs/metadata.json", f"it says {outputs.get('num_channels')} output channels, the network "
-            f"gives {result.shape[1]}", "make num_channels and channel_def those of the network",
-        )  # fmt: skip
-    yield from _formats(bundle, weights, image, result)
-
-
-def _formats(bundle: _Bundle, weights: Mapping[str, Any], image: Any, expected: Any) -> Iterator[Problem]:
-    """Every other form of the weights must give the output of model.pt."""
-    import torch
-
-    from lorkd_monai.bundle.formats import TOLERANCE, run_onnx
-
-    def differs(got: Any) -> bool:
-        scale = max(1.0, float(expected.abs().max()))
-        return got.shape != expected.shape or float((got - expected).abs().max()) > TOLERANCE * scale
-
-    models = bundle.folder / "models"
-    again = "write it again from model.pt"
-    if (models / "model.safetensors").is_file():
-        from safetensors.torch import load_file
-
-        try:
-            stored = load_file(models / "model.safetensors")
-            same = stored.keys() == weights.keys() and all(torch.equal(stored[k], weights[k]) for k in weights)
-        except Exception:  # safetensors has an error class of its own for a damaged header
-            same = False
-        if not same:
-            yield Problem("formats", "models/model.safetensors", "its tensors are not those of model.pt", again)
-    for path in sorted(models.glob("*.ts")):
-        name = f"models/{path.name}"
-        yield from _archive(bundle, path)
-        try:
-            with torch.no_grad():
-                wrong = differs(torch.jit.load(str(path), map_location="cpu").eval()(image))
-        except Exception as error:  # TorchScript's errors have no common class
-            reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
-            yield Problem("formats", name, f"it cannot be run ({reason})", again)
-            continue
-        if wrong:
-            yield Problem("formats", name, "its output is not that of model.pt", again)
-    onnx = models / "model.onnx"
-    if onnx.is_file():
-        try:
-            if differs(run_onnx(onnx, image)):
-                yield Problem("formats", "models/model.onnx", "its output is not that of model.pt", again)
-        except ImportError:
-            pass  # onnxruntime is an extra; what cannot be run here is not judged here
-        except Exception as error:  # onnxruntime's errors have no common public class
-            yield Problem("formats", "models/model.onnx", f"it cannot be run ({str(error)[:200]})", again)
-
-
-def _archive(bundle: _Bundle, path: Path) -> Iterator[Problem]:
-    name = f"models/{path.name}"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            root = names[0].split("/")[0]
-            extra = {item: archive.read(item) for item in names if item.startswith(f"{root}/extra/")}
-    except (OSError, zipfile.BadZipFile, IndexError):
-        return  # running it says so
-    if root != path.stem:
-        yield Problem(
-            "renamed-ts", name, f"its archive's root is {root!r}: the file was renamed after its export",
-            "export it under its final name with monai.bundle ckpt_export",
-        )  # fmt: skip
-    for config in ("metadata", "inference"):
-        stored = extra.get(f"{root}/extra/{config}.json")
-        try:
-            same = stored is not None and json.loads(stored) == bundle.json.get(f"configs/{config}.json")
-        except ValueError:
-            same = False
-        if not same:
-            yield Problem(
-                "archive", name, f"its extra/{config}.json is missing or not configs/{config}.json",
-                "export it again with monai.bundle ckpt_export",
-            )  # fmt: skip
-
-
-def _zoo_commands(bundle: _Bundle) -> Iterator[Problem]:
-    """MONAI's own commands, as the zoo's CI runs them."""
-    from monai.bundle import ckpt_export, verify_net_in_out
-
-    if not bundle.readable or not (bundle.folder / "models" / "model.pt").is_file():
-        return
-    configs = bundle.folder / "configs"
-    files = {"meta_file": str(configs / "metadata.json"), "config_file": str(configs / "inference.json")}
-    root = {"bundle_root": str(bundle.folder)}
-    try:
-        verify_net_in_out("network_def", **files, device="cpu", **root)
-    except Exception as error:  # the network may raise anything
-        fix = "describe the tensors of network_def as they are"
-        yield Problem("verify", "configs/metadata.json", f"verify_net_in_out fails: {error}", fix)
-    how = bundle.metadata.get("torchscript", "script")
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            ckpt_export(
-                "network_def", filepath=str(Path(temporary) / "model.ts"), use_trace=how == "trace",
-                ckpt_file=str(bundle.folder / "models" / "model.pt"), **files, **root,
-            )  # fmt: skip
-        except Exception as error:  # TorchScript's errors have no common class
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            yield Problem(
-                "torchscript", "models/model.pt", f"ckpt_export by {how} fails: {reason}",
-                "set 'torchscript' in metadata.json to 'trace' where the network cannot be scripted",
-            )  # fmt: skip
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """MONAI's commands log and warn about every step; only what we return counts here."""
@@ -454,6 +284,7 @@ def check_bundle(
     name: str | None = None,
     thorough: bool = True,
     schema: str | Path | None = None,
+    for_zoo: bool = True,
 ) -> list[Problem]:
     """Check an expert bundle as the model zoo's CI does and return its problems; an empty list means none.
 
@@ -465,6 +296,7 @@ def check_bundle(
         name: the name to judge instead of the folder's own.
         thorough: also run MONAI's own `verify_net_in_out` and `ckpt_export`.
         schema: file of MONAI's metadata schema, to validate against as well (needs ``lorkd-monai[schema]``).
+        for_zoo: also ask for what nobody but the model zoo needs: the addresses of large files.
 
     Raises:
         LoRKDError: ``folder`` is no folder.
@@ -477,13 +309,14 @@ def check_bundle(
     folder = Path(folder)
     if not folder.is_dir():
         raise LoRKDError(f"expected the folder of a bundle, got {str(folder)!r}, which is no folder")
-    bundle = _Bundle(folder, name or folder.resolve().name)
-    subjects: list[Callable[[_Bundle], Iterator[Problem]]] = [
-        _files, _names, _metadata, _packages, _stock_only, _personal_paths, _sizes, _pages, _properties, _network,
+    bundle = BundleFiles(folder, name or folder.resolve().name)
+    subjects: list[Callable[[BundleFiles], Iterator[Problem]]] = [
+        _files, _names, _metadata, _packages, _stock_only, _personal_paths, _sizes, _pages, _properties, check_weights,
     ]  # fmt: skip
     with _quiet():
         problems = [problem for subject in subjects for problem in subject(bundle)]
         problems += _schema(bundle, schema)
+        problems += _addresses(bundle) if for_zoo else []
         if thorough and not problems:
-            problems += _zoo_commands(bundle)
+            problems += check_zoo_commands(bundle)
     return problems

@@ -40,7 +40,7 @@ def _checked(folder: str | Path, check: bool) -> Path:
     folder = Path(folder).resolve()
     if not (folder / "configs" / "metadata.json").is_file():
         raise LoRKDError(f"expected the folder of a MONAI bundle, but {folder} has no configs/metadata.json")
-    problems = check_bundle(folder, thorough=False) if check else []
+    problems = check_bundle(folder, thorough=False, for_zoo=False) if check else []
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise LoRKDError(f"{folder.name} is not fit to be shared; mend this first, or set check=False:\n{listed}")

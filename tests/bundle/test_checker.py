@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorkd_monai.bundle import Problem, check_bundle
+from lorkd_monai.bundle import Problem, check_bundle, pack_bundle
 from lorkd_monai.errors import LoRKDError
 
 
@@ -174,13 +174,51 @@ def test_large_file(bundle, monkeypatch):
     assert "models/model.pt" in {problem.file for problem in problems}
 
 
+def list_large(bundle: Path, text: str, **entry: str) -> None:
+    """Write large_files.yml: ``text``, or a list of the one file ``entry``."""
+    (bundle / "large_files.yml").write_text(json.dumps({"large_files": [entry]}) if entry else text)
+
+
 def test_large_file_with_a_wrong_hash(bundle, monkeypatch):
     limit = (bundle / "models" / "model.ts").stat().st_size
     monkeypatch.setattr("lorkd_monai.bundle.checker._LARGE", limit - 1)
-    entry = {"large_files": [{"path": "models/model.ts", "url": "", "hash_val": "0", "hash_type": "sha256"}]}
-    (bundle / "large_files.yml").write_text(json.dumps(entry))
+    list_large(bundle, "", path="models/model.ts", url="https://example.org/model.ts", hash_val="0")
     problems = check_bundle(bundle, thorough=False)
     assert any(p.file == "models/model.ts" and "another hash" in p.message for p in problems)
+
+
+@pytest.mark.parametrize("url", ["", "not uploaded yet", "file:///a/b", "https://", "https://example.org", "ftp://a/b"])
+def test_large_file_without_an_address(bundle, url):
+    list_large(bundle, "", path="models/model.ts", url=url)
+    only(
+        bundle,
+        "large-file-url",
+        "large_files.yml",
+        f"models/model.ts has no address to be downloaded from, but {url!r}",
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "large_files: 3", "other: []", "- a", "large_files: [a]", "large_files: [{a: 1}]"]
+)
+def test_a_list_of_large_files_that_is_none(bundle, text):
+    list_large(bundle, text)
+    only(bundle, "large-file", "large_files.yml", "it cannot be read")
+
+
+def test_a_large_export_waits_for_the_addresses_and_only_the_zoo_needs_them(make_case, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorkd_monai.bundle.writer.LARGE", 2**14)
+    folder = make_case("2d_classification").write(tmp_path / "a_classification", formats=("pt",))
+    problem = only(folder, "large-file-url", "large_files.yml", "models/model.pt has no address")
+    assert "upload the file" in problem.fix
+    assert check_bundle(folder, thorough=False, for_zoo=False) == []
+    assert pack_bundle(folder, tmp_path).is_file()
+
+    listed = folder / "large_files.yml"
+    text = listed.read_text()
+    address = next(line.split(": ", 1)[1] for line in text.splitlines() if "url" in line and "not uploaded" in line)
+    listed.write_text(text.replace(address, '"https://example.org/file"'))
+    assert check_bundle(folder, thorough=False) == []
 
 
 def test_readme_section(bundle):
