@@ -10,5 +10,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/tool_env.sh"
 make_env deploy "${1:-$root/.venv-deploy}" "torch==2.13.0" "monai==1.6.1" "pydicom==3.0.2" "setuptools<81"
-# The SDK declares neither highdicom nor SimpleITK, nibabel and pyyaml, but the application needs them.
-finish_env "monai-deploy-app-sdk==4.0.0" "holoscan-cu13==4.6.0" highdicom SimpleITK nibabel pillow pyyaml
+# The SDK declares neither monai nor highdicom, SimpleITK, nibabel and pyyaml, but the application needs them.
+finish_env "import SimpleITK, highdicom, monai.bundle, monai.deploy.core, monai.deploy.operators, nibabel, yaml, PIL" \
+  "monai-deploy-app-sdk==4.0.0" "holoscan-cu13==4.6.0" "monai==1.6.1" "pydicom==3.0.2" highdicom SimpleITK nibabel \
+  pillow pyyaml

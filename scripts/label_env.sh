@@ -22,4 +22,5 @@ if is_new && "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not
   echo 'import lorkd_torchvision_on_cpu' > "$site/lorkd_torchvision_on_cpu.pth"
 fi
 # sam2, which MONAI Label names, has its CUDA parts built on this machine unless told not to.
-SAM2_BUILD_CUDA=0 finish_env --no-build-isolation "monailabel==0.8.5"
+SAM2_BUILD_CUDA=0 finish_env "import monailabel.main, monailabel.app, monailabel.tasks.infer.bundle" \
+  --no-build-isolation "monailabel==0.8.5" "monai==1.6.1" "pydicom==2.4.5"

@@ -6,6 +6,8 @@
 #   bash scripts/test.sh tests/losses -n 0        one folder, in one process
 #
 # LORKD_TEST_WORKERS   processes side by side (default: the cores, at most 4)
+# LORKD_TOOLS          1 (default): the tests that run experts in MONAI Label and MONAI Deploy make the environments
+#                      .venv-label and .venv-deploy first (5 GB), and fail where they cannot; 0: leave these tests out
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/scripts/setup.sh" test
@@ -16,6 +18,6 @@ workers=${LORKD_TEST_WORKERS:-$((cores < 4 ? cores : 4))}
 
 # One thread a process, whole files to one process (what a file trains once, its tests share), in the order of
 # the folders: tests/bundles, the longest, comes early.
-export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PATH="$venv/bin:$PATH"
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 LORKD_TOOLS=${LORKD_TOOLS:-1} PATH="$venv/bin:$PATH"
 cd "$root"
 exec "$venv/bin/python" -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder --durations=10 "$@"

@@ -1,7 +1,7 @@
 # Shared by label_env.sh and deploy_env.sh, which source it.
 #
 #   make_env NAME FOLDER PIN...   the empty environment with torch (the first pin); sets $python
-#   finish_env PACKAGE...         installs the packages within the pins, and writes the stamp
+#   finish_env CODE PACKAGE...    installs the packages within the pins, sees that CODE runs, and writes the stamp
 #
 # The stamp is written last and names what was installed: no stamp, or another one, means there is work to do.
 say() { printf '[%s] %s\n' "$tool" "$*" >&2; }
@@ -41,16 +41,26 @@ make_env() {
   printf '%s\n' "${pins[@]}" > "$venv/lorkd-pins.txt"
   # torch by itself first, and pinned in what follows: an open range takes a build with gigabytes of CUDA.
   # Not compiled: most of what is installed is never imported, and what is gets compiled then.
-  "$python" -m pip install -qq --disable-pip-version-check --no-compile "${pins[0]}" wheel "setuptools<81"
+  install "${pins[0]}" wheel "setuptools<81"
+}
+
+install() {
+  "$python" -m pip install -qq --disable-pip-version-check --no-compile "$@" \
+    || fail "pip cannot install $* into $venv; it needs a package index, through the network or a mirror"
 }
 
 is_new() { [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; }
 
 finish_env() {
+  local code=$1
+  shift
   if is_new; then
-    "$python" -m pip install -qq --disable-pip-version-check --no-compile -c "$venv/lorkd-pins.txt" "$@"
+    install -c "$venv/lorkd-pins.txt" "$@"
+    # Also compiles what is imported, even where the shell forbids that: the first start would take a minute longer.
+    (cd "$venv" && PYTHONDONTWRITEBYTECODE= PYTHONPATH= CUDA_VISIBLE_DEVICES= "$python" -W ignore -c "$code" > lorkd-check.log 2>&1) \
+      || fail "what was installed into $venv does not run: $(tail -n 5 "$venv/lorkd-check.log")"
     printf '%s' "$wanted" > "$stamp"
-    say "done in $((SECONDS - started)) s"
+    say "done in $((SECONDS - started)) s; $(du -sh "$venv" | cut -f1)"
   fi
   echo "$venv"
 }

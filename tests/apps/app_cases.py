@@ -76,22 +76,38 @@ def write_picture(path: Path, seed: int = 0, colour: bool = False) -> Path:
     return path
 
 
-def tool_environment(repository: Path, name: str) -> Path:
-    """The environment of ``scripts/NAME_env.sh``, which makes it where LORKD_NEED_TOOLS=1 asks for it.
+def clean_environ(**more: str) -> dict[str, str]:
+    """The variables that a tool's Python runs with: nothing of this checkout, no GPU, one thread as the tests have.
 
-    LORKD_LABEL_VENV and LORKD_DEPLOY_VENV name another place than ``.venv-NAME``. Where neither is there and nobody
-    asked, the test is skipped: these environments take long to install.
+    What it imports is compiled once, also where the shell says that no compiled files are to be written.
     """
-    place = os.environ.get(f"LORKD_{name.upper()}_VENV", str(repository / f".venv-{name}"))
-    if not os.environ.get("LORKD_NEED_TOOLS") and not Path(place, f"lorkd-{name}.stamp").is_file():
-        pytest.skip(f"no environment of {name}: make it with bash scripts/{name}_env.sh, or set LORKD_NEED_TOOLS=1")
+    return {**os.environ, "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "",
+            "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **more}  # fmt: skip
+
+
+def tool_environment(repository: Path, name: str) -> Path:
+    """The environment of ``scripts/NAME_env.sh``, made now where LORKD_TOOLS=1 asks for it, as scripts/test.sh does.
+
+    LORKD_LABEL_VENV and LORKD_DEPLOY_VENV name another place than ``.venv-NAME``. LORKD_TOOLS=0 skips the test; where
+    it is not set, the test runs if the environment is there. What cannot be made fails the test.
+    """
+    place = os.environ.get(f"LORKD_{name.upper()}_VENV") or str(repository / f".venv-{name}")
+    wanted = os.environ.get("LORKD_TOOLS", "")
+    if wanted not in ("", "0", "1"):
+        pytest.fail(f"LORKD_TOOLS must be 0, 1 or not set, got {wanted!r}")
+    if wanted == "0":
+        pytest.skip(f"LORKD_TOOLS=0: the environment of {name} is not wanted")
+    if not wanted and not Path(place, f"lorkd-{name}.stamp").is_file():
+        pytest.skip(f"no environment of {name}: make it with bash scripts/{name}_env.sh, or set LORKD_TOOLS=1")
     started = time.monotonic()
     done = subprocess.run(
         ["bash", str(repository / "scripts" / f"{name}_env.sh"), place],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        problem = f"scripts/{name}_env.sh cannot make {place}: {done.stderr.strip()[-1500:]}"
-        pytest.fail(problem)
+        problem = (
+            f"scripts/{name}_env.sh cannot make {place}; LORKD_TOOLS=0 leaves these tests out.\n{done.stderr[-2000:]}"
+        )
+        pytest.fail(problem, pytrace=False)
     print(f"the environment of {name} was ready after {time.monotonic() - started:.0f} s")
     return Path(done.stdout.strip().splitlines()[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from app_cases import EXPERTS, tool_environment, write_picture, write_volume
+from app_cases import EXPERTS, clean_environ, tool_environment, write_picture, write_volume
 
 from lorkd_monai.apps import write_deploy_app
 
@@ -27,11 +26,10 @@ class Deploy:
         self.python, self.app, self.images = python, app, images
 
     def script(self, *arguments: Any) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}
         command = " ".join(["ulimit -s 32768;", "exec", '"$@"'])
         return subprocess.run(
             ["bash", "-c", command, "run", str(self.python), *map(str, arguments)],
-            capture_output=True, text=True, check=False, env=environment, cwd=self.images, timeout=300,
+            capture_output=True, text=True, check=False, env=clean_environ(), cwd=self.images, timeout=300,
         )  # fmt: skip
 
     def run(self, source: Path, output: Path) -> subprocess.CompletedProcess[str]:
