@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorkd_monai.networks.routing import RoutedModule, take_rows
+from lorkd_monai.networks.heads_together import can_run_together, run_together, slow_one_by_one
+from lorkd_monai.networks.routing import RoutedModule, Routing, take_rows
 
 __all__ = ["HeadBank", "NormBank", "TaskBank", "pooled_features", "watch_heads"]
 
@@ -35,9 +36,11 @@ class TaskBank(RoutedModule):
         if routing.uniform is not None:
             return self._apply_one(routing.uniform, x)
         rows = x if routing.is_sorted else take_rows(x, routing.order)
-        parts = [self._apply_one(t, rows[start:stop]) for t, start, stop in routing.sorted.segments]
-        y = torch.cat(parts)
+        y = self._apply_sorted(rows, routing.sorted)
         return y if routing.is_sorted else take_rows(y, routing.inverse)
+
+    def _apply_sorted(self, x: Tensor, routing: Routing) -> Tensor:
+        return torch.cat([self._apply_one(t, x[start:stop]) for t, start, stop in routing.segments])
 
     def _apply_one(self, task: int, x: Tensor) -> Tensor:
         return self.tasks[task](x)
@@ -98,6 +101,13 @@ class HeadBank(TaskBank):
         if calls is not None:
             calls.append((self, x))
         return super().forward(x)
+
+    def _apply_sorted(self, x: Tensor, routing: Routing) -> Tensor:
+        heads = [self.tasks[t] for t in routing.present]
+        if not (slow_one_by_one(x, routing) and can_run_together(heads)):
+            return super()._apply_sorted(x, routing)
+        owner = [p for p, (_, start, stop) in enumerate(routing.segments) for _ in range(start, stop)]
+        return pad_channels(run_together(heads, x, owner), self.channel_dim, max(self.num_classes))
 
     def _apply_one(self, task: int, x: Tensor) -> Tensor:
         return pad_channels(self.tasks[task](x), self.channel_dim, max(self.num_classes))

@@ -29,17 +29,23 @@ _CHOICES = (*STRATEGIES, "auto", "measure")
 class _Prices(NamedTuple):
     """Time of forward and backward in ns. How they were found stands in docs/performance.md."""
 
-    operation: float  # one multiplication and addition of a dense convolution that runs well
+    call: float  # one segment of a split batch: its kernel calls
     weight: float  # one number of a merged weight: merging twice, reordering for the kernel, its gradient
-    call: float  # calling the kernels for one segment
+    moved: float  # one number of the input or output: cutting the batch and joining it
+    grouped_call: float
     grouped_weight: float  # one number of a weight in a grouped call
-    grouped_operation: float  # what an operation costs more in a grouped call
-    narrow_operation: float  # the same, where a group has fewer than 16 channels
-    branch: float  # what an operation of the low-rank branch costs, relative to a dense one
+    grouped_moved: float  # one number of the input or output, laid side by side for a grouped call
+    thin_operation: float  # what an operation costs more in a grouped call, where a group has fewer than 8 channels
+    branch_call: float
+    branch: float  # one operation of the low-rank branch
+    branch_moved: float
+    slow: float  # what an operation costs more in torch's own 3D kernel, see left_to_slow_kernel
+    slow_strided: float
 
 
-_CPU = _Prices(0.021, 12.0, 100e3, 22.0, 0.02, 0.08, 2.0)
-_GPU = _Prices(1e-4, 0.1, 150e3, 0.15, 1e-4, 2e-4, 2.0)  # estimated; not measured
+_CPU = _Prices(560e3, 6.6, 2.1, 850e3, 10.2, 3.8, 0.08, 1500e3, 0.08, 5.5, 0.2, 0.07)
+# Estimated, not measured: kernels are started in about 10 us each, and memory is a hundred times faster.
+_GPU = _Prices(150e3, 0.1, 0.02, 100e3, 0.15, 0.03, 2e-4, 150e3, 2e-4, 0.03, 0.0, 0.0)
 
 
 class Situation(NamedTuple):
@@ -49,9 +55,10 @@ class Situation(NamedTuple):
     sizes: tuple[int, ...]  # rows of each segment
     positions: int  # of a row's output (of its input, for a transposed convolution)
     weight: int  # numbers in W0
+    moved: int  # numbers of input and output together
     branch: int  # numbers in the filters of the low-rank branch; 0 where ΔW can't be written as two maps
     channels: int  # the fewer of a group's input and output channels
-    penalty: float  # ns for each operation of a segment that falls out of the fast kernels, see slow_kernel_penalty
+    slow: str = ""  # "plain" or "strided" where segments of one sample are left to a slow kernel
 
     @property
     def pieces(self) -> int:
@@ -64,18 +71,27 @@ def costs(s: Situation) -> dict[str, float]:
     """Time that each strategy adds to a plain layer, in ns; for ``"factored"`` with the better form of its branch."""
     price = _CPU if s.device == "cpu" else _GPU
     rows, segments = sum(s.sizes), len(s.sizes)
-    grouped = price.grouped_operation if s.channels >= 16 else price.narrow_operation
+    single = sum(size == 1 for size in s.sizes)
+    slow = {"": 0.0, "plain": price.slow, "strided": price.slow_strided}[s.slow] * single * s.positions
+    thin = price.thin_operation * rows * s.positions if s.channels < 8 else 0.0
 
     def split(numbers: int) -> float:
-        return segments * (price.weight * numbers + price.call) + s.penalty * numbers * s.positions * rows
+        return segments * (price.call + price.weight * numbers) + slow * numbers
 
     def group(numbers: int) -> float:
-        return s.pieces * price.grouped_weight * numbers + grouped * numbers * s.positions * rows
+        return price.grouped_call + s.pieces * price.grouped_weight * numbers + thin * numbers
 
-    found = {"split": split(s.weight), "group": group(s.weight)}
+    found = {
+        "split": split(s.weight) + price.moved * s.moved,
+        "group": group(s.weight) + price.grouped_moved * s.moved,
+    }
     if s.branch:
-        branch = price.branch * price.operation * s.branch * s.positions * rows
-        found["factored"] = branch + min(split(s.branch), group(s.branch)) + price.call
+        found["factored"] = (
+            price.branch_call
+            + price.branch * s.branch * s.positions * rows
+            + price.branch_moved * s.moved
+            + min(split(s.branch), group(s.branch))
+        )
     return found
 
 
@@ -85,19 +101,15 @@ def choose(s: Situation) -> str:
     return min(found, key=found.__getitem__)
 
 
-def slow_kernel_penalty(
-    device: str, shape: tuple[int, ...], kernel: tuple[int, ...], strided: bool, groups: int, smallest: int
-) -> float:
-    """Further ns for each operation where segments of one 3D sample would fall out of oneDNN.
+def left_to_slow_kernel(device: str, shape: tuple[int, ...], kernel: tuple[int, ...], groups: int) -> bool:
+    """True where 3D segments of one sample would fall out of oneDNN.
 
     torch (2.13, ``ConvParams::use_mkldnn``) leaves a convolution with batch 1 and one group to a slow kernel where
     C·D·H is at most 20480 and the kernel is not larger than 3 in its last two dimensions.
     """
-    if device != "cpu" or len(kernel) < 3 or smallest > 1 or shape[0] == 1 or groups > 1:
-        return 0.0
-    if shape[1] * shape[2] * shape[3] > 20480 or (kernel[-1] > 3 and kernel[-2] > 3):
-        return 0.0
-    return 0.03 if strided else 0.3
+    if device != "cpu" or len(kernel) < 3 or shape[0] == 1 or groups > 1:
+        return False
+    return shape[1] * shape[2] * shape[3] <= 20480 and not (kernel[-1] > 3 and kernel[-2] > 3)
 
 
 _FORCED: ContextVar[str | None] = ContextVar("lorkd_eks_strategy", default=None)

@@ -54,35 +54,73 @@ def fuse(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         return torch.addmm(base, b.to(dtype), a.to(dtype), alpha=scale).view(weight.shape).to(weight.dtype)
 
 
+def _stack(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Factors of several experts in one tensor; those of lower rank are filled up with zeros."""
+    rows, columns = (max(f.shape[d] for f in factors) for d in (0, 1))
+    return torch.stack(
+        [
+            f if f.shape == (rows, columns) else torch.nn.functional.pad(f, (0, columns - f.shape[1], 0, rows - len(f)))
+            for f in factors
+        ]
+    ).to(dtype)
+
+
 class FusedWeights(NamedTuple):
-    """W0 + ΔW_p for each expert p that is present. Tensors: W0, then every A_p, then every B_p."""
+    """W0 + ΔW_p for the experts p that are present. Tensors: W0, then every A_p, then every B_p."""
 
     scales: tuple[float, ...]
     dtype: torch.dtype
 
-    def build(self, tensors: Sequence[Tensor], p: int) -> Tensor:
-        weight, a, b = self._of(tensors, p)
-        return fuse(weight, a, b, self.scales[p]).to(self.dtype)
+    def build(self, tensors: Sequence[Tensor], run: range) -> Tensor:
+        """Weights of the experts in ``run``: experts × W0's shape."""
+        weight, a, b = self._of(tensors, run)
+        if len(run) == 1:
+            return fuse(weight, a[0], b[0], self.scales[run[0]]).to(self.dtype).unsqueeze(0)
+        with torch.autocast(weight.device.type, enabled=False):
+            wide = self._wide(weight, a)
+            a, (b, alpha) = _stack(a, wide), self._scaled(_stack(b, wide), run)
+            base = weight.to(wide).reshape(1, b.shape[1], a.shape[2])
+            fused = torch.baddbmm(base, b, a, alpha=alpha).view(len(run), *weight.shape)
+        return fused.to(weight.dtype).to(self.dtype)
 
     def add_gradients(
-        self, grads: list[Tensor | None], needs: Sequence[bool], tensors: Sequence[Tensor], p: int, g: Tensor
+        self, grads: list[Tensor | None], needs: Sequence[bool], tensors: Sequence[Tensor], run: range, g: Tensor
     ) -> None:
-        """Carry the gradient ``g`` of the weight of expert p over to W0, A_p and B_p; it may be overwritten."""
-        weight, a, b = self._of(tensors, p)
-        at_a, at_b = 1 + p, 1 + len(self.scales) + p
+        """Carry the gradient ``g`` of what :meth:`build` gave over to W0 and the factors; it may be overwritten."""
+        weight, factors_a, factors_b = self._of(tensors, run)
         with torch.autocast(g.device.type, enabled=False):
-            wide = torch.promote_types(a.dtype, torch.float32)
+            wide = self._wide(weight, factors_a)
             g = g.to(wide)
-            rows = g.reshape(b.shape[0], a.shape[1])
-            if needs[at_a]:
-                grads[at_a] = (b.to(wide).t() @ rows).mul_(self.scales[p]).to(a.dtype)
-            if needs[at_b]:
-                grads[at_b] = (rows @ a.to(wide).t()).mul_(self.scales[p]).to(b.dtype)
+            a = _stack(factors_a, wide)
+            b, alpha = self._scaled(_stack(factors_b, wide), run)
+            rows = g.reshape(len(run), b.shape[1], a.shape[2])
+            of_a = torch.bmm(b.transpose(1, 2), rows).mul_(alpha)
+            of_b, alpha = self._scaled(torch.bmm(rows, a.transpose(1, 2)), run)
+            of_b.mul_(alpha)
+            for i, p in enumerate(run):
+                at_a, at_b = 1 + p, 1 + len(self.scales) + p
+                if needs[at_a]:
+                    grads[at_a] = of_a[i, : len(tensors[at_a])].to(tensors[at_a].dtype)
+                if needs[at_b]:
+                    grads[at_b] = of_b[i, :, : tensors[at_b].shape[1]].to(tensors[at_b].dtype)
             if needs[0]:
+                g = (g[0] if len(run) == 1 else g.sum(0)).reshape(weight.shape)
                 grads[0] = g if grads[0] is None else grads[0].add_(g)
 
-    def _of(self, tensors: Sequence[Tensor], p: int) -> tuple[Tensor, Tensor, Tensor]:
-        return tensors[0], tensors[1 + p], tensors[1 + len(self.scales) + p]
+    def _of(self, tensors: Sequence[Tensor], run: range) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        first_b = 1 + len(self.scales)
+        return tensors[0], tensors[1 + run.start : 1 + run.stop], tensors[first_b + run.start : first_b + run.stop]
+
+    @staticmethod
+    def _wide(weight: Tensor, factors_a: Sequence[Tensor]) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(weight.dtype, factors_a[0].dtype), torch.float32)
+
+    def _scaled(self, x: Tensor, run: range) -> tuple[Tensor, float]:
+        """``x`` and the factor that is left to apply: the experts' scales, where they are all the same."""
+        scales = self.scales[run.start : run.stop]
+        if len(set(scales)) == 1:
+            return x, scales[0]
+        return x * x.new_tensor(scales).view(-1, 1, 1), 1.0
 
 
 class BranchFilters(NamedTuple):
@@ -98,26 +136,24 @@ class BranchFilters(NamedTuple):
     rows: int  # of A, the highest present
     dtype: torch.dtype
 
-    def build(self, tensors: Sequence[Tensor], p: int) -> Tensor:
-        a = tensors[p]
-        filters = a.new_zeros(self.blocks, self.rows, self.blocks, a.shape[1])
-        filters[:, : len(a)].diagonal(dim1=0, dim2=2).copy_(a.unsqueeze(-1))
-        return filters.view(self.blocks * self.rows, *self.shape[1:]).to(self.dtype)
+    def build(self, tensors: Sequence[Tensor], run: range) -> Tensor:
+        """Filters of the experts in ``run``: experts × (blocks · rows) × in × kernel."""
+        a = _stack(tensors[run.start : run.stop], self.dtype)
+        filters = a.new_zeros(len(run), self.blocks, self.rows, self.blocks, a.shape[2])
+        filters[:, :, : a.shape[1]].diagonal(dim1=1, dim2=3).copy_(a.unsqueeze(-1))
+        return filters.view(len(run), self.blocks * self.rows, *self.shape[1:])
 
     def add_gradients(
-        self, grads: list[Tensor | None], needs: Sequence[bool], tensors: Sequence[Tensor], p: int, g: Tensor
+        self, grads: list[Tensor | None], needs: Sequence[bool], tensors: Sequence[Tensor], run: range, g: Tensor
     ) -> None:
-        """Carry the gradient ``g`` of the filters of expert p over to A_p."""
-        if needs[p]:
-            a = tensors[p]
-            blocks = g.reshape(self.blocks, self.rows, self.blocks, a.shape[1])[:, : len(a)]
-            grads[p] = blocks.diagonal(dim1=0, dim2=2).sum(-1).to(a.dtype)
+        """Carry the gradient ``g`` of what :meth:`build` gave over to the factors."""
+        of_a = g.reshape(len(run), self.blocks, self.rows, self.blocks, -1).diagonal(dim1=1, dim2=3).sum(-1)
+        for i, p in enumerate(run):
+            if needs[p]:
+                grads[p] = of_a[i, : len(tensors[p])].to(tensors[p].dtype)
 
     def second(self, factors_b: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
         """scale_p · B_p of every expert as experts × o × (blocks · rows)."""
-        matrices = []
-        for b, scale in zip(factors_b, scales, strict=True):
-            columns = b.shape[1]
-            b = (b * scale).to(self.dtype).view(self.shape[0], self.blocks, columns)
-            matrices.append(torch.nn.functional.pad(b, (0, self.rows - columns)).flatten(1))
-        return torch.stack(matrices)
+        b = _stack(factors_b, self.dtype) * factors_b[0].new_tensor(scales, dtype=self.dtype).view(-1, 1, 1)
+        b = b.view(len(b), self.shape[0], self.blocks, -1)
+        return torch.nn.functional.pad(b, (0, self.rows - b.shape[-1])).flatten(2)

@@ -17,7 +17,9 @@ Neither of them keeps merged weights for the backward pass. :mod:`~lorkd_monai.n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -120,32 +122,30 @@ class _Call:
     def _blocks(self) -> int:
         return self.b[0].shape[0] // self.weight.shape[0]
 
-    @property
+    @cached_property
     def _situation(self) -> dispatch.Situation:
         x, shape = self.x, self.weight.shape
         sizes = tuple(stop - start for start, stop in self.spans)
         numbers = self.weight.numel()
         rows = max(a.shape[0] for a in self.a)
         branch = numbers // shape[0] * self._blocks * rows if self._can_factor else 0
+        slow = ""
         if isinstance(self.map, LinearMap):
-            positions, channels, penalty = x[0].numel() // x.shape[-1], min(shape), 0.0
+            positions, channels = x[0].numel() // x.shape[-1], min(shape)
+            moved = x.numel() // x.shape[-1] * (shape[0] + shape[1])
         else:
             positions = x[0, 0].numel()
-            stride = 1
-            for step in self.map.stride:
-                stride *= step
+            stride = math.prod(self.map.stride)
+            outputs = positions * stride if self.map.transposed else max(1, positions // stride)
+            out_channels = shape[1] * self.map.groups if self.map.transposed else shape[0]
+            moved = x.numel() + len(x) * outputs * out_channels
             if not self.map.transposed:
-                positions = max(1, positions // stride)
+                positions = outputs
             channels = min(shape[0] // self.map.groups, shape[1])
-            penalty = dispatch.slow_kernel_penalty(
-                x.device.type,
-                tuple(x.shape),
-                tuple(shape[2:]),
-                stride > 1 or self.map.transposed,
-                self.map.groups,
-                min(sizes),
-            )
-        return dispatch.Situation(x.device.type, sizes, positions, numbers, branch, channels, penalty)
+            kernel = tuple(shape[2:])
+            if dispatch.left_to_slow_kernel(x.device.type, tuple(x.shape), kernel, self.map.groups):
+                slow = "strided" if stride > 1 or self.map.transposed else "plain"
+        return dispatch.Situation(x.device.type, sizes, positions, numbers, moved, branch, channels, slow)
 
     def _factored(self) -> Tensor:
         x, dtype, channels_last = self.x, self.x.dtype, isinstance(self.map, LinearMap)

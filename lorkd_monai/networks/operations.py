@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 __all__ = ["ConvMap", "LayerOp", "LinearMap"]
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 _CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _CONV_TRANSPOSE = {
     nn.ConvTranspose1d: F.conv_transpose1d,
@@ -95,15 +97,9 @@ class ConvMap(NamedTuple):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.convolution(x, weight, bias, *self)
 
-    def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of input and weight."""
-        needs = [need_x, need_weight, False]
-        return torch.ops.aten.convolution_backward(g, x, weight, None, *self, needs)[:2]
-
-    def bias_gradient(self, g: Tensor) -> Tensor:
-        return g.sum([0, *range(2, g.ndim)])
+    def backward(self, g: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Gradients:
+        """Gradients of input, weight and bias, where ``needs`` asks for them."""
+        return torch.ops.aten.convolution_backward(g, x, weight, [g.shape[1]], *self, needs)
 
     # The grouped form: `pieces` equal runs of rows, each with a weight of its own, in one call. The pieces are laid
     # side by side as channels, of a batch that holds one row of every piece.
@@ -138,17 +134,13 @@ class LinearMap:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of input and weight."""
+    def backward(self, g: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Gradients:
+        """Gradients of input, weight and bias, where ``needs`` asks for them."""
         return (
-            g @ weight if need_x else None,
-            g.flatten(0, -2).t() @ x.flatten(0, -2) if need_weight else None,
+            g @ weight if needs[0] else None,
+            g.flatten(0, -2).t() @ x.flatten(0, -2) if needs[1] else None,
+            g.flatten(0, -2).sum(0) if needs[2] else None,
         )
-
-    def bias_gradient(self, g: Tensor) -> Tensor:
-        return g.flatten(0, -2).sum(0)
 
     def grouped(self, pieces: int) -> _BatchedLinearMap:
         return _BatchedLinearMap()
@@ -173,10 +165,9 @@ class _BatchedLinearMap:
         y = torch.bmm(x, weights.transpose(1, 2))
         return y if bias is None else y + bias
 
-    def backward(
-        self, g: Tensor, x: Tensor, weights: Tensor, need_x: bool, need_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def backward(self, g: Tensor, x: Tensor, weights: Tensor, needs: tuple[bool, bool, bool]) -> Gradients:
         return (
-            torch.bmm(g, weights) if need_x else None,
-            torch.bmm(g.transpose(1, 2), x) if need_weight else None,
+            torch.bmm(g, weights) if needs[0] else None,
+            torch.bmm(g.transpose(1, 2), x) if needs[1] else None,
+            g.sum(1) if needs[2] else None,
         )

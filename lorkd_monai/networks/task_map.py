@@ -1,12 +1,13 @@
 """One map over a batch sorted by task, with weights that are made for each task and not kept.
 
 A merged weight is as large as the layer's own. Eight experts would keep eight of them in memory from the forward pass
-to the backward pass, in every layer. So an autograd function keeps only what they are made of, and makes them again.
+to the backward pass, in every layer. So an autograd function keeps only what they are made of, and makes them again;
+but for those that are small beside the layer's input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from lorkd_monai.networks.factors import BranchFilters, FusedWeights
 from lorkd_monai.networks.operations import ConvMap, LinearMap
+from lorkd_monai.networks.routing import take_rows
 
 __all__ = ["TaskMap"]
+
+_TOGETHER = 2**20  # numbers in weights that are made in one go: fewer calls, at 4 MiB of memory
 
 
 @dataclass(frozen=True)
@@ -48,61 +52,96 @@ class TaskMap:
         size = self.spans[-1][1] // self.pieces
         return [p for p, (start, stop) in enumerate(self.spans) for _ in range((stop - start) // size)]
 
-    def _grouped_weights(self, tensors: Sequence[Tensor]) -> Tensor:
-        built = [self.weights.build(tensors, p) for p in range(len(self.spans))]
-        return self.map.pack_weight(torch.stack([built[p] for p in self._owners]))
+    def _runs(self, tensors: Sequence[Tensor]) -> list[range]:
+        """The experts in runs whose weights are made together: all of them where they are small."""
+        largest = max(t.numel() for t in tensors)
+        step = max(1, _TOGETHER // largest)
+        return [range(p, min(p + step, len(self.spans))) for p in range(0, len(self.spans), step)]
 
-    def forward(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
-        """The result; with operations that autograd can follow where it records."""
+    def build_small(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+        """All weights, where they are so small beside ``x``, which is kept anyway, that they may be kept too."""
+        if len(self._runs(tensors)) > 1:
+            return None
+        built = self.weights.build(tensors, range(len(self.spans)))
+        return built if 4 * built.numel() <= x.numel() else None
+
+    def _grouped_weights(self, tensors: Sequence[Tensor], built: Tensor | None) -> Tensor:
+        if built is None:
+            built = self.weights.build(tensors, range(len(self.spans)))
+        if self.pieces != len(self.spans):
+            built = take_rows(built, self._owners)
+        return self.map.pack_weight(built)
+
+    def _by_segment(
+        self, tensors: Sequence[Tensor], kept: Tensor | None
+    ) -> Iterator[tuple[range, list[tuple[int, int, Tensor]]]]:
+        """Runs of experts, with first row, end and weight of each."""
+        for run in self._runs(tensors):
+            built = self.weights.build(tensors, run) if kept is None else kept
+            yield run, [(*self.spans[p], built[i]) for i, p in enumerate(run)]
+
+    def forward(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], built: Tensor | None = None) -> Tensor:
+        """The result; with operations that autograd can follow where it records. ``built``: from `build_small`."""
         if self.pieces is not None:
             n = self.pieces
-            weight, grouped_bias = self._grouped_weights(tensors), self.map.pack_bias(bias, n)
+            weight, grouped_bias = self._grouped_weights(tensors, built), self.map.pack_bias(bias, n)
             return self.map.unpack(self.map.grouped(n)(self.map.pack(x, n), weight, grouped_bias), n, x)
         parts = (
-            self.map(x[start:stop], self.weights.build(tensors, p), bias) for p, (start, stop) in enumerate(self.spans)
+            self.map(x[start:stop], weight, bias)
+            for _, segments in self._by_segment(tensors, built)
+            for start, stop, weight in segments
         )
         return torch.cat(list(parts)) if torch.is_grad_enabled() else _joined(parts, self.spans)
 
     def backward(
-        self, g: Tensor, x: Tensor, tensors: Sequence[Tensor], need_x: bool, needs: Sequence[bool]
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of x and of ``tensors``."""
+        self,
+        g: Tensor,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        built: Tensor | None,
+        needs: tuple[bool, bool, Sequence[bool]],
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+        """Gradients of x, of the bias and of ``tensors``, where ``needs`` asks for them."""
+        need_x, need_bias, need_tensors = needs
+        wanted = (need_x, any(need_tensors), need_bias)
         grads: list[Tensor | None] = [None] * len(tensors)
-        need_weights = any(needs)
+        of_bias: list[Tensor] = []
+        if self.pieces is not None:
+            n, experts = self.pieces, len(self.spans)
+            weights = self._grouped_weights(tensors, built)
+            gx, of_pieces, gb = self.map.grouped(n).backward(self.map.pack(g, n), self.map.pack(x, n), weights, wanted)
+            if of_pieces is not None:
+                of_pieces = of_pieces.view(n, -1)
+                if n != experts:
+                    owners = torch.tensor(self._owners, device=x.device)
+                    of_pieces = of_pieces.new_zeros(experts, of_pieces.shape[1]).index_add_(0, owners, of_pieces)
+                self.weights.add_gradients(grads, need_tensors, tensors, range(experts), of_pieces)
+            gx = self.map.unpack(gx, n, x) if need_x else None
+            return gx, gb.view(n, -1).sum(0) if need_bias else None, grads
 
-        def of_segment(p: int, start: int, stop: int) -> Tensor | None:
-            weight = self.weights.build(tensors, p)
-            part, of_weight = self.map.backward(g[start:stop], x[start:stop], weight, need_x, need_weights)
-            if need_weights:
-                self.weights.add_gradients(grads, needs, tensors, p, of_weight)
-            return part
+        def parts() -> Iterator[Tensor | None]:
+            for run, segments in self._by_segment(tensors, built):
+                of_weights = []
+                for start, stop, weight in segments:
+                    part, of_weight, gb = self.map.backward(g[start:stop], x[start:stop], weight, wanted)
+                    of_weights.append(of_weight)
+                    of_bias.append(gb)
+                    yield part
+                if wanted[1]:
+                    together = of_weights[0].unsqueeze(0) if len(run) == 1 else torch.stack(of_weights)
+                    self.weights.add_gradients(grads, need_tensors, tensors, run, together)
 
-        if self.pieces is None:
-            parts = (of_segment(p, *span) for p, span in enumerate(self.spans))
-            if need_x:
-                return _joined(parts, self.spans), grads
-            for _ in parts:
-                pass
-            return None, grads
-        n = self.pieces
-        gx, of_weights = self.map.grouped(n).backward(
-            self.map.pack(g, n), self.map.pack(x, n), self._grouped_weights(tensors), need_x, need_weights
-        )
-        if need_weights:
-            of_weights = of_weights.view(n, -1)
-            size, shape = x.shape[0] // n, self.weights.build(tensors, 0).shape
-            for p, (start, stop) in enumerate(self.spans):
-                own = of_weights[start // size : stop // size]
-                self.weights.add_gradients(grads, needs, tensors, p, own.sum(0).view(shape))
-        return (self.map.unpack(gx, n, x) if need_x else None), grads
+        gx = _joined(parts(), self.spans) if need_x else [None for _ in parts()][0]
+        return gx, torch.stack(of_bias).sum(0) if need_bias else None, grads
 
 
-def _joined(parts: Sequence[Tensor], spans: Sequence[tuple[int, int]]) -> Tensor:
+def _joined(parts: Iterable[Tensor], spans: Sequence[tuple[int, int]]) -> Tensor:
     """torch.cat of parts that are made one after the other, without holding them all."""
     whole = None
     for part, (start, stop) in zip(parts, spans, strict=True):
         if len(spans) == 1:
-            return part
+            whole = part
+            continue  # not a return: what makes the parts has work left after the last one
         if whole is None:  # in the memory format of the parts
             whole = part.new_empty_strided((spans[-1][1], *part.shape[1:]), (part[0].numel(), *part.stride()[1:]))
         whole[start:stop] = part
@@ -114,15 +153,16 @@ class _Rebuilding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, task_map: TaskMap, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+        built = task_map.build_small(x, tensors)
         ctx.task_map = task_map
-        ctx.save_for_backward(x, bias, *tensors)
-        y = task_map.forward(x, bias, tensors)
+        ctx.save_for_backward(x, bias, built, *tensors)
+        y = task_map.forward(x, bias, tensors, built)
         # Autograd forbids to change a view in place, as activations with inplace=True do; its data are no view.
         return y.data if y._is_view() else y
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, bias, *tensors = ctx.saved_tensors
+        x, bias, built, *tensors = ctx.saved_tensors
         _, need_x, need_bias, *needs = ctx.needs_input_grad
         task_map = ctx.task_map
         if torch.is_grad_enabled():  # create_graph=True: by operations that can be differentiated once more
@@ -132,6 +172,6 @@ class _Rebuilding(torch.autograd.Function):
             found = torch.autograd.grad(y, [inputs[i] for i in wanted], g, create_graph=True)
             grads = dict(zip(wanted, found, strict=True))
             return (None, *(grads.get(i) for i in range(len(inputs))))
-        gx, grads = task_map.backward(g, x, tensors, need_x, needs)
+        gx, of_bias, grads = task_map.backward(g, x, tensors, built, (need_x, need_bias, needs))
         grads = [None if grad is None else grad.to(t.dtype) for grad, t in zip(grads, tensors, strict=True)]
-        return (None, gx, task_map.map.bias_gradient(g).to(bias.dtype) if need_bias else None, *grads)
+        return (None, gx, None if of_bias is None else of_bias.to(bias.dtype), *grads)

@@ -200,20 +200,23 @@ def test_unknown_strategy_is_refused():
 
 
 def test_default_choice_depends_on_shapes_and_routing_alone():
-    base = dispatch.Situation("cpu", (4,) * 8, 16, 512 * 512 * 9, 36 * 512 * 9, 512, 0.0)
+    size = 512 * 512 * 9
+    base = dispatch.Situation("cpu", (4,) * 8, 16, size, 2 * 32 * 512 * 16, 36 * 512 * 9, 512)
     assert dispatch.choose(base) == "factored"  # large weights, small maps
-    large_maps = base._replace(positions=1024, weight=64 * 64 * 9, branch=36 * 64 * 9, channels=64)
-    assert dispatch.choose(large_maps) == "split"
-    slow_kernel = base._replace(sizes=(1,) * 4, positions=24**3, weight=16 * 16 * 27, branch=36 * 16 * 27, penalty=0.3)
-    assert dispatch.choose(slow_kernel._replace(channels=16)) == "group"
+    thin = base._replace(positions=4096, weight=16 * 3 * 49, branch=0, channels=3, moved=19 * 32 * 4096)
+    assert dispatch.choose(thin) == "split"
+    narrow = base._replace(sizes=(1,) * 4, positions=24**3, weight=16 * 16 * 27, branch=36 * 16 * 27, channels=16)
+    assert dispatch.choose(narrow._replace(moved=32 * 4 * 24**3, slow="plain")) == "group"
 
 
 def test_slow_kernel_of_one_3d_sample():
-    sample = ("cpu", (4, 16, 24, 24, 24), (3, 3, 3), False, 1)
-    assert dispatch.slow_kernel_penalty(*sample, smallest=1) > 0
-    assert dispatch.slow_kernel_penalty(*sample, smallest=2) == 0
-    assert dispatch.slow_kernel_penalty("cuda", *sample[1:], smallest=1) == 0
-    assert dispatch.slow_kernel_penalty("cpu", (4, 64, 24, 24, 24), *sample[2:], smallest=1) == 0
+    sample = ((4, 16, 24, 24, 24), (3, 3, 3), 1)
+    assert dispatch.left_to_slow_kernel("cpu", *sample)
+    assert not dispatch.left_to_slow_kernel("cuda", *sample)
+    assert not dispatch.left_to_slow_kernel("cpu", (4, 64, 24, 24, 24), *sample[1:])
+    situation = dispatch.Situation("cpu", (1, 3), 24**3, 16 * 16 * 27, 10**6, 0, 16, "plain")
+    larger = situation._replace(sizes=(2, 2))
+    assert dispatch.costs(situation)["split"] > 2 * dispatch.costs(larger)["split"]
 
 
 def test_measured_choice_is_kept(monkeypatch):
