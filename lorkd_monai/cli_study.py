@@ -7,7 +7,7 @@ from typing import Any
 
 from lorkd_monai.errors import LoRKDError
 
-__all__ = ["study"]
+__all__ = ["report", "study"]
 
 
 def study(
@@ -67,6 +67,23 @@ def study(
         plan_only,
     )  # fmt: skip
     return str(folder)
+
+
+def report(folder: str, output: str | None = None) -> str:
+    """Write a report of a study or of a training bundle's output: report.html, report.md, and the figures as PNG.
+
+    Needs the extra "report": pip install 'lorkd-monai[report]'.
+
+    Args:
+        folder: of lorkd study, or the output_dir of a training bundle.
+        output: folder to write to; "report" in the first by default.
+    """
+    from lorkd_monai.report import write_report
+
+    for name, value in (("folder", folder), ("output", output)):
+        if not isinstance(value, (str, Path)) and not (name == "output" and value is None):
+            raise LoRKDError(f"{name}: expected a path, got {value!r}")
+    return str(write_report(folder, output))
 
 
 def _words(value: Any) -> list[str] | None:

@@ -6,28 +6,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file
 
 __all__ = ["FORMAT", "RunFile", "read_json", "read_runs", "write_json"]
 
 FORMAT = 1
 _PART = re.compile(r"[a-z0-9][a-z0-9_]*")
-
-
-def _atomically(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
@@ -42,7 +33,9 @@ def _finite(value: Any) -> Any:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write plain data, all at once."""
     text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -97,12 +90,9 @@ class RunFile:
 
     def write(self, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Write both files, the JSON last."""
-
-        def write_arrays(path: Path) -> None:
-            with open(path, "wb") as file:
-                np.savez_compressed(file, **arrays)
-
-        _atomically(self.arrays, write_arrays)
+        self.arrays.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.arrays) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
         write_json(self.json, {"format": FORMAT, **content})
 
     def read(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ _ALL = [
     Method("lorkd_imbalanced", "lorkd", True, "ranks by the size of the task", {"rank": "imbalanced"}),
     Method("lorkd_t2", "lorkd", True, "temperature 2", {"temperature": 2.0}),
     Method("lorkd_decay", "lorkd", True, "ten times the weight decay on the factors", {"expert_weight_decay": 0.1}),
-    Method("lorkd_warmup", "lorkd", True, "factors start after a third of the epochs", {"expert_warmup": 5}),
+    Method("lorkd_warmup", "lorkd", True, "factors start after four epochs", {"expert_warmup": 4}),
     Method("lorkd_balanced", "lorkd", True, "each task drawn as often", {"sampling": "balanced"}),
     Method("lorkd_no_ema", "lorkd", True, "no average of the weights", {"ema": 0.0}),
     Method("lorkd_init", "lorkd", True, "started from a selection of the teacher's weights", {"init": "teacher"}),

@@ -57,7 +57,7 @@ class StudySettings:
     teacher_backbone: Mapping[str, Any]
     image_size: int | tuple[int, ...]
     in_channels: int
-    epochs: int = 15
+    epochs: int = 12
     images_per_epoch: int | None = None
     batch_size: int = 64
     single_batch_size: int = 16
@@ -82,7 +82,7 @@ class StudySettings:
     expert_learning_rate: float = 1.0
     expert_warmup: int = 0
     init: str = "random"
-    teacher_epochs: int = 45
+    teacher_epochs: int = 30
     teacher_ema: float = 0.995
     teacher_members: int = 1
     teacher_images_per_epoch: int | None = None

@@ -1,0 +1,172 @@
+"""The report's figures, drawn with matplotlib, as PNG. Small ones, so that they can be read on a phone."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from lorkd_monai.report.content import Curve, Matrix, Point, Segmentation
+
+__all__ = ["confusion", "curves", "dots", "heat_map", "scatter", "segmentation"]
+
+# Okabe and Ito's colours, which most colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+GROUPS = {
+    "teacher": "#000000",
+    "stl": "#E69F00",
+    "mtl": "#56B4E9",
+    "separate": "#CC79A7",
+    "lorkd": "#0072B2",
+    "difference": "#0072B2",
+}
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+}
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200)
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    with matplotlib.rc_context(_STYLE):
+        return Figure(figsize=(width, height), layout="constrained")
+
+
+def _axes(figure: Figure) -> matplotlib.axes.Axes:
+    with matplotlib.rc_context(_STYLE):
+        return figure.add_subplot()
+
+
+def _colour(group: str) -> str:
+    return GROUPS.get(group, _COLOURS[0])
+
+
+def dots(points: Sequence[Point], axis: str, zero: bool = False) -> bytes:
+    """A dot for each row with its interval as a line; small dots are single seeds. ``zero`` marks no difference."""
+    figure = _figure(5, 0.9 + 0.27 * len(points))
+    axes = _axes(figure)
+    for row, point in enumerate(reversed(points)):
+        colour = _colour(point.group)
+        if point.low is not None and point.high is not None:
+            axes.plot([point.low, point.high], [row, row], color=colour, linewidth=1.6, solid_capstyle="round")
+        if point.dots:
+            axes.plot(point.dots, [row] * len(point.dots), "|", color=colour, markersize=7, alpha=0.6)
+        axes.plot([point.value], [row], "o", color=colour, markersize=5)
+    axes.set_yticks(range(len(points)), [point.label for point in reversed(points)])
+    axes.set_ylim(-0.7, len(points) - 0.3)
+    axes.set_xlabel(axis)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if zero:
+        axes.axvline(0, color="#555555", linewidth=1)
+    return _png(figure)
+
+
+def scatter(points: Sequence[tuple[str, str, float, float]], axis: str) -> bytes:
+    """(label, group, parameters, score): score against parameters, on a logarithmic axis; methods by number."""
+    figure = _figure(5, 3.4)
+    axes = _axes(figure)
+    ordered = sorted(points, key=lambda p: -p[3])
+    for number, (label, group, size, score) in enumerate(ordered, 1):
+        axes.plot([size], [score], "o", color=_colour(group), markersize=5, label=f"{number} {label}")
+        axes.annotate(str(number), (size, score), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters of all that was trained")
+    axes.set_ylabel(axis)
+    axes.grid(color="#eeeeee", linewidth=0.6)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False, handlelength=0.8)
+    figure.set_size_inches(5, 3.2 + 0.16 * math.ceil(len(points) / 2))
+    return _png(figure)
+
+
+def curves(lines: Sequence[Curve], axis: str, across: str = "epoch", logarithmic: bool = False) -> bytes:
+    """Lines over epochs, or over ``across``."""
+    figure = _figure(4, 3 + 0.14 * math.ceil(len(lines) / 2))
+    axes = _axes(figure)
+    for number, line in enumerate(lines):
+        style = {"linestyle": ("-", "--", ":")[number // len(_COLOURS) % 3], "linewidth": 1.4}
+        marker = {"marker": "o", "markersize": 3} if len(line.values) < 3 else {}
+        axes.plot(line.epochs, line.values, color=_COLOURS[number % len(_COLOURS)], label=line.label, **style, **marker)
+    axes.set_xlabel(across)
+    axes.set_ylabel(axis)
+    if logarithmic:
+        axes.set_yscale("log")
+    axes.grid(color="#eeeeee", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if len(lines) > 1:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    return _png(figure)
+
+
+def heat_map(matrix: Matrix) -> bytes:
+    """A matrix in colours, with its values where there is room for them."""
+    rows, columns = matrix.values.shape
+    figure = _figure(max(3.2, 1.6 + 0.45 * columns), max(2.4, 1.1 + 0.3 * rows))
+    axes = _axes(figure)
+    colours = "RdBu_r" if matrix.diverging else "viridis"
+    image = axes.imshow(matrix.values, cmap=colours, vmin=matrix.low, vmax=matrix.high, aspect="auto")
+    axes.set_xticks(range(columns), matrix.columns, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(rows), matrix.rows, fontsize=8 if rows < 16 else 6)
+    axes.set_title(matrix.title)
+    if rows * columns <= 150:
+        middle = (matrix.low + matrix.high) / 2
+        for i in range(rows):
+            for j in range(columns):
+                value = matrix.values[i, j]
+                if not np.isfinite(value):
+                    continue
+                share = (value - matrix.low) / max(matrix.high - matrix.low, 1e-12)
+                light = 0.25 < share < 0.75 if matrix.diverging else value > middle
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                          color="black" if light else "white")  # fmt: skip
+    for side in axes.spines.values():
+        side.set_visible(False)
+    figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+    return _png(figure)
+
+
+def confusion(matrix: Matrix) -> bytes:
+    """Rows: what the images are; columns: what they were called; share of each row in colour, numbers of images."""
+    rows = len(matrix.rows)
+    figure = _figure(1.7 + 0.52 * rows, 1.5 + 0.45 * rows)
+    axes = _axes(figure)
+    axes.imshow(matrix.values, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(rows), matrix.columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(rows), matrix.rows, fontsize=8)
+    axes.set_xlabel("called", fontsize=8)
+    axes.set_ylabel("is", fontsize=8)
+    axes.set_title(matrix.title, fontsize=9)
+    counts = matrix.values if matrix.counts is None else matrix.counts
+    for i in range(rows):
+        for j in range(rows):
+            axes.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=8,
+                      color="white" if matrix.values[i, j] > 0.55 else "black")  # fmt: skip
+    return _png(figure)
+
+
+def segmentation(example: Segmentation, task: str) -> bytes:
+    """An image with contours: the label's solid, the prediction's dashed."""
+    height, width = example.image.shape
+    figure = _figure(2.6, 2.6 * min(1.6, max(0.6, height / width)) + 0.35)
+    axes = _axes(figure)
+    axes.imshow(example.image, cmap="gray", vmin=0, vmax=255)
+    for c in range(1, int(max(example.label.max(), example.prediction.max())) + 1):
+        for drawn, colour, style in ((example.label, "#E69F00", "solid"), (example.prediction, "#56B4E9", "dashed")):
+            mask = drawn == c
+            if mask.any() and not mask.all():
+                axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.1, linestyles=style)
+    axes.set_axis_off()
+    axes.set_title(f"{task}, {example.title}", fontsize=7)
+    return _png(figure)

@@ -1,0 +1,346 @@
+"""A study's folder as the content of a report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorkd_monai.report.content import Content, Curve, Matrix, Point, Segmentation, Table
+from lorkd_monai.study.files import RunFile
+from lorkd_monai.study.statistics import Difference, Summary, compare, summarise
+from lorkd_monai.study.tables import difference_pairs
+
+__all__ = ["confusion_matrix", "content_of_study", "is_study", "spectrum_content"]
+
+_RANKS = ("best", "median", "worst")
+
+
+def content_of_study(folder: str | os.PathLike, resamples: int = 2000) -> Content:
+    """Read the finished runs of a study.
+
+    Raises:
+        LoRKDError: there are none, or a file can't be read.
+    """
+    rows = summarise(folder, resamples)
+    first = rows[0].runs[0]
+    score = first["score"].replace("_", " ")
+    content = Content(f"Does decomposition pay? {first['data']['name']}", score=score)
+    best = _best_lorkd(rows)
+    differences = compare(folder, difference_pairs(rows), resamples)
+    content.summary = _findings(rows, differences, best, score)
+    content.facts = _facts(rows, best)
+    content.tasks = _tasks(rows)
+    for setting in dict.fromkeys(row.setting for row in rows):
+        own = [row for row in rows if row.setting == setting]
+        content.comparison[setting] = [_point(row) for row in own]
+        content.by_task[setting] = {task: _task_points(own, task) for task in own[0].tasks}
+        content.comparison_tables[setting] = _table(own)
+        content.against_size[setting] = [
+            (row.method, row.runs[0]["family"], float(row.runs[0]["cost"]["parameters"]), row.mean) for row in own
+        ]
+    for setting in content.comparison:
+        if setting in best:
+            content.differences[setting] = [
+                Point(f"{d.first} − {d.second}", d.value, d.low, d.high, "difference")
+                for d in differences
+                if d.setting == setting and d.first == best[setting].method
+            ]
+    shown = best.get("full") or next(iter(best.values()), None)
+    _curves(content, rows, shown)
+    _conflicts(content, rows, shown)
+    if shown is not None and "spectra" in shown.runs[0]:
+        content.changes, content.spectra = spectrum_content(shown.runs[0]["spectra"])
+    _pictures(content, folder, rows, shown)
+    content.costs = _costs(rows)
+    content.provenance = _provenance(rows)
+    return content
+
+
+def _best_lorkd(rows: Sequence[Summary]) -> dict[str, Summary]:
+    """The decomposition with the best mean on the validation images, by setting: no test figure chooses."""
+    best: dict[str, Summary] = {}
+    for row in rows:
+        if row.runs[0]["family"] != "lorkd":
+            continue
+        if row.setting not in best or _validation(row) > _validation(best[row.setting]):
+            best[row.setting] = row
+    return best
+
+
+def _validation(row: Summary) -> float:
+    values = [fit["validation"] for run in row.runs for fit in run["fits"].values() if fit["validation"] is not None]
+    return float(np.mean(values)) if values else float("-inf")
+
+
+def _findings(
+    rows: Sequence[Summary], differences: Sequence[Difference], best: Mapping[str, Summary], score: str
+) -> list[str]:
+    lines = []
+    for setting, row in best.items():
+        seeds = f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
+        lines.append(
+            f"Setting {setting}, {seeds}: the decomposition that the validation images prefer is {row.method}, with a "
+            f"mean {score} over tasks of {row.mean:.3f} (95 % interval {row.low:.3f} to {row.high:.3f}) on the test "
+            "images."
+        )
+        for d in differences:
+            if d.setting == setting and d.first == row.method:
+                if d.low > 0:
+                    word = "above"
+                elif d.high < 0:
+                    word = "below"
+                else:
+                    word = "not told apart from"
+                lines.append(f"{word} {d.second}: {d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})")
+    return lines
+
+
+def _name_of(config: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{k} {v}" for k, v in config.items() if k != "_target_")
+    return f"{config.get('_target_', '?')} ({options})"
+
+
+def _facts(rows: Sequence[Summary], best: Mapping[str, Summary]) -> list[tuple[str, str]]:
+    run = (next(iter(best.values()), rows[0])).runs[0]
+    settings = run["settings"]
+    common = ("image_size", "epochs", "images_per_epoch", "batch_size", "learning_rate", "ema", "selection")
+    facts = [
+        ("Foundation model", _name_of(settings["teacher_backbone"])),
+        ("Student", _name_of(settings["backbone"])),
+        ("Budget and selection", ", ".join(f"{k.replace('_', ' ')} {settings[k]}" for k in common)),
+        ("Foundation model's budget", f"{settings['teacher_members']} network(s), {settings['teacher_epochs']} epochs"),
+    ]
+    if "ranks" in run:
+        facts.append(
+            ("Experts", f"{run['method']}: ranks {run['ranks']}, layout {settings['layout']}, norms {settings['norm']}")
+        )
+    return facts
+
+
+def _tasks(rows: Sequence[Summary]) -> Table:
+    data = rows[0].runs[0]["data"]
+    labelled = {row.setting: row.runs[0]["labelled_images"] for row in rows if row.runs[0]["family"] != "teacher"}
+    header = [
+        "task",
+        "classes",
+        "modality",
+        "training images",
+        *(f"with labels, {s}" for s in labelled),
+        "validation",
+        "test",
+    ]
+    lines = []
+    for name, task in data["tasks"].items():
+        images = data["images"][name]
+        lines.append(
+            [
+                name + ("" if task["scored"] else " (no score)"),
+                ", ".join(task["labels"].values()),
+                task["modality"] or "",
+                str(images["training"]),
+                *(str(counts[name]) for counts in labelled.values()),
+                str(images["validation"]),
+                str(images["test"]),
+            ]
+        )
+    return Table(header, lines)
+
+
+def _point(row: Summary) -> Point:
+    seeds = tuple(run["mean"] for run in row.runs) if len(row.runs) > 1 else ()
+    return Point(row.method, row.mean, row.low, row.high, row.runs[0]["family"], seeds)
+
+
+def _task_points(rows: Sequence[Summary], task: str) -> list[Point]:
+    points = []
+    for row in rows:
+        figures = [run["figures"][task][run["score"]] for run in row.runs]
+        low, high = (float(np.mean([f[k] for f in figures])) if all(k in f for f in figures) else None
+                     for k in ("low", "high"))  # fmt: skip
+        seeds = tuple(f["value"] for f in figures) if len(figures) > 1 else ()
+        points.append(Point(row.method, row.tasks[task][0], low, high, row.runs[0]["family"], seeds))
+    return points
+
+
+def _table(rows: Sequence[Summary]) -> Table:
+    tasks = list(rows[0].tasks)
+    other = [f for f in ("auroc", "nsd") if f in rows[0].runs[0]["figures"][tasks[0]]]
+    header = ["method", "what it is", "seeds", "mean", "± sd", *tasks, *(f"mean {f}" for f in other)]
+    lines = []
+    for row in rows:
+        extra = [
+            float(np.mean([run["figures"][t][f]["value"] for run in row.runs for t in tasks if f in run["figures"][t]]))
+            for f in other
+        ]
+        lines.append(
+            [
+                row.method,
+                row.runs[0]["about"],
+                str(len(row.seeds)),
+                f"{row.mean:.3f}",
+                "" if row.sd is None else f"{row.sd:.3f}",
+                *(f"{row.tasks[t][0]:.3f}" for t in tasks),
+                *(f"{value:.3f}" for value in extra),
+            ]
+        )
+    note = "Mean over the scored tasks on the test images; ± is the sample standard deviation over seeds."
+    return Table(header, lines, note)
+
+
+def _curves(content: Content, rows: Sequence[Summary], shown: Summary | None) -> None:
+    """Validation scores of each task over the epochs, averaged over seeds, and the loss terms of one decomposition."""
+    setting = rows[0].setting if shown is None else shown.setting
+    names = ("mtl", "mtl_norms", "stl", "mtl_kd", "stl_kd", *([shown.method] if shown else []))
+    for row in rows:
+        if row.setting != setting or row.method not in names:
+            continue
+        for task in row.tasks:
+            found = [
+                {r["epoch"]: r[task] for r in curves["validation"] if r.get(task) is not None}
+                for run in row.runs
+                for part, curves in run["curves"].items()
+                if part in ("all tasks", task)
+            ]
+            epochs = sorted(set.intersection(*map(set, found))) if found else []
+            if epochs:
+                values = [float(np.mean([one[e] for one in found])) for e in epochs]
+                content.validation.setdefault(task, []).append(Curve(row.method, epochs, values))
+    if shown is not None:
+        rows_of = shown.runs[0]["curves"].get("all tasks", {}).get("training", [])
+        terms = list(dict.fromkeys(key for r in rows_of for key in r if key != "epoch"))
+        for title, keys in (
+            ("terms", [t for t in terms if not t.startswith("task/")]),
+            ("task loss of each task", [t for t in terms if t.startswith("task/")]),
+        ):
+            lines = [
+                Curve(
+                    k.removeprefix("task/"), [r["epoch"] for r in rows_of if k in r], [r[k] for r in rows_of if k in r]
+                )
+                for k in keys
+            ]
+            if lines:
+                content.losses[f"{shown.method}, {shown.setting}: {title}"] = lines
+
+
+def _conflicts(content: Content, rows: Sequence[Summary], shown: Summary | None) -> None:
+    names = ["mtl", "mtl_kd", *([shown.method] if shown else [])]
+    setting = rows[0].setting if shown is None else shown.setting
+    for name in names:
+        row = next((r for r in rows if (r.setting, r.method) == (setting, name)), None)
+        found = [run["gradient_conflict"] for run in row.runs if "gradient_conflict" in run] if row else []
+        if not found:
+            continue
+        cosines = np.mean([one["cosines"] for one in found], axis=0)
+        tasks = found[0]["tasks"]
+        content.conflicts.append(Matrix(name, tasks, tasks, cosines, -1.0, 1.0, diverging=True))
+        layers = list(found[0]["by_layer"])
+        means = [float(np.mean([one["by_layer"][layer] for one in found])) for layer in layers]
+        content.conflict_layers.append(Curve(name, list(range(1, len(layers) + 1)), means))
+
+
+def spectrum_content(spectra: Mapping[str, Any]) -> tuple[list[Matrix], dict[str, list[Curve]]]:
+    """How large each expert's ΔW is in each layer, how many directions hold it, and its singular values."""
+    tasks = list(spectra)
+    layers = list(spectra[tasks[0]])
+    size = np.array([[spectra[t][layer]["relative_size"] for t in tasks] for layer in layers])
+    directions = np.array([[_directions(spectra[t][layer]["values"]) for t in tasks] for layer in layers], dtype=float)
+    matrices = [
+        Matrix("size of ΔW beside W0", layers, tasks, size, 0.0, float(size.max()) or 1.0),
+        Matrix("directions that hold 90 % of ΔW", layers, tasks, directions, 0.0, float(directions.max()) or 1.0),
+    ]
+    curves = {}
+    for task in tasks:
+        lines = []
+        for place in np.unique(np.linspace(0, len(layers) - 1, min(6, len(layers))).round().astype(int)):
+            values = [v for v in spectra[task][layers[place]]["values"] if v > 0]
+            if values:
+                lines.append(Curve(layers[place], list(range(1, len(values) + 1)), values))
+        if lines:
+            curves[task] = lines
+    return matrices, curves
+
+
+def _directions(values: Sequence[float]) -> int:
+    """The fewest singular values that hold 90 % of the sum of their squares."""
+    energy = np.cumsum(np.square(values))
+    return 0 if not len(energy) or energy[-1] == 0 else int(np.searchsorted(energy / energy[-1], 0.9) + 1)
+
+
+def confusion_matrix(probability: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Numbers of images: C × C, rows are what they are, columns what they were called."""
+    classes = probability.shape[1]
+    called = probability.argmax(1)
+    return np.bincount(label.astype(int) * classes + called, minlength=classes * classes).reshape(classes, classes)
+
+
+def _pictures(content: Content, folder: str | os.PathLike, rows: Sequence[Summary], shown: Summary | None) -> None:
+    """Confusion matrices or segmentations of the decomposition and the foundation model, of the first seed."""
+    pairs = [(shown.setting, shown)] if shown else []
+    teacher = next((row for row in rows if row.runs[0]["family"] == "teacher"), None)
+    pairs += [("full", teacher)] if teacher else []
+    for setting, row in pairs:
+        run = RunFile(folder, setting, row.method, row.seeds[0])
+        arrays = run.read_arrays()
+        for number, (name, task) in enumerate(row.runs[0]["data"]["tasks"].items()):
+            labels = list(task["labels"].values())
+            if f"{number}_probability" in arrays:
+                counts = confusion_matrix(arrays[f"{number}_probability"], arrays[f"{number}_label"])
+                share = counts / counts.sum(1, keepdims=True).clip(1)
+                content.confusions.append(Matrix(f"{name}: {row.method}", labels, labels, share, 0, 1, counts=counts))
+            for rank in _RANKS:
+                key = f"{number}_{rank}_"
+                if f"{key}image" in arrays:
+                    title = f"{row.method}, {rank}: Dice {float(arrays[f'{key}dice']):.2f}"
+                    content.segmentations.setdefault(name, []).append(
+                        Segmentation(title, arrays[f"{key}image"], arrays[f"{key}label"], arrays[f"{key}prediction"])
+                    )
+
+
+def _costs(rows: Sequence[Summary]) -> Table:
+    header = ["setting", "method", "parameters that serve one task", "parameters of all tasks", "million multiply-adds",
+              "one image, ms", "training, s", "training, CPU s", "peak memory, MB"]  # fmt: skip
+    lines = []
+    for row in rows:
+        plain = list(row.runs[0]["cost"]["plain"].values())
+        memory = [run["memory"]["gpu"] or run["memory"]["process"] for run in row.runs]
+        lines.append(
+            [
+                row.setting,
+                row.method,
+                f"{np.mean([p['parameters'] for p in plain]):,.0f}",
+                f"{row.runs[0]['cost']['parameters']:,}",
+                f"{np.mean([p['multiply_adds'] for p in plain]) / 1e6:.1f}",
+                f"{1000 * np.median([p['latency_s'] for r in row.runs for p in r['cost']['plain'].values()]):.1f}",
+                f"{np.mean([run['time']['training_s'] for run in row.runs]):.0f}",
+                f"{np.mean([run['time']['training_cpu_s'] for run in row.runs]):.0f}",
+                "" if None in memory else f"{np.mean(memory) / 1e6:.0f}",
+            ]
+        )
+    note = (
+        "Times are those of the machine while it may have had other work. A distilled method's time holds its "
+        "questions to the foundation model only where no earlier run had asked them. Memory is the process's, images "
+        "included."
+    )
+    return Table(header, lines, note)
+
+
+def _provenance(rows: Sequence[Summary]) -> list[tuple[str, str]]:
+    runs = [run for row in rows for run in row.runs]
+    unique = {
+        "command": dict.fromkeys(run["command"] for run in runs),
+        "versions": dict.fromkeys(", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in runs),
+        "hardware": dict.fromkeys(json.dumps(run["hardware"], ensure_ascii=False) for run in runs),
+    }
+    facts = [(key, value) for key, values in unique.items() for value in values]
+    count = len({(run["setting"], run["method"], run["seed"]) for run in runs})
+    return [*facts, ("runs", f"{count}, the last finished {max(run['finished'] for run in runs)}")]
+
+
+def is_study(folder: str | os.PathLike) -> bool:
+    """Whether a folder is that of a study."""
+    return (Path(folder) / "study.json").is_file()
