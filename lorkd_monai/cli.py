@@ -9,7 +9,7 @@ from typing import Any
 
 import fire
 
-from lorkd_monai.cli_study import study
+from lorkd_monai.cli_study import report, study
 from lorkd_monai.errors import LoRKDError, show_errors_plainly
 
 __all__ = ["COMMANDS", "main"]
@@ -436,6 +436,7 @@ COMMANDS: dict[str, Any] = {
     "label-app": label_app,
     "deploy-app": deploy_app,
     "study": study,
+    "report": report,
 }
 
 
