@@ -115,6 +115,7 @@ def export(
         rank: cut nested experts to at most this rank; figures are then taken from --figures only.
     """
     from lorkd_monai.bundle.export import export_experts
+    from lorkd_monai.bundle.parent import read_facts
     from lorkd_monai.networks.checkpoint import load_decomposition
 
     file = _checkpoint(checkpoint)
@@ -126,7 +127,7 @@ def export(
     known = known.get("experts", known)
     net = load_decomposition(file, _backbone(backbone))
     written = export_experts(
-        net, _path(output, "output"), _names(tasks), known, None, overwrite, _names(formats), rank=rank
+        net, _path(output, "output"), _names(tasks), known, read_facts(file), overwrite, _names(formats), rank=rank
     )
     return "\n".join(map(str, written))
 

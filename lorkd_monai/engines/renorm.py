@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lorkd_monai.bundle.configs import default_inferer
 from lorkd_monai.bundle.export import export_experts, refuse_existing_experts
+from lorkd_monai.bundle.parent import read_facts
 from lorkd_monai.bundle.writer import expert_name
 from lorkd_monai.data import DataList, TaskDataset, load_data_list
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table
@@ -103,10 +104,8 @@ def renorm_experts(
         reestimate_norms(expert, (batch["image"].to(device) for batch in loader))
         if own.test:
             after |= _measure(expert, own, info, inferer, device)
-    written = export_experts(
-        network, output, chosen, after, {"norms": "batch-norm statistics estimated anew on the task's own images"},
-        overwrite, formats, networks=experts,
-    )  # fmt: skip
+    facts = {**read_facts(checkpoint), "norms": "batch-norm statistics estimated anew on the task's own images"}
+    written = export_experts(network, output, chosen, after, facts, overwrite, formats, networks=experts)
     score = "balanced_accuracy" if kind == "classification" else "dice"
     columns = {f"{score} before": before, "after": after}
     return written, figures_table(columns, score, data.scored) if after else ""

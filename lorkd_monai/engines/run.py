@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorkd_monai import __version__
+from lorkd_monai.bundle.parent import teacher_facts
 from lorkd_monai.data import DataList
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table, write_figures
 from lorkd_monai.errors import LoRKDError
@@ -68,18 +69,33 @@ def run_facts(
     max_epochs: int,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Facts on a decomposition for the READMEs of its experts."""
-    spec = network.spec()
+    """Facts on a decomposition for the READMEs of its experts.
+
+    ``teacher`` is a function: what the teacher costs is measured when the experts are written, see `resolved_facts`.
+    """
+    spec, info = network.spec(), network.info
     counts = {split: len(data.split(split)) for split in ("training", "validation", "test")}
     return {
         "data": f"{data.name}: " + ", ".join(f"{n} {split} images" for split, n in counts.items()),
         "tasks": ", ".join(f"{name} ({n} classes)" for name, n in network.num_classes.items()),
-        "experts": f"rank {spec['rank']}, layout {spec['layout']}, norm {spec['norm']}",
+        "experts": f"rank {_words(spec['rank'])}, layout {spec['layout']}, norm {spec['norm']}",
         "epochs": max_epochs,
-        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
-        "teacher": {"name": "none" if teacher_bundle is None else Path(teacher_bundle).name},
+        "settings": ", ".join(f"{key} {_words(value)}" for key, value in settings.items()),
+        "teacher": functools.partial(teacher_facts, teacher_bundle, info["spatial_dims"], info["image_size"]),
         "versions": f"lorkd-monai {__version__}, monai {monai.__version__}, torch {torch.__version__}",
     }
+
+
+def _words(value: Any) -> str:
+    """A setting as a person writes it: no brackets, and one number where all are the same."""
+    if isinstance(value, Mapping):
+        values = list(value.values())
+        if values and all(v == values[0] for v in values):
+            return _words(values[0])
+        return " and ".join(f"{_words(v)} ({k})" for k, v in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_words, value)) or "none"
+    return str(value)
 
 
 def find_teacher(

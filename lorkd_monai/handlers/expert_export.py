@@ -12,6 +12,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from lorkd_monai.bundle.export import export_experts, refuse_existing_experts
+from lorkd_monai.bundle.parent import resolved_facts, write_facts
 from lorkd_monai.bundle.writer import check_formats, expert_name
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import load_weights
@@ -32,7 +33,8 @@ class ExpertExport:
         weights: file of the best weights, loaded before the export; None: the network as it is.
         folder: where the bundles go.
         figures: called with the network; gives the measured figures of each task.
-        parent: facts on the decomposition for the bundles' README.
+        parent: facts on the decomposition for the bundles' README; a value may be a function without arguments, which
+            is called at the export. They are also written beside ``weights``, for exports to come.
         overwrite: replace experts that exist.
         formats: file formats of the weights, see `write_expert_bundle`.
         tasks: which tasks; None: all.
@@ -78,10 +80,13 @@ class ExpertExport:
             self.network.load_state_dict(load_weights(self.weights))
         self.network.eval()
         figures = {} if self.figures is None else self.figures(self.network)
+        parent = resolved_facts(self.parent)
+        if parent and self.weights is not None:
+            write_facts(self.weights, parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         overwrite = self.overwrite or self._unfinished.exists()
         self._unfinished.touch()
-        written = export_experts(self.network, self.folder, self.tasks, figures, self.parent, overwrite, self.formats)
+        written = export_experts(self.network, self.folder, self.tasks, figures, parent, overwrite, self.formats)
         self._unfinished.unlink()
         _log.info("%d expert bundles in %s", len(written), self.folder)
 

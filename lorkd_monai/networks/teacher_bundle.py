@@ -232,6 +232,16 @@ def _read_config(folder: Path) -> tuple[ConfigParser, Path]:
     return parser, file
 
 
+def bundle_network(folder: str | os.PathLike) -> tuple[nn.Module, int | None]:
+    """The network that a MONAI bundle defines, without its weights, and the channels of its images where it says so.
+
+    Raises:
+        LoRKDError: no bundle, or no network in it that can be built.
+    """
+    folder = Path(folder)
+    return _build(*_read_config(folder)), _input_channels(_data_format(folder))
+
+
 def _build(parser: ConfigParser, file: Path) -> nn.Module:
     config = parser.config
     ids = [i for i in _NETWORK_IDS if i in config]
