@@ -136,6 +136,7 @@ Each is given as `--key VALUE`.
 | `training/figures.json` | figures of the experts on the test images |
 | `training/events.out.…` | TensorBoard: each task's loss, the transfer, the validation |
 | `teacher/`, `pretraining/` | the same of the teacher |
+| `adding/` | the same of the decomposition with its new tasks |
 
 ## One expert by itself
 
