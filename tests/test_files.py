@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from lorkd_monai.files import atomic_file, remove_leftovers
 
@@ -50,3 +51,12 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_files_are_as_readable_as_other_new_files(tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "plain").touch()
+    with atomic_file(tmp_path / "model.safetensors") as temporary:
+        save_file({"w": torch.zeros(2)}, temporary)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorkd_monai.bundle.metadata import strings_of
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
+from lorkd_monai.files import atomic_file
 
 __all__ = ["FORMATS", "build_network", "measure", "onnx_is_installed", "save_formats", "torchscript_of", "weights_of"]
 
@@ -181,7 +182,8 @@ def save_formats(
     if "safetensors" in formats:
         from safetensors.torch import save_file
 
-        save_file(weights, models / "model.safetensors", metadata={"format": "pt"})
+        with atomic_file(models / "model.safetensors") as temporary:
+            save_file(weights, temporary, metadata={"format": "pt"})
     if "ts" in formats:
         scripted, _ = torchscript_of(network, image)
         extra = {f"{name}.json": json.dumps(config).encode() for name, config in configs.items()}
