@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -89,4 +88,5 @@ class Content:
     costs: Table | None = None
     provenance: list[tuple[str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
+    transfer: dict[str, list[Point]] = field(default_factory=dict)
+    transfer_table: Table | None = None

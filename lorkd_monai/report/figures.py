@@ -21,6 +21,7 @@ GROUPS = {
     "stl": "#E69F00",
     "mtl": "#56B4E9",
     "separate": "#CC79A7",
+    "teacher_tuned": "#000000",
     "lorkd": "#0072B2",
     "difference": "#0072B2",
 }

@@ -63,6 +63,7 @@ class Sections:
             *self._curves(content),
             self._conflict(content),
             self._spectra(content),
+            self._transfer(content),
             self._pictures(content),
             Section("What it costs", tables=(content.costs,)) if content.costs else None,
             self._provenance(content),
@@ -164,6 +165,20 @@ class Sections:
             "curve that falls early says that a smaller rank would do."
         )
         return Section("What each expert adds", text, tuple(pictures), small=True) if pictures else None
+
+    def _transfer(self, content: Content) -> Section | None:
+        if not content.transfer:
+            return None
+        pictures = tuple(
+            self._drawn(f"transfer {task}", f"transfer to {task}", figures.dots(points, f"{task}: {content.score}"))
+            for task, points in content.transfer.items()
+        )
+        text = (
+            "Each task in turn was held out: teacher and decomposition were trained on the others, then a student from "
+            "scratch, the nearest expert and the teacher on the held-out task alone, with a part of its images."
+        )
+        tables = (content.transfer_table,) if content.transfer_table else ()
+        return Section("Transfer to a task that none has seen", text, pictures, tables, small=True)
 
     def _pictures(self, content: Content) -> Section | None:
         if content.confusions:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lorkd_monai.report.content import Content, Curve, Matrix, Point, Segmentation, Table
-from lorkd_monai.study.files import RunFile
+from lorkd_monai.report.transfer_source import add_transfer, held_out_folders
+from lorkd_monai.study.files import RunFile, read_runs
 from lorkd_monai.study.statistics import Difference, Summary, compare, summarise
 from lorkd_monai.study.tables import difference_pairs
 
@@ -26,6 +27,10 @@ def content_of_study(folder: str | os.PathLike, resamples: int = 2000) -> Conten
     Raises:
         LoRKDError: there are none, or a file can't be read.
     """
+    if not read_runs(folder) and held_out_folders(folder):
+        content = Content("Does decomposition pay on unseen tasks?")
+        add_transfer(content, folder, resamples)
+        return content
     rows = summarise(folder, resamples)
     first = rows[0].runs[0]
     score = first["score"].replace("_", " ")
@@ -56,6 +61,7 @@ def content_of_study(folder: str | os.PathLike, resamples: int = 2000) -> Conten
     if shown is not None and "spectra" in shown.runs[0]:
         content.changes, content.spectra = spectrum_content(shown.runs[0]["spectra"])
     _pictures(content, folder, rows, shown)
+    add_transfer(content, folder, resamples)
     content.costs = _costs(rows)
     content.provenance = _provenance(rows)
     return content
@@ -343,4 +349,4 @@ def _provenance(rows: Sequence[Summary]) -> list[tuple[str, str]]:
 
 def is_study(folder: str | os.PathLike) -> bool:
     """Whether a folder is that of a study."""
-    return (Path(folder) / "study.json").is_file()
+    return (Path(folder) / "study.json").is_file() or bool(held_out_folders(folder))

@@ -13,6 +13,7 @@ from lorkd_monai.study.methods import METHODS, methods_named
 from lorkd_monai.study.plan import plan_runs, run_study
 from lorkd_monai.study.settings import default_settings
 from lorkd_monai.study.tables import study_tables
+from lorkd_monai.study.transfer import run_transfer
 
 __all__ = ["MAIN_METHODS", "run_from_arguments"]
 
@@ -40,6 +41,7 @@ def run_from_arguments(
     device: str,
     keep_weights: bool,
     plan_only: bool,
+    transfer: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Run a study; see `lorkd study --help` for the arguments.
@@ -52,8 +54,11 @@ def run_from_arguments(
         common = common.changed(_QUICK[kind, spatial_dims])
         methods, seeds = methods or _QUICK_METHODS, list(seeds)[:1]
     common = common.changed(changes)
+    if transfer and methods is None:
+        methods = ["lorkd"]
     names = list(METHODS) if methods is not None and list(methods) == ["all"] else methods or MAIN_METHODS
-    runs = plan_runs(methods_named(names, variants), settings, seeds)
+    chosen = methods_named(names, variants)
+    runs = plan_runs(chosen, settings, seeds)
     if plan_only:
         for run in runs:
             say(f"{run.setting} {run.method.name} seed {run.seed}: {run.method.about}")
@@ -65,6 +70,14 @@ def run_from_arguments(
         if not (dataset_dir / "dataset.json").is_file():
             make_phantoms(dataset_dir, kind, spatial_dims, num_images=60)
     data = load_data_list(dataset_dir, kind, spatial_dims, needs=("training", "validation", "test"))
+    if transfer:
+        experts = [method for method in chosen if method.family == "lorkd"]
+        if len(experts) != 1:
+            raise LoRKDError(f"transfer: expected one decomposition among the methods, got {len(experts)}")
+        held_out = list(data.tasks) if list(transfer) == ["all"] else transfer
+        for folder in run_transfer(output, data, common, experts[0], held_out, settings, seeds, device, say):
+            say("\n" + study_tables(folder, common.resamples))
+        return Path(output)
     folder = run_study(output, data, common, runs, device, keep_weights, say)
     say("")
     say(study_tables(folder, common.resamples))

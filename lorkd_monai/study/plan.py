@@ -18,7 +18,7 @@ from lorkd_monai.study.methods import Method, label_share_of
 from lorkd_monai.study.runs import Workbench
 from lorkd_monai.study.settings import StudySettings
 
-__all__ = ["PlannedRun", "plan_runs", "run_study"]
+__all__ = ["PlannedRun", "agree_on_settings", "plan_runs", "run_study"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def run_study(
     for split in ("validation", "test"):
         if not data.split(split):
             raise LoRKDError(f"the data list {data.name!r} has no {split} images, which a study needs")
-    _agree(folder, data, common)
+    agree_on_settings(folder, data, common)
     missing = [run for run in runs if not _file(folder, run).done]
     say(f"{len(runs)} runs, {len(runs) - len(missing)} done already")
     if not missing:
@@ -108,8 +108,12 @@ def _file(folder: Path, run: PlannedRun) -> RunFile:
     return RunFile(folder, run.setting, run.method.name, run.seed)
 
 
-def _agree(folder: Path, data: DataList, common: StudySettings) -> None:
-    """Write what the runs of this folder have in common, or refuse to mix them with others."""
+def agree_on_settings(folder: Path, data: DataList, common: StudySettings) -> None:
+    """Write what the runs of this folder have in common, or refuse to mix them with others.
+
+    Raises:
+        LoRKDError: the folder holds a study of other data or with other settings.
+    """
     path = folder / "study.json"
     now: dict[str, Any] = {
         "format": FORMAT,

@@ -22,7 +22,7 @@ from lorkd_monai.study.files import RunFile
 from lorkd_monai.study.methods import Method, label_share_of
 from lorkd_monai.study.models import RememberedTeacher, members_of, teacher_of, teacher_view
 from lorkd_monai.study.settings import StudySettings
-from lorkd_monai.study.students import Students
+from lorkd_monai.study.students import Students, Trained
 from lorkd_monai.study.subsets import Part, choose_labelled
 from lorkd_monai.study.training import Fitted, evaluation_loader, fit, inferer_of
 
@@ -79,29 +79,37 @@ class Workbench:
         if fixed:
             raise LoRKDError(f"method {method.name!r} changes {fixed[0]}, which all runs of a study share")
         settings = method.settings(self.settings)
+        if method.family == "teacher":
+            self.record(method, setting, seed, lambda labelled: self._train_teacher(settings, seed))
+            return
+        view = self.foundation(seed) if method.distilled or settings.init == "teacher" else None
+
+        def train(labelled: list[bool]) -> Trained:
+            students = Students(
+                method, settings, self.training, self.validation, labelled, seed, view,
+                lambda names: self._teacher_of(seed, names), self.device, self.progress,
+            )  # fmt: skip
+            return students.train()
+
+        self.record(method, setting, seed, train)
+
+    def record(self, method: Method, setting: str, seed: int, train: Callable[[list[bool]], Trained]) -> None:
+        """Train as told, measure on the test images, and write the files of the run.
+
+        Args:
+            method, setting, seed: which run it is.
+            train: gets which training images have labels.
+        """
+        settings = method.settings(self.settings)
         file = RunFile(self.folder, setting, method.name, seed)
         labelled = choose_labelled(self.data.training, label_share_of(setting), seed)
         started = datetime.now(timezone.utc)
         with measures.peak_memory(self.device) as memory:
-            if method.family == "teacher":
-                network, fitted, notes = self._train_teacher(settings, seed)
-            else:
-                view = self.foundation(seed) if method.distilled or settings.init == "teacher" else None
-                network, fitted, notes = Students(
-                    method,
-                    settings,
-                    self.training,
-                    self.validation,
-                    labelled,
-                    seed,
-                    view,
-                    lambda names: self._teacher_of(seed, names),
-                    self.device,
-                    self.progress,
-                ).train()
+            network, fitted, notes = train(labelled)
         clock = time.perf_counter()
+        inferer = inferer_of(self.data, settings)
         predictions = collect_predictions(
-            network, evaluation_loader(self.test, self.data), self.data, self.device, inferer_of(self.data, settings)
+            network, evaluation_loader(self.test, self.data), self.data, self.device, inferer
         )
         figures = figures_of_predictions(predictions, self.data, settings.resamples)
         evaluation = time.perf_counter() - clock
@@ -111,50 +119,51 @@ class Workbench:
             for key, value in kept.items()
         }
         if self.data.kind == "segmentation":
-            arrays |= example_arrays(network, self.test, predictions, self.device, inferer_of(self.data, settings))
-        if method.family == "teacher":
-            states = [m.state_dict() for m in members_of(network)]
-            file.weights.parent.mkdir(parents=True, exist_ok=True)
-            save_weights(file.weights, {f"{i}.{k}": v for i, s in enumerate(states) for k, v in s.items()})
-        elif self.keep_weights:
-            file.weights.parent.mkdir(parents=True, exist_ok=True)
-            save_weights(file.weights, network.state_dict())
-        network = network.cpu()
+            arrays |= example_arrays(network, self.test, predictions, self.device, inferer)
+        self._save_weights(file, method, network)
         score = score_name(self.data.kind)
         values = [figures[t][score]["value"] for t in self.data.scored if score in figures.get(t, {})]
-        shape = self.test[0]["image"].shape if len(self.test) else (settings.in_channels,)
-        file.write(
-            {
-                "method": method.name,
-                "family": method.family,
-                "about": method.about,
-                "distilled": method.distilled,
-                "setting": setting,
-                "seed": seed,
-                "score": score,
-                "mean": float(np.mean(values)) if values else None,
-                "figures": figures,
-                "labelled_images": self._labelled_counts(labelled if method.family != "teacher" else None),
-                "fits": {name: _fit_facts(one) for name, one in fitted.items()},
-                "curves": {name: one.curves for name, one in fitted.items()},
-                "cost": measures.cost_of(network, list(self.data.tasks), tuple(shape)),
-                "time": {
-                    "training_s": sum(one.seconds for one in fitted.values()),
-                    "training_cpu_s": sum(one.cpu_seconds for one in fitted.values()),
-                    "evaluation_s": evaluation,
-                },
-                "memory": memory,
-                "settings": settings.as_data(),
-                **notes,
-                "data": self._data_facts(),
-                "command": measures.command(),
-                "versions": measures.versions(),
-                "hardware": measures.hardware(self.device),
-                "started": started.isoformat(timespec="seconds"),
-                "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        content = {
+            "method": method.name,
+            "family": method.family,
+            "about": method.about,
+            "distilled": method.distilled,
+            "setting": setting,
+            "seed": seed,
+            "score": score,
+            "mean": float(np.mean(values)) if values else None,
+            "figures": figures,
+            "labelled_images": self._labelled_counts(None if method.family == "teacher" else labelled),
+            "fits": {name: _fit_facts(one) for name, one in fitted.items()},
+            "curves": {name: one.curves for name, one in fitted.items()},
+            "cost": measures.cost_of(network.cpu(), list(self.data.tasks), tuple(self.test[0]["image"].shape)),
+            "time": {
+                "training_s": sum(one.seconds for one in fitted.values()),
+                "training_cpu_s": sum(one.cpu_seconds for one in fitted.values()),
+                "evaluation_s": evaluation,
             },
-            arrays,
-        )
+            "memory": memory,
+            "settings": settings.as_data(),
+            **notes,
+            "data": self._data_facts(),
+            "command": measures.command(),
+            "versions": measures.versions(),
+            "hardware": measures.hardware(self.device),
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        file.write(content, arrays)
+
+    def _save_weights(self, file: RunFile, method: Method, network: nn.Module) -> None:
+        if method.family == "teacher":
+            states = [m.state_dict() for m in members_of(network)]
+            state = {f"{i}.{k}": v for i, s in enumerate(states) for k, v in s.items()}
+        elif self.keep_weights:
+            state = network.state_dict()
+        else:
+            return
+        file.weights.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(file.weights, state)
 
     def foundation(self, seed: int) -> TaskChannels:
         """The foundation model of a seed, from the files of its run.
@@ -180,7 +189,7 @@ class Workbench:
             self._teachers[key] = RememberedTeacher(teacher_of(view, names), _TEACHER_MEMORY)
         return self._teachers[key]
 
-    def _train_teacher(self, settings: StudySettings, seed: int) -> tuple[nn.Module, dict[str, Fitted], dict]:
+    def _train_teacher(self, settings: StudySettings, seed: int) -> Trained:
         names = list(self.data.tasks)
         part, validation = Part(self.training, names), Part(self.validation, names)
         fitted = {}

@@ -1,0 +1,202 @@
+"""Transfer: what a decomposition is worth to a task that it has never seen.
+
+Each task in turn is held out. A teacher and a decomposition are trained on the others; then three networks are trained
+on the held-out task alone: a student from scratch, the nearest expert, and the teacher.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorkd_monai.data import DataList
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.networks.checkpoint import load_decomposition
+from lorkd_monai.study.files import RunFile
+from lorkd_monai.study.methods import Method, label_share_of
+from lorkd_monai.study.models import build_student, members_of
+from lorkd_monai.study.plan import agree_on_settings, plan_runs, run_study
+from lorkd_monai.study.runs import Workbench
+from lorkd_monai.study.settings import StudySettings
+from lorkd_monai.study.students import Trained, draws_of
+from lorkd_monai.study.subsets import Part, only_tasks
+from lorkd_monai.study.training import fit
+
+__all__ = ["STARTS", "nearest_task", "run_transfer"]
+
+STARTS = {
+    "from_scratch": Method("from_scratch", "stl", False, "a student from scratch"),
+    "from_expert": Method("from_expert", "lorkd", False, "the nearest expert of a decomposition, fine-tuned"),
+    "from_teacher": Method("from_teacher", "teacher_tuned", False, "the foundation model, fine-tuned"),
+}
+_IMAGES = 64  # of each task, to find the nearest
+
+
+@torch.no_grad()
+def nearest_task(network: LoRKDNet, known: Workbench, unseen: Part) -> tuple[str, dict[str, float]]:
+    """The task whose images an expert's features tell least from those of the unseen task, and all distances.
+
+    The distance of a task: its own expert's pooled features of its own training images and of the unseen ones; the
+    difference of the two means, each feature in standard deviations of the task's own, root mean square over features.
+
+    Args:
+        network: the decomposition.
+        known: with the training images of its tasks.
+        unseen: training images of the new task; no label is looked at.
+    """
+    network = network.eval()
+    device = next(network.parameters()).device
+
+    def features(dataset: Any, items: Sequence[int], task: int) -> torch.Tensor:
+        rows = []
+        for i in items:
+            image = dataset[i]["image"][None].to(device)
+            rows.append(network(image, task, return_features=True)[1])
+        return torch.cat(rows).double()
+
+    new = torch.linspace(0, len(unseen) - 1, min(_IMAGES, len(unseen))).long().tolist()
+    distances = {}
+    for index, name in enumerate(network.tasks):
+        own = [i for i, task in enumerate(known.training.task_of_item) if task == index]
+        chosen = [own[i] for i in torch.linspace(0, len(own) - 1, min(_IMAGES, len(own))).long().tolist()]
+        at_home, abroad = features(known.training, chosen, index), features(unseen, new, index)
+        spread = at_home.std(0).clamp_min(1e-6)
+        distances[name] = float(((abroad.mean(0) - at_home.mean(0)) / spread).square().mean().sqrt())
+    return min(distances, key=lambda name: distances[name]), distances
+
+
+def run_transfer(
+    folder: str | os.PathLike,
+    data: DataList,
+    common: StudySettings,
+    decomposition: Method,
+    held_out: Sequence[str],
+    settings: Sequence[str],
+    seeds: Sequence[int],
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Hold out each of some tasks, and train on it from three starts; what is done already is not done again.
+
+    Args:
+        folder: of the study; ``unseen_<number of the task>`` in it is a study of each held-out task, and ``before`` in
+            that one the study of the others.
+        data: the data list.
+        common: settings of all runs.
+        decomposition: the method that gives the experts.
+        held_out: names of tasks.
+        settings: ``"few10"``, ``"few30"``, ``"full"``: the part of the unseen task's training images that is used.
+        seeds: of the runs.
+        device: where to train.
+        say: is told what happens.
+
+    Returns:
+        The folders of the held-out tasks' studies.
+
+    Raises:
+        LoRKDError: an unknown task, fewer than two tasks left, a method that is no decomposition.
+    """
+    if decomposition.family != "lorkd":
+        raise LoRKDError(f"transfer: {decomposition.name!r} is no decomposition")
+    unknown = [name for name in held_out if name not in data.tasks]
+    if unknown:
+        raise LoRKDError(f"transfer: unknown task {unknown[0]!r}; the tasks are {', '.join(data.tasks)}")
+    if len(data.tasks) < 3:
+        raise LoRKDError(f"transfer: with one task held out two must be left, {data.name!r} has {len(data.tasks)}")
+    for setting in settings:
+        label_share_of(setting)
+    teacher = Method("teacher", "teacher", False, "the foundation model of the other tasks")
+    folders = []
+    for name in held_out:
+        place = Path(folder) / f"unseen_{data.tasks[name].index}"
+        rest = only_tasks(data, [task for task in data.tasks if task != name])
+        said = f"{name} held out"
+        run_study(
+            place / "before", rest, common, plan_runs([teacher, decomposition], ["full"], seeds), device,
+            keep_weights=True, say=lambda line, said=said: say(f"{said}: {line}"),
+        )  # fmt: skip
+        own = only_tasks(data, [name])
+        budget = common.changed(
+            {"images_per_epoch": draws_of(data, common, [name]), "batch_size": common.single_batch_size}
+        )
+        agree_on_settings(place, own, budget)
+        _HeldOut(place, own, rest, budget, common, decomposition, device, say).run(settings, seeds)
+        folders.append(place)
+    return folders
+
+
+class _HeldOut:
+    """The fine-tuning runs of one held-out task."""
+
+    def __init__(
+        self,
+        place: Path,
+        own: DataList,
+        rest: DataList,
+        budget: StudySettings,
+        common: StudySettings,
+        decomposition: Method,
+        device: str | torch.device,
+        say: Callable[[str], None],
+    ) -> None:
+        self.place, self.own, self.rest, self.budget, self.common = place, own, rest, budget, common
+        self.decomposition, self.device, self.say = decomposition, device, say
+        self.bench: Workbench | None = None
+        self.before: Workbench | None = None
+
+    def run(self, settings: Sequence[str], seeds: Sequence[int]) -> None:
+        """Do what is missing."""
+        (name,) = self.own.tasks
+        for seed in seeds:
+            for setting in settings:
+                for method in STARTS.values():
+                    file = RunFile(self.place, setting, method.name, seed)
+                    if file.done:
+                        continue
+                    if self.bench is None:
+                        self.bench = Workbench(self.place, self.own, self.budget, self.device)
+                        self.before = Workbench(self.place / "before", self.rest, self.common, self.device)
+                    self.bench.record(
+                        method, setting, seed, lambda labelled, m=method, s=seed: self._train(m, s, labelled)
+                    )
+                    self.say(f"{name} held out, {setting} {method.name} seed {seed}: test {file.read()['mean']:.3f}")
+
+    def _train(self, method: Method, seed: int, labelled: list[bool]) -> Trained:
+        part = Part(self.bench.training, list(self.own.tasks), labelled, drop_unlabelled=True)
+        network, notes = self._start(method, seed, part)
+        fitted = fit(
+            network, self.own, part, Part(self.bench.validation, list(self.own.tasks)), self.budget, seed,
+            self.budget.epochs, self.budget.images_per_epoch, self.budget.ema, device=self.device,
+        )  # fmt: skip
+        return network, {"all tasks": fitted}, notes
+
+    def _start(self, method: Method, seed: int, part: Part) -> tuple[LoRKDNet, dict[str, Any]]:
+        if method.name == "from_scratch":
+            return build_student(self.budget, self.own, False, seed), {}
+        if method.name == "from_teacher":
+            plain: nn.Module = members_of(self.before.foundation(seed))[0]
+            return _with_new_head(plain, self.own, seed), {}
+        file = RunFile(self.place / "before", "full", self.decomposition.name, seed)
+        decomposed = load_decomposition(file.weights).to(self.device)
+        nearest, distances = nearest_task(decomposed, self.before, part)
+        return _with_new_head(decomposed.cpu().extract(nearest), self.own, seed), {
+            "nearest": nearest,
+            "distances": distances,
+        }
+
+
+def _with_new_head(plain: nn.Module, own: DataList, seed: int) -> LoRKDNet:
+    """A network of one task with the weights of another, but for its head, which starts anew."""
+    torch.manual_seed(seed)
+    network = LoRKDNet(plain, own.num_classes, rank=0).requires_grad_(True)
+    heads = {id(t) for t in network.expert_tensors(0).values()}
+    for module in network.modules():
+        if any(id(p) in heads for p in module.parameters(recurse=False)) and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return network

@@ -1,0 +1,137 @@
+"""Whole studies on a few phantoms: every family of methods, resuming, refusing, the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorkd_monai.cli_study import study
+from lorkd_monai.data import load_data_list, make_phantoms
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.study import default_settings, methods_named, plan_runs, run_study
+from lorkd_monai.study.files import read_runs
+from lorkd_monai.study.statistics import summarise
+
+TINY = {
+    ("classification", 2): {
+        "backbone": {"_target_": "DenseNet", "spatial_dims": 2, "in_channels": 1, "init_features": 4,
+                     "growth_rate": 4, "block_config": [1, 1]},
+        "teacher_backbone": {"_target_": "DenseNet", "spatial_dims": 2, "in_channels": 1, "init_features": 8,
+                             "growth_rate": 4, "block_config": [1, 1]},
+        "in_channels": 1, "image_size": 16,
+    },
+    ("segmentation", 2): {
+        "backbone": {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "channels": [4, 8], "strides": [2]},
+        "teacher_backbone": {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "channels": [8, 16],
+                             "strides": [2]},
+        "in_channels": 1, "image_size": 16, "val_interval": 1,
+    },
+    ("segmentation", 3): {
+        "backbone": {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "channels": [4, 8], "strides": [2]},
+        "teacher_backbone": {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "channels": [8, 16],
+                             "strides": [2]},
+        "in_channels": 1, "image_size": [8, 8, 8], "val_interval": 1,
+    },
+}  # fmt: skip
+SHORT = {"epochs": 2, "teacher_epochs": 2, "images_per_epoch": 16, "batch_size": 8, "single_batch_size": 4}
+
+
+def prepared(folder: Path, kind: str, dims: int):
+    make_phantoms(folder, kind, dims, num_images=10, image_size=16)
+    data = load_data_list(folder, kind, dims)
+    return data, default_settings(kind, dims).changed({**SHORT, **TINY[kind, dims], "resamples": 10})
+
+
+@pytest.mark.slow
+def test_classification_study(tmp_path: Path) -> None:
+    data, settings = prepared(tmp_path / "data", "classification", 2)
+    names = ["teacher", "stl", "mtl_kd", "separate_kd", "lorkd_norms", "lorkd_init", "lorkd_warmup"]
+    runs = plan_runs(methods_named(names), ["full", "few30"], [0])
+    said: list[str] = []
+    folder = run_study(tmp_path / "out", data, settings, runs, say=said.append)
+    found = {(r.setting, r.method): r.read() for r in read_runs(folder)}
+    assert len(found) == len(runs) == 13
+    one = found["few30", "lorkd_norms"]
+    assert set(one["figures"]) == set(data.tasks) and one["ranks"] == dict.fromkeys(data.tasks, 4)
+    assert len(one["gradient_conflict"]["cosines"]) == 4 and one["spectra"]["ct"]
+    assert sum(one["labelled_images"].values()) < len(data.training)
+    assert [row["epoch"] for row in one["curves"]["all tasks"]["training"]] == [1, 2]
+    assert "transfer" in one["curves"]["all tasks"]["training"][0]
+    assert set(found["full", "separate_kd"]["fits"]) == {"all tasks", *data.tasks}
+    assert found["full", "stl"]["cost"]["plain"]["ct"]["parameters"] < found["full", "stl"]["cost"]["parameters"]
+    assert {row.method for row in summarise(folder, 10)} == set(names)
+
+    # Nothing is done twice; a run that was lost is done again, to the same figures.
+    again: list[str] = []
+    lost = next(r for r in read_runs(folder) if (r.setting, r.method) == ("full", "mtl_kd"))
+    before = lost.read()["figures"]
+    lost.json.unlink()
+    run_study(folder, data, settings, runs, say=again.append)
+    assert again[0] == "13 runs, 12 done already"
+    assert lost.read()["figures"] == before
+
+    with pytest.raises(LoRKDError, match="holds a study with other settings: epochs was 2, now 3"):
+        run_study(folder, data, settings.changed({"epochs": 3}), runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [2, 3])
+def test_segmentation_study(tmp_path: Path, dims: int) -> None:
+    data, settings = prepared(tmp_path / "data", "segmentation", dims)
+    runs = plan_runs(methods_named(["teacher", "lorkd"]), ["few30"], [0])
+    folder = run_study(tmp_path / "out", data, settings, runs, say=lambda line: None)
+    run = next(r for r in read_runs(folder) if r.method == "lorkd")
+    content, arrays = run.read(), run.read_arrays()
+    assert content["score"] == "dice" and 0 <= content["mean"] <= 1
+    assert arrays["0_best_image"].shape == arrays["0_worst_prediction"].shape
+    assert arrays["0_best_image"].ndim == 2 and arrays["0_dice"].shape[1] == data.tasks["ct"].num_classes - 1
+
+
+def test_a_missing_teacher_is_named(tmp_path: Path) -> None:
+    data, settings = prepared(tmp_path / "data", "classification", 2)
+    with pytest.raises(LoRKDError, match="seed 0 has no teacher yet: put 'teacher' among the methods"):
+        run_study(
+            tmp_path / "out", data, settings, plan_runs(methods_named(["mtl_kd"]), ["full"], [0]), say=lambda _: None
+        )
+
+
+def test_methods_must_share_the_images(tmp_path: Path) -> None:
+    data, settings = prepared(tmp_path / "data", "classification", 2)
+    methods = methods_named(["big"], {"big": {"base": "mtl", "image_size": 32}})
+    with pytest.raises(LoRKDError, match="method 'big' changes image_size, which all runs of a study share"):
+        run_study(tmp_path / "out", data, settings, plan_runs(methods, ["full"], [0]), say=lambda _: None)
+
+
+def test_the_command_lists_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    study(str(tmp_path), methods="mtl", settings=("full", "few10"), seeds=1, plan_only=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "full mtl seed 1: multi-task learning: one student, a head for each task",
+        "few10 mtl seed 1: multi-task learning: one student, a head for each task",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": "a"}, "seeds: expected whole numbers"),
+        ({"variants": "[1]"}, "variants: expected"),
+        ({"kind": "detection"}, "expected kind"),
+        ({"methods": "nothing"}, "unknown method 'nothing'"),
+        ({"eposch": 3}, "unknown setting 'eposch'"),
+        ({}, "dataset_dir: expected the folder of a data list"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(LoRKDError, match=message):
+        study(str(tmp_path / "out"), **arguments)
+
+
+@pytest.mark.slow
+def test_quick_form_on_phantoms(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tiny = {**SHORT, **TINY["classification", 2]}
+    out = tmp_path / "out"
+    study(str(out), methods="teacher,mtl,lorkd", settings="few10", seeds=0, quick=True, device="cpu", **tiny)
+    assert "### Differences" in capsys.readouterr().out
+    assert json.loads((out / "study.json").read_text())["settings"]["epochs"] == 2

@@ -1,0 +1,149 @@
+"""A study's statistics against cases that can be computed by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.study.files import RunFile
+from lorkd_monai.study.statistics import compare, scores_under, summarise
+from lorkd_monai.study.tables import difference_pairs, difference_table, main_table, study_tables
+
+LABELS = np.array([0, 0, 1, 1])
+
+
+def one_hot(called: list[int]) -> np.ndarray:
+    return np.eye(2, dtype=np.float32)[called]
+
+
+def write_run(
+    folder: Path, method: str, seed: int, called: list[list[int]], setting: str = "full", family: str = "mtl"
+):
+    """A run of a study with two classification tasks of four test images each, both with the labels 0 0 1 1."""
+    arrays, figures = {}, {}
+    for i, one in enumerate(called):
+        arrays |= {f"{i}_probability": one_hot(one), f"{i}_label": LABELS}
+        right = np.asarray(one) == LABELS
+        value = (right[:2].mean() + right[2:].mean()) / 2
+        figures["ab"[i]] = {"balanced_accuracy": {"value": value, "low": value, "high": value, "n": 4}}
+    plain = {"parameters": 10, "multiply_adds": 1000, "latency_s": 0.001}
+    content = {
+        "method": method,
+        "family": family,
+        "about": f"about {method}",
+        "setting": setting,
+        "seed": seed,
+        "score": "balanced_accuracy",
+        "mean": float(np.mean([f["balanced_accuracy"]["value"] for f in figures.values()])),
+        "figures": figures,
+        "labelled_images": {"a": 4, "b": 4},
+        "fits": {"all tasks": {"epoch": 1, "validation": 0.5, "seconds": 1.0, "cpu_seconds": 1.0, "images": 4}},
+        "curves": {
+            "all tasks": {
+                "training": [{"epoch": 1, "total": 2.0, "task": 1.0, "task/a": 1.0, "transfer": 1.0}],
+                "validation": [{"epoch": 1, "mean": 0.5, "a": 0.5, "b": 0.5}],
+            }
+        },
+        "cost": {"parameters": 20, "plain": {"a": plain, "b": plain}},
+        "time": {"training_s": 60.0, "training_cpu_s": 30.0, "evaluation_s": 1.0},
+        "memory": {"process": 1000, "gpu": None},
+        "settings": {
+            "teacher_backbone": {"_target_": "Big"}, "backbone": {"_target_": "Small"}, "image_size": 8, "epochs": 1,
+            "images_per_epoch": 4, "batch_size": 2, "learning_rate": 0.1, "ema": 0.0, "selection": "best",
+            "teacher_members": 1, "teacher_epochs": 2, "layout": "lorkd", "norm": "shared",
+        },
+        "data": {
+            "name": "made by hand", "kind": "classification", "spatial_dims": 2,
+            "images": {t: {"training": 4, "validation": 4, "test": 4} for t in "ab"},
+            "tasks": {t: {"labels": {"0": "no", "1": "<b>yes</b>"}, "modality": "CT", "scored": True} for t in "ab"},
+        },
+        "command": "lorkd study", "versions": {"torch": "2"}, "hardware": {"cpu": "x"},
+        "finished": "2026-01-01T00:00:00+00:00",
+    }  # fmt: skip
+    run = RunFile(folder, setting, method, seed)
+    run.write(content, arrays)
+    return run
+
+
+def test_score_under_weights_by_hand() -> None:
+    """Images 0 and 2 are called right. Counting image 1 twice and image 3 not at all: recalls 1/3 and 1."""
+    arrays = {"0_probability": one_hot([0, 1, 1, 0]), "0_label": LABELS}
+    weights = torch.tensor([[1.0, 1, 1, 1], [1, 2, 1, 0]], dtype=torch.float64)
+    assert scores_under(arrays, "classification", weights, 0).tolist() == pytest.approx([0.5, (1 / 3 + 1) / 2])
+
+
+def test_score_of_masks_leaves_out_images_without_a_value() -> None:
+    arrays = {"0_dice": np.array([[0.5, 1.0], [np.nan, np.nan], [np.nan, 0.25]])}
+    weights = torch.tensor([[1.0, 1, 1], [2, 5, 1]], dtype=torch.float64)
+    assert scores_under(arrays, "segmentation", weights, 0).tolist() == pytest.approx([0.5, (2 * 0.75 + 0.25) / 3])
+
+
+def test_means_and_deviations_by_hand(tmp_path: Path) -> None:
+    write_run(tmp_path, "mtl", 0, [[0, 0, 1, 1], [0, 0, 1, 0]])  # 1 and 0.75
+    write_run(tmp_path, "mtl", 1, [[0, 0, 1, 0], [0, 1, 1, 0]])  # 0.75 and 0.5
+    row = summarise(tmp_path, 200)[0]
+    assert (row.method, row.seeds) == ("mtl", (0, 1))
+    assert row.mean == pytest.approx(0.75)
+    assert row.sd == pytest.approx(np.std([0.875, 0.625], ddof=1))
+    assert row.tasks["a"] == pytest.approx((0.875, np.std([1, 0.75], ddof=1)))
+    assert row.low <= row.mean <= row.high
+
+
+def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
+    write_run(tmp_path, "mtl", 0, [[0, 0, 1, 1], [0, 0, 1, 1]])
+    row = summarise(tmp_path, 50)[0]
+    assert row.sd is None and row.mean == row.low == row.high == 1.0
+    assert "±" not in main_table([row]).splitlines()[2]
+
+
+def test_difference_is_paired(tmp_path: Path) -> None:
+    """Two methods that err on the same images differ by nothing, however the images are drawn."""
+    for method in ("mtl", "stl"):
+        write_run(tmp_path, method, 0, [[0, 1, 1, 0], [0, 1, 0, 1]])
+    (row,) = compare(tmp_path, [("mtl", "stl")], 300)
+    assert (row.value, row.low, row.high) == (0.0, 0.0, 0.0)
+    assert row.share_above == 0.0
+
+
+def test_difference_by_hand(tmp_path: Path) -> None:
+    """The first is right everywhere; the second calls everything 0, so 0.5 in every resample with both classes."""
+    write_run(tmp_path, "lorkd", 0, [[0, 0, 1, 1]] * 2, family="lorkd")
+    write_run(tmp_path, "mtl", 0, [[0, 0, 0, 0]] * 2)
+    (row,) = compare(tmp_path, lambda a, b: a == "lorkd", 300)
+    assert row.value == pytest.approx(0.5)
+    assert 0 < row.low <= 0.5 <= row.high <= 1 and row.share_above > 0.95
+    assert row.tasks["a"][0] == pytest.approx(0.5)
+    assert "**+0.500**" in difference_table([row])
+
+
+def test_only_common_seeds_are_paired(tmp_path: Path) -> None:
+    write_run(tmp_path, "lorkd", 0, [[0, 0, 1, 1]] * 2, family="lorkd")
+    write_run(tmp_path, "lorkd", 1, [[0, 0, 0, 0]] * 2, family="lorkd")
+    write_run(tmp_path, "mtl", 0, [[0, 0, 1, 0]] * 2)
+    (row,) = compare(tmp_path, [("lorkd", "mtl")], 50)
+    assert row.seeds == (0,) and row.value == pytest.approx(0.25)
+
+
+def test_teacher_stands_in_every_setting(tmp_path: Path) -> None:
+    write_run(tmp_path, "teacher", 0, [[0, 0, 1, 1]] * 2, family="teacher")
+    write_run(tmp_path, "lorkd", 0, [[0, 0, 1, 0]] * 2, "few10", "lorkd")
+    assert [(r.setting, r.method) for r in summarise(tmp_path, 20)] == [
+        ("full", "teacher"), ("few10", "teacher"), ("few10", "lorkd")
+    ]  # fmt: skip
+    assert difference_pairs(summarise(tmp_path, 20)) == [("lorkd", "teacher")]
+    assert "### few10" in study_tables(tmp_path, 20)
+
+
+def test_runs_with_other_test_images_are_refused() -> None:
+    arrays = {"0_probability": one_hot([0, 1]), "0_label": LABELS[:2]}
+    with pytest.raises(LoRKDError, match="differ in their test images: 2 and 4"):
+        scores_under(arrays, "classification", torch.ones(1, 4, dtype=torch.float64), 0)
+
+
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoRKDError, match="no finished runs in"):
+        summarise(tmp_path)

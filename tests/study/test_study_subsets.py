@@ -1,0 +1,79 @@
+"""Few labels, some tasks: which images a student sees, and with which labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lorkd_monai.data import load_data_list, make_phantoms
+from lorkd_monai.data.datasets import TaskDataset
+from lorkd_monai.study.subsets import LabelShareSampler, Part, choose_labelled, only_tasks
+from lorkd_monai.transforms import BatchAugment
+
+ITEMS = [{"task": t, "label": i % 2} for t, n in (("a", 40), ("b", 6)) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> TaskDataset:
+    folder = tmp_path_factory.mktemp("phantoms")
+    make_phantoms(folder, "classification", 2, num_images=20, image_size=16)
+    return TaskDataset(load_data_list(folder, "classification", 2), "training", 3, 16)
+
+
+def test_labels_are_stratified() -> None:
+    chosen = choose_labelled(ITEMS, 0.2, seed=0)
+    groups = [(item["task"], item["label"]) for item, keep in zip(ITEMS, chosen) if keep]
+    assert {g: groups.count(g) for g in set(groups)} == {("a", 0): 4, ("a", 1): 4, ("b", 0): 1, ("b", 1): 1}
+
+
+def test_labels_depend_on_the_seed_alone() -> None:
+    assert choose_labelled(ITEMS, 0.2, 1) == choose_labelled(ITEMS, 0.2, 1) != choose_labelled(ITEMS, 0.2, 2)
+    assert all(choose_labelled(ITEMS, 1.0, 0))
+
+
+def test_masks_are_chosen_by_task() -> None:
+    items = [{"task": "a", "label": "x.png"}] * 10 + [{"task": "b", "label": "y.png"}] * 3
+    chosen = choose_labelled(items, 0.1, 0)
+    assert (sum(chosen[:10]), sum(chosen[10:])) == (1, 1)
+
+
+def test_some_tasks_are_numbered_anew(base: TaskDataset) -> None:
+    data = only_tasks(base.data, ["mr", "cells"])
+    assert [task.index for task in data.tasks.values()] == [0, 1]
+    part = Part(base, ["cells", "mr"])
+    assert len(part) == len(data.training) and set(part.task_of_item) == {0, 1}
+    item = part[0]
+    assert int(item["task"]) == part.task_of_item[0] and int(item["label"]) >= 0
+    torch.testing.assert_close(item["image"], base[part.indices[0]]["image"])
+
+
+def test_images_without_labels_are_hidden_or_dropped(base: TaskDataset) -> None:
+    labelled = choose_labelled(base.items, 0.3, 0)
+    names = list(base.data.tasks)
+    hidden, dropped = Part(base, names, labelled), Part(base, names, labelled, drop_unlabelled=True)
+    assert len(hidden) == len(base) and len(dropped) == sum(labelled)
+    assert [int(hidden[i]["label"]) == -1 for i in range(len(base))] == [not known for known in labelled]
+    assert all(int(dropped[i]["label"]) >= 0 for i in range(len(dropped)))
+
+
+def test_draws_hold_their_share_of_labels(base: TaskDataset) -> None:
+    part = Part(base, list(base.data.tasks), choose_labelled(base.items, 0.1, 0))
+    sampler = LabelShareSampler(part, 0.5, strategy="balanced", num_samples=80, seed=3)
+    first = [draw.index for draw in sampler]
+    assert first == [draw.index for draw in sampler]
+    known = np.asarray(part.labelled)[first]
+    tasks = np.asarray(part.task_of_item)[first]
+    assert [int((tasks == t).sum()) for t in range(4)] == [20] * 4
+    # Half are drawn from the labelled ones, and some of the other half happen to be.
+    assert all(known[tasks == t].sum() >= 10 for t in range(4)) and known.mean() < 0.8
+    sampler.set_epoch(1)
+    assert first != [draw.index for draw in sampler]
+
+
+def test_a_mask_without_a_label_stays_so() -> None:
+    image, mask = torch.rand(2, 1, 16, 16), torch.full((2, 1, 16, 16), -1)
+    mask[1] = 1
+    augment = BatchAugment(2, rotate=90, translate=0.5, probability=1.0, seed=0)
+    changed = augment(image, mask, 0)[1]
+    assert (changed[0] == -1).all() and set(changed[1].unique().tolist()) == {0, 1}
