@@ -23,7 +23,7 @@ def study(
     device: str | None = None,
     keep_weights: bool = False,
     plan_only: bool = False,
-    transfer: Any = None,
+    unseen: Any = None,
     **changes: Any,
 ) -> str:
     """Compare the foundation model, single-task and multi-task students and decompositions, under one budget.
@@ -43,7 +43,7 @@ def study(
         device: such as cuda:0; the first GPU where there is one.
         keep_weights: keep the weights of every run, not of the teachers alone.
         plan_only: list the runs and do none.
-        transfer: hold out these tasks ("all", or names separated by commas), one after the other, and train on each from
+        unseen: hold out these tasks ("all", or names separated by commas), one after the other, and train on each from
             a student, an expert and the teacher of the others, in place of the comparison. The one decomposition
             among the methods gives the experts, lorkd by default.
         changes: settings of all runs, such as --epochs 20 --ema 0.98.
@@ -69,7 +69,7 @@ def study(
         device or ("cuda:0" if torch.cuda.is_available() else "cpu"),
         keep_weights,
         plan_only,
-        _words(transfer),
+        _words(unseen),
     )  # fmt: skip
     return str(folder)
 

@@ -41,7 +41,7 @@ def run_from_arguments(
     device: str,
     keep_weights: bool,
     plan_only: bool,
-    transfer: Sequence[str] | None = None,
+    unseen: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Run a study; see `lorkd study --help` for the arguments.
@@ -54,7 +54,7 @@ def run_from_arguments(
         common = common.changed(_QUICK[kind, spatial_dims])
         methods, seeds = methods or _QUICK_METHODS, list(seeds)[:1]
     common = common.changed(changes)
-    if transfer and methods is None:
+    if unseen and methods is None:
         methods = ["lorkd"]
     names = list(METHODS) if methods is not None and list(methods) == ["all"] else methods or MAIN_METHODS
     chosen = methods_named(names, variants)
@@ -70,11 +70,11 @@ def run_from_arguments(
         if not (dataset_dir / "dataset.json").is_file():
             make_phantoms(dataset_dir, kind, spatial_dims, num_images=60)
     data = load_data_list(dataset_dir, kind, spatial_dims, needs=("training", "validation", "test"))
-    if transfer:
+    if unseen:
         experts = [method for method in chosen if method.family == "lorkd"]
         if len(experts) != 1:
-            raise LoRKDError(f"transfer: expected one decomposition among the methods, got {len(experts)}")
-        held_out = list(data.tasks) if list(transfer) == ["all"] else transfer
+            raise LoRKDError(f"unseen: expected one decomposition among the methods, got {len(experts)}")
+        held_out = list(data.tasks) if list(unseen) == ["all"] else unseen
         for folder in run_transfer(output, data, common, experts[0], held_out, settings, seeds, device, say):
             say("\n" + study_tables(folder, common.resamples))
         return Path(output)

@@ -103,12 +103,12 @@ def run_transfer(
         LoRKDError: an unknown task, fewer than two tasks left, a method that is no decomposition.
     """
     if decomposition.family != "lorkd":
-        raise LoRKDError(f"transfer: {decomposition.name!r} is no decomposition")
+        raise LoRKDError(f"unseen: {decomposition.name!r} is no decomposition")
     unknown = [name for name in held_out if name not in data.tasks]
     if unknown:
-        raise LoRKDError(f"transfer: unknown task {unknown[0]!r}; the tasks are {', '.join(data.tasks)}")
+        raise LoRKDError(f"unseen: unknown task {unknown[0]!r}; the tasks are {', '.join(data.tasks)}")
     if len(data.tasks) < 3:
-        raise LoRKDError(f"transfer: with one task held out two must be left, {data.name!r} has {len(data.tasks)}")
+        raise LoRKDError(f"unseen: with one task held out two must be left, {data.name!r} has {len(data.tasks)}")
     for setting in settings:
         label_share_of(setting)
     teacher = Method("teacher", "teacher", False, "the foundation model of the other tasks")
