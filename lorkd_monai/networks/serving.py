@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,7 @@ class PlainView:
 
     def __init__(self, net: LoRKDNet) -> None:
         self._net = net
-        self._slots: list[tuple[dict, str]] | None = None
-        self._kept: tuple[int, tuple, nn.Module] | None = None
+        self._kept: _Kept | None = None
 
     def usable(self) -> bool:
         """True where a call may go through the view: evaluation mode, no gradients, not while compiling."""
@@ -50,7 +49,6 @@ class PlainView:
     def clear(self) -> None:
         """Forget the view."""
         self._kept = None
-        self._slots = None
 
     def __call__(self, task: int, x: Tensor, kwargs: Mapping, widest: int | None) -> object:
         """Run the view of ``task``; with class channels filled up to ``widest`` where that is given."""
@@ -60,28 +58,47 @@ class PlainView:
 
     def network(self, task: int) -> nn.Module:
         """The plain network of ``task``, for the weights as they are now."""
-        state = self._state()
         kept = self._kept
-        if kept is None or kept[0] != task or kept[1] != state:
+        if kept is None or kept.task != task or kept.state != _state(kept.slots):
+            slots = self._slots(task)
             shared = {id(t): t for t in (*self._net.backbone.parameters(), *self._net.backbone.buffers())}
+            state = _state(slots)  # before the weights are read: a change meanwhile is seen at the next call
             with torch.no_grad():
-                kept = (task, state, self._net._plain(task, shared))
+                kept = _Kept(task, slots, state, self._net._plain(task, shared))
             self._kept = kept
-        return kept[2]
+        return kept.network
 
-    def _state(self) -> tuple:
-        if self._slots is None:
-            self._slots = [
-                (tensors, name)
-                for module in self._net.backbone.modules()
-                for tensors in (module._parameters, module._buffers)
-                for name in tensors
-            ]
-        tensors = [t for t in (d.get(name) for d, name in self._slots) if t is not None]
-        return _STEPS[0], *((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+    def _slots(self, task: int) -> list[tuple[dict, str]]:
+        """Where the tensors stand that the network of ``task`` is made of: all but the other experts'."""
+        others = {
+            id(t)
+            for other in range(len(self._net.tasks))
+            if other != task
+            for t in self._net.expert_tensors(other).values()
+        }
+        return [
+            (tensors, name)
+            for module in self._net.backbone.modules()
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if id(tensor) not in others
+        ]
 
     def __deepcopy__(self, memo: dict) -> PlainView:
         return PlainView(copy.deepcopy(self._net, memo))
 
     def __getstate__(self) -> dict:
-        return {"_net": self._net, "_slots": None, "_kept": None}
+        return {"_net": self._net, "_kept": None}
+
+
+class _Kept(NamedTuple):
+    task: int
+    slots: list[tuple[dict, str]]
+    state: tuple
+    network: nn.Module
+
+
+def _state(slots: list[tuple[dict, str]]) -> tuple:
+    """Which tensors stand in ``slots``, and in which version."""
+    tensors = [t for t in (d.get(name) for d, name in slots) if t is not None]
+    return _STEPS[0], *((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
