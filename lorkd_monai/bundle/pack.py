@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-import uuid
 import zipfile
 from importlib import util
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import nn
 from lorkd_monai.bundle.checker import check_bundle
 from lorkd_monai.bundle.formats import build_network
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file
 
 __all__ = ["load_expert", "pack_bundle", "push_bundle"]
 
@@ -69,17 +68,12 @@ def pack_bundle(
     if target.exists() and not overwrite:
         raise LoRKDError(f"{target} exists already: delete it, name another file, or set overwrite=True")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in _shared_files(folder):
-                entry = zipfile.ZipInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}", (1980, 1, 1, 0, 0, 0))
-                entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
-                with path.open("rb") as source, archive.open(entry, "w", force_zip64=True) as sink:
-                    shutil.copyfileobj(source, sink, 2**20)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in _shared_files(folder):
+            entry = zipfile.ZipInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}", (1980, 1, 1, 0, 0, 0))
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            with path.open("rb") as source, archive.open(entry, "w", force_zip64=True) as sink:
+                shutil.copyfileobj(source, sink, 2**20)
     return target
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from lorkd_monai.data.datalist import load_data_list
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file
 
 __all__ = ["refuse_existing", "write_data_list"]
 
@@ -39,14 +39,11 @@ def write_data_list(
     """
     file = refuse_existing(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".dataset.{os.getpid()}.json"
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    try:
-        if check is not None:
-            load_data_list(temporary, *check)
-        os.replace(temporary, file)
-    except LoRKDError as error:
-        raise LoRKDError(str(error).replace(str(temporary), str(file))) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        try:
+            if check is not None:
+                load_data_list(temporary, *check)
+        except LoRKDError as error:
+            raise LoRKDError(str(error).replace(str(temporary), str(file))) from error
     return file
