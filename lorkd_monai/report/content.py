@@ -68,7 +68,7 @@ class Content:
     """All that one report shows. What is empty was not in the folder and has no section."""
 
     title: str
-    summary: list[str] = field(default_factory=list)
+    summary: list[tuple[str, list[str]]] = field(default_factory=list)
     score: str = "score"
     facts: list[tuple[str, str]] = field(default_factory=list)
     tasks: Table | None = None

@@ -85,24 +85,23 @@ def _validation(row: Summary) -> float:
 
 def _findings(
     rows: Sequence[Summary], differences: Sequence[Difference], best: Mapping[str, Summary], score: str
-) -> list[str]:
+) -> list[tuple[str, list[str]]]:
     lines = []
     for setting, row in best.items():
         seeds = f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
-        lines.append(
-            f"Setting {setting}, {seeds}: the decomposition that the validation images prefer is {row.method}, with a "
-            f"mean {score} over tasks of {row.mean:.3f} (95 % interval {row.low:.3f} to {row.high:.3f}) on the test "
-            "images."
-        )
+        found = []
         for d in differences:
             if d.setting == setting and d.first == row.method:
-                if d.low > 0:
-                    word = "above"
-                elif d.high < 0:
-                    word = "below"
-                else:
-                    word = "not told apart from"
-                lines.append(f"{word} {d.second}: {d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})")
+                word = "above" if d.low > 0 else "below" if d.high < 0 else "not told apart from"
+                found.append(f"{word} {d.second}: {d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})")
+        lines.append(
+            (
+                f"Setting {setting}, {seeds}: the decomposition that the validation images prefer is {row.method}, "
+                f"with a mean {score} over tasks of {row.mean:.3f} (95 % interval {row.low:.3f} to {row.high:.3f}) on the "
+                "test images.",
+                found,
+            )
+        )
     return lines
 
 

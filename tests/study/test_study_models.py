@@ -29,8 +29,14 @@ from lorkd_monai.study.models import (
 CLASSES = {"a": 2, "b": 3}
 SETTINGS = default_settings("classification", 2).changed(
     {
-        "backbone": {"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "features": [4] * 6},
-        "teacher_backbone": {"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "features": [8] * 6},
+        "backbone": {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "channels": [4, 8], "strides": [2]},
+        "teacher_backbone": {
+            "_target_": "UNet",
+            "spatial_dims": 2,
+            "in_channels": 1,
+            "channels": [8, 16],
+            "strides": [2],
+        },
         "in_channels": 1,
         "image_size": 16,
     }
