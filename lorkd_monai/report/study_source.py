@@ -97,8 +97,8 @@ def _findings(
         lines.append(
             (
                 f"Setting {setting}, {seeds}: the decomposition that the validation images prefer is {row.method}, "
-                f"with a mean {score} over tasks of {row.mean:.3f} (95 % interval {row.low:.3f} to {row.high:.3f}) on the "
-                "test images.",
+                f"with a mean {score} over tasks of {row.mean:.3f} (95 % interval {row.low:.3f} to {row.high:.3f}) on "
+                "the test images.",
                 found,
             )
         )
