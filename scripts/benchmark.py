@@ -1,11 +1,15 @@
-"""Times of mixed batches against the plain network, side by side in one run.
+"""Time and memory of mixed batches against the plain network, side by side in one run.
 
     python scripts/benchmark.py [--cases resnet18,resnet10,unet3d] [--tasks 8] [--threads 2] [--out benchmark]
 
-writes ``<out>.json`` and ``<out>.md``: median, fastest and slowest time of forward + backward, and the ratio of the
-medians to the plain network's. Rounds are interleaved, so that whatever else the machine does hits all ways alike.
-``papers`` is the form of arXiv 2404.17184: one weight for each sample, of all tasks' ΔW under a one-hot mask, in a
-convolution with B groups.
+writes ``<out>.json`` and ``<out>.md``. ``--tasks`` may be a list (``8,64``). For each case:
+
+* forward + backward: median, fastest and slowest time, and the ratio of the medians to the plain network's. Rounds are
+  interleaved, so that whatever else the machine does hits all ways alike. ``papers`` is the form of arXiv 2404.17184:
+  one weight for each sample, of all tasks' ΔW under a one-hot mask, in a convolution with B groups;
+* ``eval``: one task without gradients, against the extracted network;
+* ``memory`` (CPU): what a process grows by in one step at its peak, against the plain network; the gradients of the
+  experts are not counted.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -81,8 +86,8 @@ def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def run_case(name: str, tasks: int, rounds: int, ways: list[str], device: torch.device) -> dict:
-    """Times of one case, by way."""
+def build_case(name: str, tasks: int, device: torch.device) -> tuple[nn.Module, LoRKDNet, Tensor, Tensor]:
+    """The plain network, its decomposition with experts that are not zero, images, and the task of each."""
     build, shape = CASES[name]
     torch.manual_seed(0)
     plain = build().to(device)
@@ -90,7 +95,26 @@ def run_case(name: str, tasks: int, rounds: int, ways: list[str], device: torch.
     for key, parameter in net.named_parameters():
         if ".lora_B." in key:
             nn.init.normal_(parameter, std=0.01)
-    x, task = torch.randn(shape, device=device), torch.arange(shape[0]) % tasks
+    return plain, net, torch.randn(shape, device=device), torch.arange(shape[0]) % tasks
+
+
+def summary(times: dict[str, list[float]], limit: str) -> dict[str, dict[str, float]]:
+    """Median, range and ratio to ``limit`` of each way."""
+    return {
+        way: {
+            "median_s": statistics.median(t),
+            "min_s": min(t),
+            "max_s": max(t),
+            "ratio": statistics.median(t) / statistics.median(times[limit]),
+            "ratio_of_fastest": min(t) / min(times[limit]),
+        }
+        for way, t in times.items()
+    }
+
+
+def run_case(name: str, tasks: int, rounds: int, ways: list[str], device: torch.device) -> dict:
+    """Times of one case, by way."""
+    plain, net, x, task = build_case(name, tasks, device)
 
     def separate() -> Tensor:
         return torch.cat([net(x[task == t], int(t)) for t in task.unique()])
@@ -106,17 +130,52 @@ def run_case(name: str, tasks: int, rounds: int, ways: list[str], device: torch.
                 times[way].append(took)
             plain.zero_grad()
             net.zero_grad()
-    limit = statistics.median(times["plain"])
-    return {
-        way: {
-            "median_s": statistics.median(t),
-            "min_s": min(t),
-            "max_s": max(t),
-            "ratio": statistics.median(t) / limit,
-            "ratio_of_fastest": min(t) / min(times["plain"]),
-        }
-        for way, t in times.items()
-    }
+    return summary(times, "plain")
+
+
+@torch.no_grad()
+def run_eval(name: str, tasks: int, rounds: int, device: torch.device) -> dict:
+    """Times of one task in evaluation mode."""
+    _, net, x, _ = build_case(name, tasks, device)
+    extracted = net.extract(1).eval()
+    net.eval()
+    times: dict[str, list[float]] = {"extracted": [], "eval": []}
+    for round_ in range(2 * rounds + 1):
+        for way, call in {"extracted": lambda: extracted(x), "eval": lambda: net(x, 1)}.items():
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_:
+                times[way].append(time.perf_counter() - start)
+    return summary(times, "extracted")
+
+
+def memory_of_this_process(field: str) -> int:
+    """Bytes; Linux. Not getrusage: its peak is never below that of the process that started this one."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def grown(name: str, tasks: int, way: str) -> float:
+    """MiB that this process grows by in two training steps at their peak, without the gradients of experts."""
+    plain, net, x, task = build_case(name, tasks, torch.device("cpu"))
+    before = memory_of_this_process("VmRSS")
+    for _ in range(2):
+        (plain(x) if way == "plain" else net(x, task)).square().mean().backward()
+    peak = memory_of_this_process("VmHWM")
+    experts = sum(p.grad.nbytes for k, p in net.named_parameters() if ".lora_" in k and p.grad is not None)
+    return (peak - before - experts) / 2**20
+
+
+def run_memory(name: str, tasks: int, threads: int) -> dict[str, float]:
+    """Growth in MiB, each in a process of its own, and their ratio."""
+    found = {}
+    for way in ("plain", "auto"):
+        command = [sys.executable, "-W", "ignore", __file__, "--grown", way, "--cases", name, "--tasks", str(tasks)]
+        done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=True)
+        found[way] = float(done.stdout.split()[-1])
+    return {**found, "ratio": found["auto"] / found["plain"]}
 
 
 def main() -> None:
@@ -124,39 +183,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="resnet18,resnet10,unet3d")
     parser.add_argument("--ways", default="plain,auto,split,group,factored,papers,separate")
-    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--tasks", default="8")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmark"))
+    parser.add_argument("--grown", help=argparse.SUPPRESS)  # how run_memory calls this script
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    ways = options.ways.split(",")
+    ways, counts = options.ways.split(","), [int(n) for n in options.tasks.split(",")]
     if ways[0] != "plain":
         parser.error("--ways must start with plain: it is what the others are compared with")
     unknown = set(options.cases.split(",")) - set(CASES)
     if unknown:
         parser.error(f"unknown cases {', '.join(sorted(unknown))}: expected some of {', '.join(CASES)}")
+    if options.grown:
+        print(grown(options.cases, counts[0], options.grown))
+        return
+    device = torch.device(options.device)
     results = {}
     for case in options.cases.split(","):
-        results[case] = run_case(case, options.tasks, options.rounds, ways, torch.device(options.device))
-        print(case, {way: round(r["ratio"], 2) for way, r in results[case].items()}, flush=True)
+        for tasks in counts:
+            name = f"{case}, T {tasks}"
+            results[name] = run_case(case, tasks, options.rounds, ways, device)
+            results[name]["eval"] = run_eval(case, tasks, options.rounds, device)["eval"]
+            if device.type == "cpu" and Path("/proc/self/status").exists():
+                results[name]["memory"] = run_memory(case, tasks, options.threads)
+            print(name, {way: round(r["ratio"], 2) for way, r in results[name].items()}, flush=True)
     facts = {
         "torch": torch.__version__,
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor(),
         "threads": options.threads,
-        "tasks": options.tasks,
         "rounds": options.rounds,
     }
-    text = json.dumps({"facts": facts, "results": results}, indent=2)
-    options.out.with_suffix(".json").write_text(text)
-    lines = ["| case | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
-    lines += [
-        f"| {case} | "
-        + " | ".join(f"{r[w]['ratio']:.2f} ({r[w]['min_s']:.2f} to {r[w]['max_s']:.2f} s)" for w in ways)
-        + " |"
-        for case, r in results.items()
-    ]
+    options.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "results": results}, indent=2))
+    columns = list(next(iter(results.values())))
+    lines = ["| case | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, found in results.items():
+        cells = [
+            f"{r['ratio']:.2f} ({r['min_s']:.2f} to {r['max_s']:.2f} s)" if "min_s" in r else f"{r['ratio']:.2f}"
+            for r in found.values()
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
