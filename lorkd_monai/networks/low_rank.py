@@ -107,6 +107,13 @@ class LowRankLayer(RoutedModule):
         self.scales.append(float(scale))
         self.num_tasks = len(self.lora_A)
 
+    def resize_expert(self, task: int, rank: int, scale: float) -> None:
+        """Give one task's expert uninitialised factors of another rank, which are to be loaded."""
+        shapes = factor_shapes(self.layer.weight.shape, rank, self.layout)
+        for factors, shape in zip((self.lora_A, self.lora_B), shapes, strict=True):
+            factors[task] = nn.Parameter(factors[task].new_empty(shape), factors[task].requires_grad)
+        self.scales[task] = float(scale)
+
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Apply the layer to a batch of mixed tasks; ``output_size`` as in transposed convolutions."""
         kwargs = {} if output_size is None else {"output_size": output_size}

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.factors import factor_shapes
+from lorkd_monai.networks.spec import misfits
 
 if TYPE_CHECKING:
     from lorkd_monai.networks.lorkd_net import LoRKDNet
 
-__all__ = ["cut_expert_state", "cut_rank", "cut_ranks", "draw_ranks", "layer_rank"]
+__all__ = ["cut_expert_state", "cut_rank", "cut_ranks", "draw_ranks", "exchange_expert", "layer_rank"]
 
 
 def layer_rank(rank: int, factor: float) -> int:
@@ -69,3 +71,31 @@ def cut_expert_state(net: LoRKDNet, task: str | int, rank: int) -> dict[str, Ten
         ratio = layer.scales[index] / net.layer_scale(layer_rank(k, layer.rank_factor))
         state |= {f"{name}.lora_A": a.detach(), f"{name}.lora_B": b.detach() * ratio}
     return state
+
+
+def exchange_expert(net: LoRKDNet, task: str | int, state: Mapping[str, Tensor], rank: int) -> None:
+    """Put an expert of any rank in the place of a task's; nothing is changed where it does not fit.
+
+    Args:
+        net: the decomposition.
+        task: name or index.
+        state: as :func:`cut_expert_state` or :meth:`LoRKDNet.expert_state_dict` gives it.
+        rank: the rank that it has.
+
+    Raises:
+        LoRKDError: a key too many or too few, or a shape that differs.
+    """
+    index = net.task_index(task)
+    ranks = {name: layer_rank(rank, layer.rank_factor) for name, layer in net.expert_layers.items()}
+    wanted = dict(net.expert_tensors(index))
+    for name, layer in net.expert_layers.items():
+        a, b = factor_shapes(layer.layer.weight.shape, ranks[name], layer.layout)
+        wanted |= {f"{name}.lora_A": torch.empty(a, device="meta"), f"{name}.lora_B": torch.empty(b, device="meta")}
+    problems = misfits(wanted, state)
+    if problems:
+        raise LoRKDError(f"expert of task {net.tasks[index]!r} does not fit: " + "; ".join(problems[:6]))
+    for name, layer in net.expert_layers.items():
+        layer.resize_expert(index, ranks[name], net.layer_scale(ranks[name]))
+    net._rank[net.tasks[index]] = rank
+    net._view.clear()
+    net.load_expert_state_dict(index, state)

@@ -23,7 +23,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.checkpoint import check_inert_config
 from lorkd_monai.networks.lorkd_net import LoRKDNet
-from lorkd_monai.networks.nested import cut_expert_state, cut_rank, cut_ranks
+from lorkd_monai.networks.nested import cut_expert_state, cut_rank, cut_ranks, exchange_expert
 from lorkd_monai.networks.spec import SPEC_KEY
 
 __all__ = ["fingerprint", "load_expert", "load_pack", "save_expert", "save_pack"]
@@ -166,6 +166,8 @@ def load_pack(
 def load_expert(net: LoRKDNet, file: str | os.PathLike) -> str:
     """Put the expert of a pack's file into a running decomposition: in place of its task's, or as a new task.
 
+    It may have another rank than the one that it replaces.
+
     Returns:
         The name of the task.
 
@@ -178,7 +180,7 @@ def load_expert(net: LoRKDNet, file: str | os.PathLike) -> str:
     _check_fingerprint(header, fingerprint(net), str(file))
     task, state = header["task"], _read_tensors(Path(file))
     if task in net.tasks:
-        net.load_expert_state_dict(task, state)
+        exchange_expert(net, task, state, int(header["rank"]))
         return task
     net.add_task(task, int(header["num_classes"]), int(header["rank"]))
     try:

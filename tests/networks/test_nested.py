@@ -8,7 +8,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses import LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, LowRankLayer, route
 from lorkd_monai.networks.checkpoint import load_decomposition, save_weights
-from lorkd_monai.networks.nested import cut_rank, draw_ranks
+from lorkd_monai.networks.nested import cut_rank, draw_ranks, exchange_expert
 from lorkd_monai.networks.packs import load_expert, load_pack, save_pack
 from lorkd_monai.networks.routing import Routing
 
@@ -203,6 +203,27 @@ def test_packs_of_a_lower_rank(tmp_path, options):
     assert load_expert(other, tmp_path / "cut" / "expert_b.safetensors") == "b"
     with torch.no_grad():
         torch.testing.assert_close(other(x, "b"), net(x, "b", rank=2), rtol=1e-5, atol=1e-5)
+
+
+def test_an_expert_of_another_rank_takes_a_place_in_a_running_network(tmp_path):
+    net = decomposition(rank_pattern={"layer3*": 2}).eval()
+    save_pack(net, tmp_path, rank={"b": 1})
+    running = decomposition(rank_pattern={"layer3*": 2}).eval()
+    x = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        before = running(x, "a"), running(x, "b")
+        assert load_expert(running, tmp_path / "expert_b.safetensors") == "b"
+        assert running.spec()["rank"] == {"a": 4, "b": 1, "c": 4}
+        assert torch.equal(running(x, "a"), before[0])
+        torch.testing.assert_close(running(x, "b"), net(x, "b", rank=1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(running(x, [0, 1])[1:], running(x, "b")[1:], rtol=1e-5, atol=1e-5)
+        state = net.expert_state_dict("c")
+        with pytest.raises(LoRKDError, match="expert of task 'b' does not fit: .*lora_A is .*, expected"):
+            exchange_expert(running, "b", state, 3)
+        assert running.spec()["rank"]["b"] == 1
+        save_pack(net, tmp_path / "whole")
+        load_expert(running, tmp_path / "whole" / "expert_b.safetensors")
+        assert torch.equal(running(x, "b"), before[1])
 
 
 def test_checkpoints_know_nested_experts(tmp_path):
