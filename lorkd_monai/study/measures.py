@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorkd_monai import __version__
 from lorkd_monai.networks import LoRKDNet, TaskChannels
+from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.study.models import OneEach
 
 __all__ = ["command", "cost_of", "hardware", "peak_memory", "plain_networks", "versions"]
@@ -34,7 +35,7 @@ def plain_networks(network: nn.Module, tasks: list[str]) -> dict[str, nn.Module]
         return {name: network.extract(name) for name in tasks}
     if isinstance(network, OneEach):
         return {name: one.extract(0) for name, one in zip(tasks, network.networks, strict=True)}
-    plain = network.network if isinstance(network, TaskChannels) else network
+    plain = network.network if isinstance(network, (TaskChannels, Teacher)) else network
     return dict.fromkeys(tasks, plain)
 
 

@@ -101,7 +101,7 @@ class MeanNetwork(nn.Module):
         return torch.stack([network(x) for network in self.networks]).mean(0)
 
 
-def members_of(view: TaskChannels) -> list[nn.Module]:
+def members_of(view: TaskChannels | Teacher) -> list[nn.Module]:
     """The plain networks that a foundation model is made of."""
     return list(view.network.networks) if isinstance(view.network, MeanNetwork) else [view.network]
 

@@ -13,9 +13,11 @@ from torch import nn
 
 from lorkd_monai.data import DataList, TaskDataset
 from lorkd_monai.engines.evaluation import collect_predictions, figures_of_predictions
+from lorkd_monai.engines.run import find_teacher
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import TaskChannels
 from lorkd_monai.networks.checkpoint import load_weights, save_weights
+from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.study import measures
 from lorkd_monai.study.examples import example_arrays
 from lorkd_monai.study.files import RunFile
@@ -23,12 +25,12 @@ from lorkd_monai.study.methods import Method, label_share_of
 from lorkd_monai.study.models import RememberedTeacher, members_of, teacher_of, teacher_view
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Students, Trained
-from lorkd_monai.study.subsets import Part, choose_labelled
+from lorkd_monai.study.subsets import Part, choose_labelled, only_tasks
 from lorkd_monai.study.training import Fitted, evaluation_loader, fit, inferer_of
 
 __all__ = ["Workbench", "score_name"]
 
-_FIXED = ("image_size", "in_channels", "teacher_backbone", "resamples")
+_FIXED = ("image_size", "in_channels", "teacher_backbone", "teacher_bundle", "resamples")
 _TEACHER_MEMORY = 2**29  # bytes of answers of each set of tasks
 
 
@@ -66,7 +68,7 @@ class Workbench:
         self.training = TaskDataset(data, "training", settings.in_channels, size, **patch)
         self.validation = TaskDataset(data, "validation", settings.in_channels, size)
         self.test = TaskDataset(data, "test", settings.in_channels, size)
-        self._foundation: tuple[int, TaskChannels] | None = None
+        self._foundation: tuple[int, TaskChannels | Teacher] | None = None
         self._teachers: dict[tuple[str, ...], RememberedTeacher] = {}
 
     def run(self, method: Method, setting: str, seed: int) -> None:
@@ -80,7 +82,11 @@ class Workbench:
             raise LoRKDError(f"method {method.name!r} changes {fixed[0]}, which all runs of a study share")
         settings = method.settings(self.settings)
         if method.family == "teacher":
-            self.record(method, setting, seed, lambda labelled: self._train_teacher(settings, seed))
+            bundle = settings.teacher_bundle is not None
+            self.record(
+                method, setting, seed,
+                lambda labelled: (self.foundation(seed), {}, {}) if bundle else self._train_teacher(settings, seed),
+            )  # fmt: skip
             return
         view = self.foundation(seed) if method.distilled or settings.init == "teacher" else None
 
@@ -155,6 +161,8 @@ class Workbench:
         file.write(content, arrays)
 
     def _save_weights(self, file: RunFile, method: Method, network: nn.Module) -> None:
+        if method.family == "teacher" and isinstance(network, Teacher):
+            return
         if method.family == "teacher":
             states = [m.state_dict() for m in members_of(network)]
             state = {f"{i}.{k}": v for i, s in enumerate(states) for k, v in s.items()}
@@ -165,12 +173,16 @@ class Workbench:
         file.weights.parent.mkdir(parents=True, exist_ok=True)
         save_weights(file.weights, state)
 
-    def foundation(self, seed: int) -> TaskChannels:
-        """The foundation model of a seed, from the files of its run.
+    def foundation(self, seed: int) -> TaskChannels | Teacher:
+        """The foundation model of a seed, from the files of its run; or the bundle that is named in the settings.
 
         Raises:
-            LoRKDError: it has not been trained yet.
+            LoRKDError: it has not been trained yet, or the bundle does not fit.
         """
+        if self.settings.teacher_bundle is not None:
+            if self._foundation is None:
+                self._foundation = (seed, find_teacher(self.settings.teacher_bundle, self.data))
+            return self._foundation[1]
         if self._foundation is None or self._foundation[0] != seed:
             file = RunFile(self.folder, "full", "teacher", seed)
             if not (file.done and file.weights.is_file()):
@@ -186,7 +198,11 @@ class Workbench:
     def _teacher_of(self, seed: int, names: list[str]) -> RememberedTeacher:
         view, key = self.foundation(seed), tuple(names)
         if key not in self._teachers:
-            self._teachers[key] = RememberedTeacher(teacher_of(view, names), _TEACHER_MEMORY)
+            if isinstance(view, Teacher):
+                teacher = find_teacher(self.settings.teacher_bundle, only_tasks(self.data, names))
+            else:
+                teacher = teacher_of(view, names)
+            self._teachers[key] = RememberedTeacher(teacher, _TEACHER_MEMORY)
         return self._teachers[key]
 
     def _train_teacher(self, settings: StudySettings, seed: int) -> Trained:

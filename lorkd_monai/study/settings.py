@@ -49,6 +49,7 @@ class StudySettings:
         teacher_ema: as ``ema``, of the teachers.
         teacher_members: networks of one teacher; their logits are averaged.
         teacher_images_per_epoch: as ``images_per_epoch``, of the teachers.
+        teacher_bundle: folder of a MONAI bundle that is the foundation model, in place of one that the study trains.
         resamples: bootstrap resamples of the intervals.
         amp: mixed precision.
     """
@@ -86,6 +87,7 @@ class StudySettings:
     teacher_ema: float = 0.995
     teacher_members: int = 1
     teacher_images_per_epoch: int | None = None
+    teacher_bundle: str | None = None
     resamples: int = 1000
     amp: bool = False
 
@@ -153,6 +155,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("weight_decay", "rotate", "noise", "transfer_weight"), _NOT_NEGATIVE),
     "sampling_temperature": ("a number of at least 1", lambda v: _real(v) and v >= 1),
     "expert_weight_decay": ("a number of at least 0, or None", lambda v: v is None or (_real(v) and v >= 0)),
+    "teacher_bundle": ("a path, or None", lambda v: v is None or (isinstance(v, str) and v != "")),
     "label_share": ("a number above 0 and at most 1", lambda v: _real(v) and 0 < v <= 1),
     "selection": _choice("best", "last"),
     "sampling": _choice("natural", "balanced", "temperature"),

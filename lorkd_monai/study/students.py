@@ -12,6 +12,7 @@ from torch import nn
 from lorkd_monai.data import DataList, TaskDataset
 from lorkd_monai.data.samplers import draws_per_task
 from lorkd_monai.networks import LoRKDNet, TaskChannels
+from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.study.diagnostics import gradient_conflict, spectra
 from lorkd_monai.study.methods import Method
 from lorkd_monai.study.models import OneEach, RememberedTeacher, build_student, init_from, members_of
@@ -56,7 +57,7 @@ class Students:
     validation: TaskDataset
     labelled: list[bool]
     seed: int
-    view: TaskChannels | None
+    view: TaskChannels | Teacher | None
     teacher: Callable[[list[str]], RememberedTeacher]
     device: torch.device
     progress: Callable[[str], None]
