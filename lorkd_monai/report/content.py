@@ -68,6 +68,7 @@ class Content:
     """All that one report shows. What is empty was not in the folder and has no section."""
 
     title: str
+    intro: str = ""
     summary: list[tuple[str, list[str]]] = field(default_factory=list)
     score: str = "score"
     facts: list[tuple[str, str]] = field(default_factory=list)

@@ -53,9 +53,9 @@ def _colour(group: str) -> str:
     return GROUPS.get(group, _COLOURS[0])
 
 
-def dots(points: Sequence[Point], axis: str, zero: bool = False) -> bytes:
-    """A dot for each row with its interval as a line; small dots are single seeds. ``zero`` marks no difference."""
-    figure = _figure(5, 0.9 + 0.27 * len(points))
+def dots(points: Sequence[Point], axis: str, zero: bool = False, width: float = 5) -> bytes:
+    """A dot for each row with its interval as a line; ticks are single seeds. ``zero`` marks no difference."""
+    figure = _figure(width, 0.9 + 0.27 * len(points))
     axes = _axes(figure)
     for row, point in enumerate(reversed(points)):
         colour = _colour(point.group)

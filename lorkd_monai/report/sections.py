@@ -95,7 +95,9 @@ class Sections:
             if len(tasks) > 1:
                 small = tuple(
                     self._drawn(
-                        f"{name} {task}", f"{content.score} of {task}", figures.dots(own, f"{task}: {content.score}")
+                        f"{name} {task}",
+                        f"{content.score} of {task}",
+                        figures.dots(own, f"{task}: {content.score}", width=4),
                     )
                     for task, own in tasks.items()
                 )
@@ -170,7 +172,11 @@ class Sections:
         if not content.transfer:
             return None
         pictures = tuple(
-            self._drawn(f"transfer {task}", f"transfer to {task}", figures.dots(points, f"{task}: {content.score}"))
+            self._drawn(
+                f"transfer {task}",
+                f"transfer to {task}",
+                figures.dots(points, f"{task}: {content.score}", width=4),
+            )
             for task, points in content.transfer.items()
         )
         text = (

@@ -18,6 +18,13 @@ from lorkd_monai.study.tables import difference_pairs
 
 __all__ = ["confusion_matrix", "content_of_study", "is_study", "spectrum_content"]
 
+_INTRO = (
+    "A foundation model (the teacher) knows several tasks. A decomposition makes one small network for each of them: "
+    "shared weights, and for each task an expert of few further weights, trained under the labels and under the "
+    "teacher. Is that better than the teacher, than one small network for all tasks (mtl), and than one trained for "
+    "each task alone (stl)? All networks but the teacher have one size and one budget; kd says that the teacher took "
+    "part in their training too. Everything below is measured on test images that chose nothing."
+)
 _RANKS = ("best", "median", "worst")
 
 
@@ -37,6 +44,7 @@ def content_of_study(folder: str | os.PathLike, resamples: int = 2000) -> Conten
     content = Content(f"Does decomposition pay? {first['data']['name']}", score=score)
     best = _best_lorkd(rows)
     differences = compare(folder, difference_pairs(rows), resamples)
+    content.intro = _INTRO
     content.summary = _findings(rows, differences, best, score)
     content.facts = _facts(rows, best)
     content.tasks = _tasks(rows)
@@ -121,9 +129,9 @@ def _facts(rows: Sequence[Summary], best: Mapping[str, Summary]) -> list[tuple[s
         ("Foundation model's budget", f"{settings['teacher_members']} network(s), {settings['teacher_epochs']} epochs"),
     ]
     if "ranks" in run:
-        facts.append(
-            ("Experts", f"{run['method']}: ranks {run['ranks']}, layout {settings['layout']}, norms {settings['norm']}")
-        )
+        ranks = ", ".join(f"{task} {rank}" for task, rank in run["ranks"].items())
+        said = f"{run['method']}: ranks {ranks}; layout {settings['layout']}, norms {settings['norm']}"
+        facts.append(("Experts", said))
     return facts
 
 

@@ -27,6 +27,10 @@ _QUICK = {
 }
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def run_from_arguments(
     output: str | os.PathLike,
     dataset_dir: str | os.PathLike | None,
@@ -42,7 +46,7 @@ def run_from_arguments(
     keep_weights: bool,
     plan_only: bool,
     unseen: Sequence[str] | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _say,
 ) -> Path:
     """Run a study; see `lorkd study --help` for the arguments.
 
