@@ -20,7 +20,7 @@ __all__ = ["MAIN_METHODS", "run_from_arguments"]
 MAIN_METHODS = ("teacher", "stl", "mtl", "mtl_norms", "stl_kd", "mtl_kd", "lorkd", "lorkd_norms")
 _QUICK_METHODS = ("teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "lorkd_norms")
 _QUICK = {
-    ("classification", 2): {"epochs": 4, "teacher_epochs": 8, "images_per_epoch": 1024},
+    ("classification", 2): {"epochs": 4, "teacher_epochs": 8, "images_per_epoch": 512},
     ("classification", 3): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 384},
     ("segmentation", 2): {"epochs": 6, "teacher_epochs": 12, "images_per_epoch": 64, "image_size": 64},
     ("segmentation", 3): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 24, "image_size": (32, 32, 32)},
