@@ -142,7 +142,7 @@ class Workbench:
             "labelled_images": self._labelled_counts(None if method.family == "teacher" else labelled),
             "fits": {name: _fit_facts(one) for name, one in fitted.items()},
             "curves": {name: one.curves for name, one in fitted.items()},
-            "cost": measures.cost_of(network.cpu(), list(self.data.tasks), tuple(self.test[0]["image"].shape)),
+            "cost": measures.cost_of(network.cpu(), list(self.data.tasks), self._input_shape()),
             "time": {
                 "training_s": sum(one.seconds for one in fitted.values()),
                 "training_cpu_s": sum(one.cpu_seconds for one in fitted.values()),
@@ -159,6 +159,11 @@ class Workbench:
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         file.write(content, arrays)
+
+    def _input_shape(self) -> tuple[int, ...]:
+        """Of one image, or of one patch of a volume."""
+        size, dims = self.settings.image_size, self.data.spatial_dims
+        return (self.settings.in_channels, *((size,) * dims if isinstance(size, int) else size))
 
     def _save_weights(self, file: RunFile, method: Method, network: nn.Module) -> None:
         if method.family == "teacher" and isinstance(network, Teacher):

@@ -125,6 +125,8 @@ def _sd(values: Sequence[float]) -> float | None:
 
 def _interval(values: Tensor) -> tuple[float, float]:
     values = values[values.isfinite()]
+    if not len(values):
+        return float("nan"), float("nan")
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
