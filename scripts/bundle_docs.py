@@ -161,7 +161,7 @@ python -m monai.bundle run adding --bundle_root B --config_file "['B/configs/tra
 ```
 
 `D` holds the new tasks at least; `OUT` the trained decomposition. Each task of `D` that it does not have gets an expert
-and a head; the shared network and all other experts stay as they are, to the last bit. Only the new experts are written.
+and a head; the shared network and all other experts stay as they are, to the last bit. Only new experts are written.
 
 | key | default | |
 |---|---|---|
@@ -173,8 +173,8 @@ and a head; the shared network and all other experts stay as they are, to the la
 
 The result is `OUT/adding/model.pt`, which every `lorkd` command takes. The next tasks go into another folder:
 `--trained OUT/adding/model.pt --output_dir OUT2`. `evaluating`, called with `add.yaml` too, gives the figures of all
-tasks of `D` that the result has (`OUT/adding/evaluation.json`). Image size, channels, `alpha`, `layout`, `norm`, and the
-layers that have experts are those of the trained decomposition. `lorkd remove-task` takes a task out.
+tasks of `D` that the result has (`OUT/adding/evaluation.json`). Image size, channels, `alpha`, `layout`, `norm`, and
+the layers that have experts are those of the trained decomposition. `lorkd remove-task` takes a task out.
 
 ## Several GPUs, or several processes on a CPU
 

@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorkd_monai.bundle.metadata import strings_of
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
-from lorkd_monai.files import atomic_file
 
 __all__ = ["FORMATS", "build_network", "measure", "onnx_is_installed", "save_formats", "torchscript_of", "weights_of"]
 

@@ -14,15 +14,25 @@ from test_resume import same
 from lorkd_monai.networks.checkpoint import load_decomposition
 
 KILLS = 20
-# Some time after the trainer has started.
+# So many times the length of an epoch after the first one that this process has trained; 0: while it starts.
 KILL_AFTER = """
-import os, signal, threading
+import os, signal, threading, time
+from ignite.engine import Events
 from lorkd_monai.engines import DecompositionTrainer
-run = DecompositionTrainer.run
-def run_and_die(self):
-    timer = threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGKILL))
+run, epochs = DecompositionTrainer.run, {epochs}
+def die_in(seconds):
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
     timer.daemon = True
     timer.start()
+def run_and_die(self):
+    started = []
+    self.add_event_handler(Events.EPOCH_STARTED, lambda: started.append(time.monotonic()))
+    def complete():
+        if len(started) == 1 and epochs:
+            die_in(epochs * (time.monotonic() - started[0]))
+    self.add_event_handler(Events.EPOCH_COMPLETED, complete)
+    if not epochs:
+        die_in({seconds})
     run(self)
 DecompositionTrainer.run = run_and_die
 """
@@ -46,7 +56,7 @@ torch.save = save_half
 
 @pytest.fixture(scope="module")
 def options() -> dict:
-    return {"transfer_weight": 0, "max_epochs": 24, "rotate": 20}
+    return {"transfer_weight": 0, "max_epochs": 32, "rotate": 20}
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +76,19 @@ def check_files(output: Path) -> int:
 
 
 def test_twenty_kills_at_random_moments(bundle_run, phantoms, options, whole, tmp_path):
-    moments, output, killed, epochs = random.Random(0), tmp_path / "output", 0, []
+    moments, output, killed, found = random.Random(0), tmp_path / "output", 0, []
     while killed < KILLS:
-        before = KILL_AFTER.format(seconds=moments.uniform(0, 1.2))
+        epochs = moments.uniform(0.01, 1.5) if moments.random() < 0.8 else 0
+        before = KILL_AFTER.format(epochs=epochs, seconds=moments.uniform(0, 0.5))
         done = bundle_run("training", phantoms, output, before=before, **options)
         if done.code == 0:  # a fast machine: once more from the start
             shutil.rmtree(output)
             continue
         assert done.code == -signal.SIGKILL, done.err
         killed += 1
-        epochs.append(check_files(output))
-    print(f"epochs of the checkpoints: {epochs}")
+        found.append(check_files(output))
+    print(f"epochs of the checkpoints: {found}")
+    assert len(set(found)) > 5
     done = bundle_run("training", phantoms, output, **options)
     assert done.code == 0, done.err
     assert same(output / "training" / "model.pt", whole / "training" / "model.pt")

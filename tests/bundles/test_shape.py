@@ -27,8 +27,8 @@ SAME_FILES = ("LICENSE", "configs/logging.conf", "configs/inference.yaml", "conf
 # What may differ from kind to kind in train.yaml, by the beginning of its id.
 DIFFERING = (
     "backbone", "teacher_backbone", "image_size", "in_channels", "batch_size", "max_epochs", "pretrain_epochs",
-    "val_interval", "learning_rate", "rank", "rank_pattern", "flip_axes", "rotate", "norm", "weight_decay", "temperature",
-    "data_list",
+    "val_interval", "learning_rate", "rank", "rank_pattern", "flip_axes", "rotate", "norm", "weight_decay",
+    "temperature", "data_list",
     "train#dataset", "train#augment", "validate#dataset", "validate#dataloader", "validate#inferer",
     "validate#metric#kind", "validate#key_metric", "evaluate#dataset", "evaluate#dataloader",
     "pretrain#loss",
