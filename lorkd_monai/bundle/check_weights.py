@@ -39,11 +39,11 @@ def check_weights(bundle: BundleFiles) -> Iterator[Problem]:
         return
     inputs, outputs = bundle.tensor("inputs", "image"), bundle.tensor("outputs", "pred")
     shape = (1, inputs["num_channels"], *inputs["spatial_shape"])
-    image = torch.rand(shape, generator=torch.Generator().manual_seed(1))
     try:
+        image = torch.rand(shape, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             result = network(image)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         yield Problem(
             "channels", "configs/metadata.json", f"the network does not take the input that it describes, {shape}: "
             f"{str(error).splitlines()[0]}", "give the network's own input channels and size",

@@ -50,8 +50,8 @@ def _files(bundle: BundleFiles) -> Iterator[Problem]:
             yield Problem("missing-file", name, "the file is missing", "export the bundle again, or put the file back")
     for path in sorted((bundle.folder / "configs").glob("*.json")):
         name = path.relative_to(bundle.folder).as_posix()
-        text = path.read_text(encoding="utf-8")
         try:
+            text = path.read_text(encoding="utf-8")
             content = json.loads(text)
         except ValueError as error:
             yield Problem("bad-json", name, f"it is no JSON ({error})", "mend it, or export the bundle again")
@@ -86,7 +86,7 @@ def _metadata(bundle: BundleFiles) -> Iterator[Problem]:
     for key in ("changelog", "required_packages_version", "supported_apps", "network_data_format"):
         if not isinstance(metadata.get(key), dict):
             yield Problem("schema", file, f"{key!r} must be an object, got {metadata.get(key)!r}", "fill it in")
-    if isinstance(metadata.get("changelog"), dict) and metadata.get("version") not in metadata["changelog"]:
+    if isinstance(metadata.get("changelog"), dict) and str(metadata.get("version")) not in metadata["changelog"]:
         yield Problem(
             "changelog", file, f"version {metadata.get('version')!r} is not in 'changelog'", "add a line for it"
         )
@@ -97,9 +97,12 @@ def _metadata(bundle: BundleFiles) -> Iterator[Problem]:
         if missing:
             yield Problem("schema", file, f"{where} lacks {', '.join(missing)}", "describe the tensor completely")
             continue
-        channels = tensor["channel_def"]
-        expected = [str(i) for i in range(tensor["num_channels"])] if isinstance(tensor["num_channels"], int) else []
-        if not isinstance(channels, Mapping) or list(channels) != expected:
+        shape = tensor["spatial_shape"]
+        sizes = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
+        if not sizes or (side == "inputs" and not shape):
+            yield Problem("schema", file, f"{where}: spatial_shape is {shape!r}", "give the sizes in voxels as a list")
+        channels = tensor["channel_def"] if isinstance(tensor["channel_def"], Mapping) else {}
+        if list(channels) != [str(i) for i in range(len(channels))] or tensor["num_channels"] != len(channels):
             yield Problem(
                 "channels", file, f"{where}: num_channels is {tensor['num_channels']} but channel_def names the "
                 f"channels {list(channels)}", "make them agree: one name per channel, keys '0', '1', …",
@@ -134,8 +137,9 @@ def _packages(bundle: BundleFiles) -> Iterator[Problem]:
     for package, version in versions.items():
         if not isinstance(version, str) or not _EXACT.fullmatch(version):
             yield Problem("unpinned", file, f"{package} has the version {version!r}", "name one exact version")
-    shape = bundle.tensor("inputs", "image").get("spatial_shape") or []
-    for package in needed_packages(*bundle.json.values(), spatial_dims=len(shape) or None):
+    shape = bundle.tensor("inputs", "image").get("spatial_shape")
+    dims = len(shape) if isinstance(shape, list) and shape else None
+    for package in needed_packages(*bundle.json.values(), spatial_dims=dims):
         if package not in stated:
             yield Problem(
                 "unlisted-package", file, f"the configs need {package}, which required_packages_version does not name",
@@ -206,17 +210,18 @@ def _addresses(bundle: BundleFiles) -> Iterator[Problem]:
 def _pages(bundle: BundleFiles) -> Iterator[Problem]:
     readme = bundle.folder / "docs" / "README.md"
     if readme.is_file():
-        heads = re.findall(r"^#{2,4} +\**(.+?)\** *$", readme.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        text = readme.read_text(encoding="utf-8", errors="replace")
+        heads = re.findall(r"^#{2,4} +\**(.+?)\** *$", text, flags=re.MULTILINE)
         for section in SECTIONS:
             if section not in heads:
                 yield Problem("readme", "docs/README.md", f"the section {section!r} is missing", "add it")
-        if "not for clinical use" not in readme.read_text(encoding="utf-8").lower():
+        if "not for clinical use" not in text.lower():
             yield Problem("readme", "docs/README.md", "it does not say 'not for clinical use'", "say so in Limitations")
     licence = bundle.folder / "LICENSE"
     if licence.is_file() and "Apache License" not in licence.read_text(encoding="utf-8", errors="replace"):
         yield Problem("licence", "LICENSE", "it is not the Apache License 2.0", "put that text there")
     data = bundle.folder / "docs" / "data_license.txt"
-    if data.is_file() and not data.read_text(encoding="utf-8").strip():
+    if data.is_file() and not data.read_text(encoding="utf-8", errors="replace").strip():
         yield Problem("licence", "docs/data_license.txt", "it is empty", "say what is known of the data's licence")
 
 
@@ -257,7 +262,8 @@ def _properties(bundle: BundleFiles) -> Iterator[Problem]:
             yield Problem("property", "configs/inference.json", f"MONAI Label and Deploy need {key!r}", "add it")
     train = bundle.json.get("configs/train.json")
     if train is not None:
-        handlers = train.get("train", {}).get("handlers")
+        section = train.get("train")
+        handlers = section.get("handlers") if isinstance(section, Mapping) else None
         if "network" not in train or not isinstance(handlers, list) or not all(isinstance(h, dict) for h in handlers):
             yield Problem(
                 "property", "configs/train.json", "MONAI Label needs 'network' and a literal list train#handlers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import zipfile
@@ -113,8 +114,11 @@ def push_bundle(
     MONAI's `push_to_hf_hub` does it, on a copy: it writes a model card into the folder that it pushes.
 
     Raises:
-        LoRKDError: no bundle, one with problems, or the package huggingface_hub is missing.
+        LoRKDError: no bundle, one with problems, a name that is none, the package huggingface_hub is missing, or the
+            Hub does not take it.
     """
+    if not isinstance(repo, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo, re.ASCII):
+        raise LoRKDError(f"repo: expected the name of a repository on the Hub, user/name, got {repo!r}")
     if util.find_spec("huggingface_hub") is None:
         raise LoRKDError("pushing to the Hugging Face Hub needs one more package: pip install huggingface_hub")
     from monai.bundle import push_to_hf_hub
@@ -126,6 +130,13 @@ def push_bundle(
             target = copy / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target)
-        return push_to_hf_hub(
-            repo=repo, name=folder.name, bundle_dir=temporary, token=token, private=private, version=version
-        )
+        try:
+            return push_to_hf_hub(
+                repo=repo, name=folder.name, bundle_dir=temporary, token=token, private=private, version=version
+            )
+        except Exception as error:  # no network, no login, no such user: the Hub's errors have no common class
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise LoRKDError(
+                f"the Hugging Face Hub did not take {folder.name} into {repo}: {reason}; log in with `hf auth login` "
+                "or give a token that may write there, and check the network"
+            ) from error

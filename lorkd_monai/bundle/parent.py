@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorkd_monai.bundle.formats import measure
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.teacher_bundle import bundle_network
 
 __all__ = ["read_facts", "resolved_facts", "teacher_facts", "write_facts"]
@@ -52,12 +52,8 @@ def resolved_facts(parent: Mapping[str, Any] | None) -> dict[str, Any]:
 def write_facts(checkpoint: str | os.PathLike, facts: Mapping[str, Any]) -> Path:
     """Write facts.json beside a checkpoint, for exports of it to come; return its path."""
     path = Path(checkpoint).with_name("facts.json")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
+    with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

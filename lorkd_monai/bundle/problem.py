@@ -48,6 +48,7 @@ class BundleFiles:
     @property
     def readable(self) -> bool:
         """True where the network can be built and its input is known."""
-        shape = self.tensor("inputs", "image").get("spatial_shape")
-        known = isinstance(shape, list) and shape and all(isinstance(n, int) for n in shape)
+        inputs = self.tensor("inputs", "image")
+        shape, channels = inputs.get("spatial_shape"), inputs.get("num_channels")
+        known = isinstance(shape, list) and shape and all(isinstance(n, int) and n > 0 for n in (*shape, channels))
         return bool(self.inference.get("network_def")) and bool(known)

@@ -319,6 +319,35 @@ def test_a_network_that_has_to_be_traced(make_case, bundle, monkeypatch):
     assert check_bundle(bundle) == []
 
 
+STRANGE = (None, -1, 10**12, "", [], {}, [1], {"a": 1}, "é", True)
+PLACES = (
+    (META, "version"), (META, "changelog"), (META, "network_data_format"), (META, *PRED), (META, *PRED, "channel_def"),
+    (META, *PRED, "num_channels"), (META, "network_data_format", "inputs", "image", "spatial_shape"),
+    (META, "network_data_format", "inputs", "image", "num_channels"), ("configs/train.json", "train"),
+    ("configs/inference.json", "network_def"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[-1])
+def test_whatever_stands_there_is_reported_and_never_a_crash(bundle, place):
+    file, *keys = place
+    for name in ("model.ts", "model.onnx", "model.safetensors", "model.pt"):
+        (bundle / "models" / name).unlink()
+    before = (bundle / file).read_text(encoding="utf-8")
+    for value in STRANGE:
+        (bundle / file).write_text(before, encoding="utf-8")
+        edit(bundle / file, *keys, value=value)
+        # The weights are missing, which is one problem; there must be another one.
+        assert len(check_bundle(bundle, thorough=False)) > 1, value
+
+
+def test_files_that_are_no_text(bundle):
+    for name in ("configs/train.json", "docs/README.md", "docs/data_license.txt"):
+        (bundle / name).write_bytes(b"\xff\xfe\x00")
+    problems = check_bundle(bundle, thorough=False)
+    assert {problem.file for problem in problems} >= {"configs/train.json", "docs/README.md"}
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(LoRKDError, match="expected the folder of a bundle, got .*nothing"):
         check_bundle(tmp_path / "nothing")

@@ -94,3 +94,20 @@ def test_push_without_the_hub(make_case, monkeypatch):
     monkeypatch.setattr("lorkd_monai.bundle.pack.util.find_spec", lambda name: None)
     with pytest.raises(LoRKDError, match="pip install huggingface_hub"):
         push_bundle(make_case("2d_classification").folder, "user/name")
+
+
+@pytest.mark.parametrize("repo", ["name", "a/b/c", "../x", "a b/c", "", None, "é/x"])
+def test_push_to_what_is_no_repository(make_case, repo):
+    with pytest.raises(LoRKDError, match="expected the name of a repository on the Hub, user/name, got"):
+        push_bundle(make_case("2d_classification").folder, repo)
+
+
+def test_push_that_the_hub_refuses_is_one_message(make_case, monkeypatch):
+    def refuse(**_more):
+        raise OSError("no route to host\nmany more lines")
+
+    monkeypatch.setattr("monai.bundle.push_to_hf_hub", refuse)
+    monkeypatch.setattr("lorkd_monai.bundle.pack.util.find_spec", lambda name: object())
+    with pytest.raises(LoRKDError, match="did not take .* into user/name: no route to host; log in with") as caught:
+        push_bundle(make_case("2d_classification").folder, "user/name")
+    assert "\n" not in str(caught.value)
