@@ -114,7 +114,8 @@ def curves(lines: Sequence[Curve], axis: str, across: str = "epoch", logarithmic
 def heat_map(matrix: Matrix) -> bytes:
     """A matrix in colours, with its values where there is room for them."""
     rows, columns = matrix.values.shape
-    figure = _figure(max(3.2, 1.6 + 0.45 * columns), max(2.4, 1.1 + 0.3 * rows))
+    beside, below = (0.07 * max(map(len, names)) for names in (matrix.rows, matrix.columns))
+    figure = _figure(max(3.2, 1.2 + beside + 0.45 * columns), max(2.4, 0.8 + 0.7 * below + 0.3 * rows))
     axes = _axes(figure)
     colours = "RdBu_r" if matrix.diverging else "viridis"
     image = axes.imshow(matrix.values, cmap=colours, vmin=matrix.low, vmax=matrix.high, aspect="auto")
@@ -141,7 +142,8 @@ def heat_map(matrix: Matrix) -> bytes:
 def confusion(matrix: Matrix) -> bytes:
     """Rows: what the images are; columns: what they were called; share of each row in colour, numbers of images."""
     rows = len(matrix.rows)
-    figure = _figure(1.7 + 0.52 * rows, 1.5 + 0.45 * rows)
+    beside = 0.065 * max(map(len, matrix.rows))
+    figure = _figure(1.0 + beside + 0.52 * rows, 0.9 + 0.7 * beside + 0.45 * rows)
     axes = _axes(figure)
     axes.imshow(matrix.values, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(rows), matrix.columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)

@@ -73,7 +73,7 @@ def run_from_arguments(
         dataset_dir = Path(output) / "phantoms"
         if not (dataset_dir / "dataset.json").is_file():
             make_phantoms(dataset_dir, kind, spatial_dims, num_images=60)
-    data = load_data_list(dataset_dir, kind, spatial_dims, needs=("training", "validation", "test"))
+    data = load_data_list(dataset_dir, kind, spatial_dims)
     if unseen:
         experts = [method for method in chosen if method.family == "lorkd"]
         if len(experts) != 1:

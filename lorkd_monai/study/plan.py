@@ -79,12 +79,16 @@ def run_study(
         The folder.
 
     Raises:
-        LoRKDError: a folder that holds a study with other settings, no validation or test images.
+        LoRKDError: a folder that holds a study with other settings; a task that counts has no validation or test images.
     """
     folder = Path(folder)
     for split in ("validation", "test"):
-        if not data.split(split):
-            raise LoRKDError(f"the data list {data.name!r} has no {split} images, which a study needs")
+        without = [name for name in data.scored or data.tasks if not data.counts()[name][split]]
+        if without:
+            raise LoRKDError(
+                f"the data list {data.name!r} has no {split} images of task {without[0]!r}, which a study needs; a "
+                'task that is there to try things out says "score": false in the list'
+            )
     agree_on_settings(folder, data, common)
     missing = [run for run in runs if not _file(folder, run).done]
     say(f"{len(runs)} runs, {len(runs) - len(missing)} done already")

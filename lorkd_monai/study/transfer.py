@@ -109,6 +109,9 @@ def run_transfer(
         raise LoRKDError(f"unseen: unknown task {unknown[0]!r}; the tasks are {', '.join(data.tasks)}")
     if len(data.tasks) < 3:
         raise LoRKDError(f"unseen: with one task held out two must be left, {data.name!r} has {len(data.tasks)}")
+    without = [name for name in held_out if not data.counts()[name]["test"]]
+    if without:
+        raise LoRKDError(f"unseen: task {without[0]!r} has no test images; name the tasks to hold out one by one")
     for setting in settings:
         label_share_of(setting)
     teacher = Method("teacher", "teacher", False, "the foundation model of the other tasks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -204,3 +205,16 @@ def test_bad_transfer(tmp_path: Path) -> None:
             run_transfer(tmp_path / "out", data, settings, *arguments, [0])
     with pytest.raises(LoRKDError, match="with one task held out two must be left"):
         run_transfer(tmp_path / "out", only_tasks(data, ["mr", "ct"]), settings, lorkd, ["mr"], ["full"], [0])
+
+
+def test_tasks_that_count_need_test_images(tmp_path: Path) -> None:
+    data, settings = prepared(tmp_path / "data", "classification", 2)
+    runs = plan_runs(methods_named(["mtl"]), ["full"], [0])
+    less = dataclasses.replace(data, test=[item for item in data.test if item["task"] != "mr"])
+    with pytest.raises(LoRKDError, match="has no test images of task 'mr'"):
+        run_study(tmp_path / "out", less, settings, runs)
+    with pytest.raises(LoRKDError, match="unseen: task 'mr' has no test images"):
+        run_transfer(tmp_path / "out", less, settings, methods_named(["lorkd"])[0], ["mr"], ["full"], [0])
+    tasks = {**data.tasks, "mr": dataclasses.replace(data.tasks["mr"], score=False)}
+    folder = run_study(tmp_path / "out", dataclasses.replace(less, tasks=tasks), settings, runs, say=lambda _: None)
+    assert set(summarise(folder, 10)[0].tasks) == {"ct", "ultrasound", "cells"}
