@@ -79,7 +79,7 @@ def run_study(
         The folder.
 
     Raises:
-        LoRKDError: a folder that holds a study with other settings; a task that counts has no validation or test images.
+        LoRKDError: a folder of a study with other settings; a task that counts has no validation or test images.
     """
     folder = Path(folder)
     for split in ("validation", "test"):
