@@ -13,7 +13,7 @@ from lorkd_monai.data import TaskDataset
 
 __all__ = ["example_arrays"]
 
-_RANKS = ("best", "median", "worst")
+_RANKS = ("best", "worst", "median")  # the middle one last: it is left out of two
 
 
 @torch.no_grad()
@@ -25,6 +25,8 @@ def example_arrays(
     inferer: Inferer,
 ) -> dict[str, np.ndarray]:
     """Image, label and prediction, as uint8 H×W, of three test images of each task, by ``"<task>_<rank>_<what>"``.
+
+    Of one or two test images, each is taken once.
 
     A volume is shown in the slice along its last axis that holds most of the label.
 
@@ -41,7 +43,11 @@ def example_arrays(
         items = [i for i, task in enumerate(dataset.task_of_item) if task == number]
         dice = kept["dice"].double().nanmean(1).nan_to_num(0.0)
         order = dice.argsort(descending=True, stable=True).tolist()
-        for rank, place in zip(_RANKS, (0, len(order) // 2, len(order) - 1), strict=True):
+        shown_before: set[int] = set()
+        for rank, place in zip(_RANKS, (0, len(order) - 1, len(order) // 2), strict=True):
+            if place in shown_before:  # of one or two images
+                continue
+            shown_before.add(place)
             item = dataset[items[order[place]]]
             task = torch.tensor([number], device=device)
             logits = inferer(item["image"][None].to(device), network, task)[0]
