@@ -65,6 +65,7 @@ def study_folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_study_report_is_complete_and_alone(study_folder: Path) -> None:
     file = Path(report(str(study_folder)))
     text = file.read_text(encoding="utf-8")
@@ -79,6 +80,7 @@ def test_study_report_is_complete_and_alone(study_folder: Path) -> None:
     assert "<b>yes</b>" in page.text and "b" not in page.tags  # class names are text, not markup
 
 
+@pytest.mark.slow
 def test_markdown_has_its_pictures(study_folder: Path) -> None:
     folder = Path(report(str(study_folder))).parent
     text = (folder / "report.md").read_text(encoding="utf-8")
@@ -91,6 +93,7 @@ def test_markdown_has_its_pictures(study_folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_segmentations_are_shown(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     write_json(folder / "study.json", {"format": 1})
@@ -112,6 +115,7 @@ def test_segmentations_are_shown(tmp_path: Path) -> None:
     assert text.count('alt="a, lorkd') == 3
 
 
+@pytest.mark.slow
 def test_output_of_a_bundle(tmp_path: Path) -> None:
     folder = tmp_path / "output"
     (folder / "training").mkdir(parents=True)
