@@ -39,13 +39,14 @@ class _Prices(NamedTuple):
     branch_call: float
     branch: float  # one operation of the low-rank branch
     branch_moved: float
+    unfold: float  # one number of an input that is unfolded into the windows of the kernel
     slow: float  # what an operation costs more in torch's own 3D kernel, see left_to_slow_kernel
     slow_strided: float
 
 
-_CPU = _Prices(560e3, 6.6, 2.1, 850e3, 10.2, 3.8, 0.08, 1500e3, 0.08, 5.5, 0.2, 0.07)
+_CPU = _Prices(560e3, 6.6, 2.1, 850e3, 10.2, 3.8, 0.08, 1500e3, 0.08, 5.5, 13.0, 0.2, 0.07)
 # Estimated, not measured: kernels are started in about 10 us each, and memory is a hundred times faster.
-_GPU = _Prices(150e3, 0.1, 0.02, 100e3, 0.15, 0.03, 2e-4, 150e3, 2e-4, 0.03, 0.0, 0.0)
+_GPU = _Prices(150e3, 0.1, 0.02, 100e3, 0.15, 0.03, 2e-4, 150e3, 2e-4, 0.03, 0.1, 0.0, 0.0)
 
 
 class Situation(NamedTuple):
@@ -58,6 +59,7 @@ class Situation(NamedTuple):
     moved: int  # numbers of input and output together
     branch: int  # numbers in the filters of the low-rank branch; 0 where ΔW can't be written as two maps
     channels: int  # the fewer of a group's input and output channels
+    unfolded: int = 0  # numbers of the unfolded input; 0 where it can't be unfolded
     slow: str = ""  # "plain" or "strided" where segments of one sample are left to a slow kernel
 
     @property
@@ -66,33 +68,47 @@ class Situation(NamedTuple):
         return sum(self.sizes) // math.gcd(*self.sizes)
 
 
-@lru_cache(maxsize=4096)
-def costs(s: Situation) -> dict[str, float]:
-    """Time that each strategy adds to a plain layer, in ns; for ``"factored"`` with the better form of its branch."""
-    price = _CPU if s.device == "cpu" else _GPU
-    rows, segments = sum(s.sizes), len(s.sizes)
+def _split(s: Situation, price: _Prices, numbers: int) -> float:
     single = sum(size == 1 for size in s.sizes)
     slow = {"": 0.0, "plain": price.slow, "strided": price.slow_strided}[s.slow] * single * s.positions
-    thin = price.thin_operation * rows * s.positions if s.channels < 8 else 0.0
+    return len(s.sizes) * (price.call + price.weight * numbers) + slow * numbers
 
-    def split(numbers: int) -> float:
-        return segments * (price.call + price.weight * numbers) + slow * numbers
 
-    def group(numbers: int) -> float:
-        return price.grouped_call + s.pieces * price.grouped_weight * numbers + thin * numbers
+def _group(s: Situation, price: _Prices, numbers: int) -> float:
+    thin = price.thin_operation * sum(s.sizes) * s.positions if s.channels < 8 else 0.0
+    return price.grouped_call + s.pieces * price.grouped_weight * numbers + thin * numbers
 
+
+def _branch(s: Situation, price: _Prices) -> dict[str, float]:
+    operations = price.branch * s.branch * s.positions * sum(s.sizes)
+    found = {"split": operations + _split(s, price, s.branch), "group": operations + _group(s, price, s.branch)}
+    if s.unfolded:
+        found["unfold"] = price.unfold * s.unfolded
+    return found
+
+
+def _prices(s: Situation) -> _Prices:
+    return _CPU if s.device == "cpu" else _GPU
+
+
+@lru_cache(maxsize=4096)
+def costs(s: Situation) -> dict[str, float]:
+    """Time that each strategy adds to a plain layer, in ns; for ``"factored"`` with the best form of its branch."""
+    price = _prices(s)
     found = {
-        "split": split(s.weight) + price.moved * s.moved,
-        "group": group(s.weight) + price.grouped_moved * s.moved,
+        "split": _split(s, price, s.weight) + price.moved * s.moved,
+        "group": _group(s, price, s.weight) + price.grouped_moved * s.moved,
     }
     if s.branch:
-        found["factored"] = (
-            price.branch_call
-            + price.branch * s.branch * s.positions * rows
-            + price.branch_moved * s.moved
-            + min(split(s.branch), group(s.branch))
-        )
+        found["factored"] = price.branch_call + price.branch_moved * s.moved + min(_branch(s, price).values())
     return found
+
+
+@lru_cache(maxsize=4096)
+def branch_form(s: Situation) -> str:
+    """How ``"factored"`` computes the first half of ΔW: ``"split"``, ``"group"`` or ``"unfold"``."""
+    found = _branch(s, _prices(s))
+    return min(found, key=found.__getitem__)
 
 
 def choose(s: Situation) -> str:

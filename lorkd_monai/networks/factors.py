@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.routing import take_rows
 
 __all__ = ["LAYOUTS", "BranchFilters", "FusedWeights", "delta_weight", "factor_shapes", "fuse"]
 
@@ -151,6 +152,19 @@ class BranchFilters(NamedTuple):
         for i, p in enumerate(run):
             if needs[p]:
                 grads[p] = of_a[i, : len(tensors[p])].to(tensors[p].dtype)
+
+    def unfolded(self, factors_a: Sequence[Tensor], owner: Sequence[int], windows: Tensor) -> Tensor:
+        """What the filters give, rows × (blocks · rows of A) × positions, without making them.
+
+        Args:
+            factors_a: every A_p.
+            owner: the expert of each row.
+            windows: the input unfolded, rows × numbers of a filter × positions.
+        """
+        a = take_rows(_stack(factors_a, self.dtype), owner)
+        windows = windows.view(len(a), self.blocks, a.shape[2], -1)
+        parts = [torch.bmm(a, windows[:, q]) for q in range(self.blocks)]
+        return torch.stack(parts, 1).flatten(1, 2)
 
     def second(self, factors_b: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
         """scale_p · B_p of every expert as experts × o × (blocks · rows)."""

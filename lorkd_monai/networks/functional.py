@@ -129,7 +129,7 @@ class _Call:
         numbers = self.weight.numel()
         rows = max(a.shape[0] for a in self.a)
         branch = numbers // shape[0] * self._blocks * rows if self._can_factor else 0
-        slow = ""
+        slow, unfolded = "", 0
         if isinstance(self.map, LinearMap):
             positions, channels = x[0].numel() // x.shape[-1], min(shape)
             moved = x.numel() // x.shape[-1] * (shape[0] + shape[1])
@@ -143,19 +143,27 @@ class _Call:
                 positions = outputs
             channels = min(shape[0] // self.map.groups, shape[1])
             kernel = tuple(shape[2:])
+            if len(kernel) == 2 and self._can_factor:
+                unfolded = len(x) * positions * numbers // shape[0]
             if dispatch.left_to_slow_kernel(x.device.type, tuple(x.shape), kernel, self.map.groups):
                 slow = "strided" if stride > 1 or self.map.transposed else "plain"
-        return dispatch.Situation(x.device.type, sizes, positions, numbers, moved, branch, channels, slow)
+        return dispatch.Situation(x.device.type, sizes, positions, numbers, moved, branch, channels, unfolded, slow)
 
     def _factored(self) -> Tensor:
         x, dtype, channels_last = self.x, self.x.dtype, isinstance(self.map, LinearMap)
         filters = BranchFilters(tuple(self.weight.shape), self._blocks, max(a.shape[0] for a in self.a), dtype)
-        branch = self._situation._replace(weight=self._situation.branch, branch=0)
-        pieces = branch.pieces if dispatch.choose(branch) == "group" else None
-        h = TaskMap(self.map, filters, self.spans, pieces)(x, None, self.a)
-        y = self.map(x, self.weight.to(dtype), self.bias)
+        form = dispatch.branch_form(self._situation)
         owner = [p for p, (start, stop) in enumerate(self.spans) for _ in range(start, stop)]
+        if form == "unfold":
+            h = filters.unfolded(self.a, owner, self.map.unfold(x, tuple(self.weight.shape[2:])))
+        else:
+            h = TaskMap(self.map, filters, self.spans, self._situation.pieces if form == "group" else None)(
+                x, None, self.a
+            )
+        y = self.map(x, self.weight.to(dtype), self.bias)
         second = take_rows(filters.second(self.b, self.scales), owner)  # rows × o × filters
+        if form == "unfold":
+            h = h.view(len(x), -1, *y.shape[2:])
         if not channels_last and not y.is_contiguous():  # a channels_last memory format, which is kept
             y, h = y.movedim(1, -1), h.movedim(1, -1)
             return self._add(y, h, second).movedim(-1, 1)

@@ -104,6 +104,10 @@ class ConvMap(NamedTuple):
     # The grouped form: `pieces` equal runs of rows, each with a weight of its own, in one call. The pieces are laid
     # side by side as channels, of a batch that holds one row of every piece.
 
+    def unfold(self, x: Tensor, kernel: tuple[int, int]) -> Tensor:
+        """The windows of a 2D convolution: rows × (channels · kernel) × positions."""
+        return F.unfold(x, kernel, self.dilation, self.padding, self.stride)
+
     def grouped(self, pieces: int) -> ConvMap:
         return self._replace(groups=self.groups * pieces)
 

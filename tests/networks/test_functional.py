@@ -86,6 +86,24 @@ def test_every_strategy_equals_the_loop_over_samples(name, routing):
                     assert_close(grad, expected_grads[key], what=f"{layout} {strategy}: {key}")
 
 
+@pytest.mark.parametrize("form", ["split", "group", "unfold"])
+@pytest.mark.parametrize("name", [n for n in LAYERS if n.startswith("conv2d")])
+def test_every_form_of_the_factored_branch(monkeypatch, name, form):
+    monkeypatch.setattr(dispatch, "branch_form", lambda s: form if form != "unfold" or s.unfolded else "split")
+    task = [0, 0, 2, 3, 3, 3]
+    for layout in ("lorkd", "conv"):
+        layer = made(name, layout)
+        x = torch.randn(len(task), *LAYERS[name][1], dtype=torch.float64, requires_grad=True)
+        expected = slow(layer, x, task)
+        with eks_strategy("factored"), route(task):
+            y = layer(x)
+        assert_close(y, expected, what=layout)
+        expected_grads = gradients(expected, x, layer)
+        for key, grad in gradients(y, x, layer).items():
+            if expected_grads[key] is not None:
+                assert_close(grad, expected_grads[key], what=f"{layout}: {key}")
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_float32(strategy):
     task = [0, 1, 1, 3]
@@ -214,7 +232,7 @@ def test_slow_kernel_of_one_3d_sample():
     assert dispatch.left_to_slow_kernel("cpu", *sample)
     assert not dispatch.left_to_slow_kernel("cuda", *sample)
     assert not dispatch.left_to_slow_kernel("cpu", (4, 64, 24, 24, 24), *sample[1:])
-    situation = dispatch.Situation("cpu", (1, 3), 24**3, 16 * 16 * 27, 10**6, 0, 16, "plain")
+    situation = dispatch.Situation("cpu", (1, 3), 24**3, 16 * 16 * 27, 10**6, 0, 16, slow="plain")
     larger = situation._replace(sizes=(2, 2))
     assert dispatch.costs(situation)["split"] > 2 * dispatch.costs(larger)["split"]
 
