@@ -62,6 +62,13 @@ say "installing torch, then lorkd-monai[$extras] (a few minutes the first time)"
 torch=$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' "$root/constraints.txt")
 pip install -qq "$torch"
 pip install -qq -c "$root/constraints.txt" -e "$root[$extras]"
+case $extras in
+  *test* | *dev*)
+    # nnU-Net's networks, without what they depend on: torchvision is among it, which asks for a torch with CUDA.
+    networks=$(sed -n 's/^\(dynamic-network-architectures==[^ ;]*\).*/\1/p' "$root/constraints.txt")
+    pip install -qq --no-deps "$networks"
+    ;;
+esac
 rm -f "$venv/lorkd-unfinished"
 printf '%s' "$wanted $root" > "$stamp"
 say "done: $venv"
