@@ -33,7 +33,8 @@ class _Prices(NamedTuple):
     weight: float  # one number of a merged weight: merging twice, reordering for the kernel, its gradient
     moved: float  # one number of the input or output: cutting the batch and joining it
     grouped_call: float
-    grouped_weight: float  # one number of a weight in a grouped call
+    grouped_weight: float  # one number of the weights in a grouped call, up to _CACHED of them
+    grouped_weight_beyond: float
     grouped_moved: float  # one number of the input or output, laid side by side for a grouped call
     thin_operation: float  # what an operation costs more in a grouped call, where a group has fewer than 8 channels
     branch_call: float
@@ -44,9 +45,10 @@ class _Prices(NamedTuple):
     slow_strided: float
 
 
-_CPU = _Prices(560e3, 6.6, 2.1, 850e3, 10.2, 3.8, 0.08, 1500e3, 0.08, 5.5, 13.0, 0.2, 0.07)
+_CACHED = 2 * 10**6  # numbers; about what the caches of a core hold
+_CPU = _Prices(560e3, 6.6, 2.1, 850e3, 7.0, 14.0, 3.8, 0.08, 1500e3, 0.08, 5.5, 13.0, 0.2, 0.07)
 # Estimated, not measured: kernels are started in about 10 us each, and memory is a hundred times faster.
-_GPU = _Prices(150e3, 0.1, 0.02, 100e3, 0.15, 0.03, 2e-4, 150e3, 2e-4, 0.03, 0.1, 0.0, 0.0)
+_GPU = _Prices(150e3, 0.1, 0.02, 100e3, 0.15, 0.15, 0.03, 2e-4, 150e3, 2e-4, 0.03, 0.1, 0.0, 0.0)
 
 
 class Situation(NamedTuple):
@@ -76,7 +78,10 @@ def _split(s: Situation, price: _Prices, numbers: int) -> float:
 
 def _group(s: Situation, price: _Prices, numbers: int) -> float:
     thin = price.thin_operation * sum(s.sizes) * s.positions if s.channels < 8 else 0.0
-    return price.grouped_call + s.pieces * price.grouped_weight * numbers + thin * numbers
+    weights = s.pieces * numbers
+    beyond = max(0, weights - _CACHED)
+    weight = price.grouped_weight * (weights - beyond) + price.grouped_weight_beyond * beyond
+    return price.grouped_call + weight + thin * numbers
 
 
 def _branch(s: Situation, price: _Prices) -> dict[str, float]:
