@@ -58,12 +58,11 @@ class TaskMap:
         step = max(1, _TOGETHER // largest)
         return [range(p, min(p + step, len(self.spans))) for p in range(0, len(self.spans), step)]
 
-    def build_small(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
-        """All weights, where they are so small beside ``x``, which is kept anyway, that they may be kept too."""
+    def build_together(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """All weights, where they are made in one go."""
         if len(self._runs(tensors)) > 1:
             return None
-        built = self.weights.build(tensors, range(len(self.spans)))
-        return built if 4 * built.numel() <= x.numel() else None
+        return self.weights.build(tensors, range(len(self.spans)))
 
     def _grouped_weights(self, tensors: Sequence[Tensor], built: Tensor | None) -> Tensor:
         if built is None:
@@ -81,7 +80,7 @@ class TaskMap:
             yield run, [(*self.spans[p], built[i]) for i, p in enumerate(run)]
 
     def forward(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], built: Tensor | None = None) -> Tensor:
-        """The result; with operations that autograd can follow where it records. ``built``: from `build_small`."""
+        """The result; with operations that autograd can follow where it records. ``built``: of `build_together`."""
         if self.pieces is not None:
             n = self.pieces
             weight, grouped_bias = self._grouped_weights(tensors, built), self.map.pack_bias(bias, n)
@@ -153,9 +152,10 @@ class _Rebuilding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, task_map: TaskMap, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-        built = task_map.build_small(x, tensors)
+        built = task_map.build_together(tensors)
         ctx.task_map = task_map
-        ctx.save_for_backward(x, bias, built, *tensors)
+        small = built is not None and 4 * built.numel() <= x.numel()  # beside the input, which is kept anyway
+        ctx.save_for_backward(x, bias, built if small else None, *tensors)
         y = task_map.forward(x, bias, tensors, built)
         # Autograd forbids to change a view in place, as activations with inplace=True do; its data are no view.
         return y.data if y._is_view() else y
