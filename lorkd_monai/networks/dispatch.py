@@ -123,13 +123,18 @@ def choose(s: Situation) -> str:
 
 
 def left_to_slow_kernel(device: str, shape: tuple[int, ...], kernel: tuple[int, ...], groups: int) -> bool:
-    """True where 3D segments of one sample would fall out of oneDNN.
-
-    torch (2.13, ``ConvParams::use_mkldnn``) leaves a convolution with batch 1 and one group to a slow kernel where
-    C·D·H is at most 20480 and the kernel is not larger than 3 in its last two dimensions.
-    """
+    """True where 3D segments of one sample would fall out of oneDNN, as the batch does not."""
     if device != "cpu" or len(kernel) < 3 or shape[0] == 1 or groups > 1:
         return False
+    return falls_to_slow_kernel(shape, kernel)
+
+
+def falls_to_slow_kernel(shape: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
+    """True where the CPU convolves one 3D sample (any × C × D × H × W) with a slow kernel.
+
+    torch (2.13, ``ConvParams::use_mkldnn``) takes it for a convolution with batch 1 and one group where C·D·H is at
+    most 20480 and the kernel is not larger than 3 in its last two dimensions.
+    """
     return shape[1] * shape[2] * shape[3] <= 20480 and not (kernel[-1] > 3 and kernel[-2] > 3)
 
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
+from lorkd_monai.networks.dispatch import falls_to_slow_kernel
 from lorkd_monai.networks.routing import Routing, take_rows
 
 __all__ = ["can_run_together", "run_together", "slow_one_by_one"]
 
 _DENSE = 64  # output channels of all rows together, up to which every row computes those of all rows
+_BLOCK = 16  # channels of all rows together, up to which they are one row's: a kernel computes 16 at once
 
 
 def slow_one_by_one(x: Tensor, routing: Routing) -> bool:
@@ -67,10 +69,9 @@ class _ThinConvolutions(TorchFunctionMode):
 
 
 class _Conv3d(torch.autograd.Function):
-    """A 3D convolution whose vectorised form, for few output channels, computes every row's filters on every row.
+    """A 3D convolution whose vectorised form, for few channels, is one of :class:`_OwnFilters`.
 
-    torch's own form is a grouped convolution. With a few channels in a group its kernels take several times as long
-    as one dense convolution, whose cost hardly grows up to 16 output channels.
+    torch's own form is a grouped convolution, whose kernels are slow where a group has few channels.
     """
 
     @staticmethod
@@ -86,14 +87,80 @@ class _Conv3d(torch.autograd.Function):
         x, weight = (t if dim == 0 else t.movedim(dim, 0) for t, dim in zip((x, weight), in_dims, strict=False))
         bias = bias if bias is None or in_dims[2] == 0 else bias.movedim(in_dims[2], 0)
         rows, channels = weight.shape[:2]
-        *sizes, groups = options
-        if rows * channels > _DENSE:
-            x, groups = x.transpose(0, 1).flatten(1, 2), rows
-        else:
-            x = x.flatten(0, 1)
-        y = torch.conv3d(x, weight.flatten(0, 1), None if bias is None else bias.flatten(), *sizes, groups)
-        y = y.unflatten(1, (rows, channels))
-        if groups > 1:
-            return y.transpose(0, 1), 0
-        each = torch.arange(rows, device=y.device)
-        return y[each, each].unsqueeze(1), 0
+        stride, padding, dilation, _ = options
+        x = x.flatten(0, 1)  # each row of the vectorised call is a batch of one
+        if rows * channels <= _DENSE and tuple(stride) == (1, 1, 1) and not isinstance(padding, str):
+            return _OwnFilters.apply(x, weight, bias, tuple(padding), tuple(dilation)).unsqueeze(1), 0
+        bias = None if bias is None else bias.flatten()
+        y = torch.conv3d(x.flatten(0, 1).unsqueeze(0), weight.flatten(0, 1), bias, stride, padding, dilation, rows)
+        return y.unflatten(1, (rows, channels)).transpose(0, 1), 0
+
+
+class _OwnFilters(torch.autograd.Function):
+    """Row b of x (rows × i × space) by its own filters (rows × o × i × kernel), for few channels and stride 1.
+
+    The gradient of x is a convolution too, with mirrored filters, and is computed as one: torch's backward kernel
+    takes several times as long where the input has few channels.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], dilation: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.options = padding, dilation
+        return _own_filters(x, weight, bias, padding, dilation)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        padding, dilation = ctx.options
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        gx = gw = gb = None
+        if torch.is_grad_enabled():  # create_graph=True: by operations that can be differentiated once more
+            wanted = [t for t, need in zip((x, weight, bias), (need_x, need_weight, need_bias), strict=True) if need]
+            found = iter(torch.autograd.grad(_grouped(x, weight, bias, padding, dilation), wanted, g, create_graph=True))
+            return *(next(found) if need else None for need in (need_x, need_weight, need_bias)), None, None
+        if need_x:
+            space = range(3, weight.ndim)
+            left = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[3:], padding, strict=True)]
+            cut = tuple(slice(max(0, -n), g.shape[2 + i] - max(0, -n)) for i, n in enumerate(left))
+            mirrored = weight.flip(tuple(space)).transpose(1, 2)
+            gx = _own_filters(g[(..., *cut)], mirrored, None, tuple(max(0, n) for n in left), dilation)
+        if need_weight:
+            rows = len(x)
+            spread = g.new_zeros(rows, *g.shape)
+            spread.diagonal(0, 0, 1).copy_(g.movedim(0, -1))
+            _, gw, _ = torch.ops.aten.convolution_backward(
+                spread.flatten(1, 2), x, weight.flatten(0, 1), None, (1, 1, 1), padding, dilation, False, (0, 0, 0), 1,
+                (False, True, False),
+            )  # fmt: skip
+            gw = gw.view(weight.shape)
+        if need_bias:
+            gb = g.flatten(2).sum(2)
+        return gx, gw, gb, None, None
+
+
+def _own_filters(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
+    """See :class:`_OwnFilters`: one dense convolution of many filters, mostly zeros or mostly not looked at."""
+    rows, outs, ins = weight.shape[:3]
+    bias = None if bias is None else bias.flatten()
+    single = (1, rows * ins, *x.shape[2:])
+    if rows * max(outs, ins) <= _BLOCK and not falls_to_slow_kernel(single, tuple(weight.shape[3:])):
+        filters = weight.new_zeros(rows, outs, rows, ins, *weight.shape[3:])
+        filters.diagonal(0, 0, 2).copy_(weight.movedim(0, -1))
+        y = torch.conv3d(x.reshape(single), filters.flatten(2, 3).flatten(0, 1), bias, 1, padding, dilation)
+        return y.unflatten(1, (rows, outs)).squeeze(0)
+    y = torch.conv3d(x, weight.flatten(0, 1), bias, 1, padding, dilation).unflatten(1, (rows, outs))
+    return y.diagonal(0, 0, 1).movedim(-1, 0).contiguous()
+
+
+def _grouped(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
+    rows = len(x)
+    bias = None if bias is None else bias.flatten()
+    y = torch.conv3d(x.flatten(0, 1).unsqueeze(0), weight.flatten(0, 1), bias, 1, padding, dilation, rows)
+    return y.unflatten(1, (rows, -1)).squeeze(0)

@@ -62,3 +62,38 @@ def test_many_channels_take_the_grouped_form():
     together = banks.run_together(heads, x, [2, 0, 1])
     expected = torch.cat([heads[h](x[i : i + 1]) for i, h in enumerate([2, 0, 1])])
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ins", "outs", "size", "options"),
+    [
+        (4, 3, 3, (9, 8, 7), {"kernel_size": 3, "padding": 1}),
+        (3, 2, 4, (9, 8, 7), {"kernel_size": (3, 1, 5), "padding": (0, 0, 4), "dilation": (2, 1, 1)}),
+        (2, 2, 2, (6, 5, 4), {"kernel_size": 2, "padding": 3, "bias": False}),  # more padding than the kernel reaches
+        (4, 16, 16, (5, 4, 3), {"kernel_size": 3, "padding": 1}),
+        (5, 16, 16, (5, 4, 3), {"kernel_size": 3, "padding": 1}),  # more channels than are computed for all rows
+        (3, 2, 2, (9, 8, 7), {"kernel_size": 3, "padding": 1, "stride": 2}),
+        (3, 2, 2, (9, 8, 7), {"kernel_size": 3, "padding": "same"}),
+        (2, 4, 4, (60, 48, 2), {"kernel_size": 3, "padding": 1}),  # as channels of one sample
+    ],
+)
+def test_convolutions_of_own_filters_equal_one_after_the_other(rows, ins, outs, size, options):
+    torch.manual_seed(0)
+    heads = [nn.Conv3d(ins, outs, **options) for _ in range(rows)]
+    x = torch.randn(rows, ins, *size, requires_grad=True)
+    owner = list(range(rows))[::-1]
+    together = banks.run_together(heads, x, owner)
+    single = torch.cat([heads[t](x[i : i + 1]) for i, t in enumerate(owner)])
+    torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-5)
+    inputs = [x, *(p for head in heads for p in head.parameters())]
+    g = torch.randn_like(single)
+    found, wanted = (torch.autograd.grad(y, inputs, g, retain_graph=True) for y in (together, single))
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-4, atol=1e-3)
+
+
+def test_convolutions_of_own_filters_can_be_differentiated_twice():
+    torch.manual_seed(0)
+    heads = [nn.Conv3d(2, 2, 3, padding=1).double() for _ in range(2)]
+    x = torch.randn(2, 2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: banks.run_together(heads, x, [1, 0]).square(), (x,))
