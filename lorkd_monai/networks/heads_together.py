@@ -119,7 +119,9 @@ class _OwnFilters(torch.autograd.Function):
         gx = gw = gb = None
         if torch.is_grad_enabled():  # create_graph=True: by operations that can be differentiated once more
             wanted = [t for t, need in zip((x, weight, bias), (need_x, need_weight, need_bias), strict=True) if need]
-            found = iter(torch.autograd.grad(_grouped(x, weight, bias, padding, dilation), wanted, g, create_graph=True))
+            found = iter(
+                torch.autograd.grad(_grouped(x, weight, bias, padding, dilation), wanted, g, create_graph=True)
+            )
             return *(next(found) if need else None for need in (need_x, need_weight, need_bias)), None, None
         if need_x:
             space = range(3, weight.ndim)
