@@ -7,6 +7,8 @@ writes ``<out>.json`` and ``<out>.md``. ``--tasks`` may be a list (``8,64``). Fo
 * forward + backward: median, fastest and slowest time, and the ratio of the medians to the plain network's. Rounds are
   interleaved, so that whatever else the machine does hits all ways alike. ``papers`` is the form of arXiv 2404.17184:
   one weight for each sample, of all tasks' ΔW under a one-hot mask, in a convolution with B groups;
+* ``forward``: a mixed batch without gradients in evaluation mode, against the plain network; ``forward_peft``: the same
+  with HF PEFT's adapters (LoRA of rank 4 on all convolutions and linear layers that it takes), where PEFT is installed;
 * ``eval``: one task without gradients, against the extracted network;
 * ``memory`` (CPU): what a process grows by in one step at its peak, against the plain network; the gradients of the
   experts are not counted.
@@ -15,6 +17,9 @@ writes ``<out>.json`` and ``<out>.md``. ``--tasks`` may be a list (``8,64``). Fo
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.metadata
+import importlib.util
 import json
 import platform
 import statistics
@@ -28,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from monai.networks.nets import ResNet, UNet, resnet18, resnet50
+from monai.networks.nets import ResNet, SwinUNETR, UNet, resnet18, resnet50
 from torch import Tensor, nn
 
 from lorkd_monai.networks import LoRKDNet, LowRankLayer
@@ -43,6 +48,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "unet3d": (lambda: UNet(3, 1, 3, (16, 32, 64, 128), (2, 2, 2), num_res_units=2), (4, 1, 48, 48, 48)),
     "resnet50": (lambda: resnet50(spatial_dims=2, n_input_channels=3, num_classes=3), (16, 3, 224, 224)),
+    "swin_unetr": (lambda: SwinUNETR(1, 3, feature_size=24, spatial_dims=3), (2, 1, 64, 64, 64)),
 }
 
 
@@ -135,20 +141,45 @@ def run_case(name: str, tasks: int, rounds: int, ways: list[str], device: torch.
 
 @torch.no_grad()
 def run_eval(name: str, tasks: int, rounds: int, device: torch.device) -> dict:
-    """Times of one task in evaluation mode."""
-    _, net, x, _ = build_case(name, tasks, device)
+    """Times without gradients in evaluation mode: of one task, and of a mixed batch."""
+    plain, net, x, task = build_case(name, tasks, device)
     extracted = net.extract(1).eval()
     net.eval()
-    times: dict[str, list[float]] = {"extracted": [], "eval": []}
-    for round_ in range(2 * rounds + 1):
-        for way, call in {"extracted": lambda: extracted(x), "eval": lambda: net(x, 1)}.items():
+    plain.eval()
+    one = timed({"extracted": lambda: extracted(x), "eval": lambda: net(x, 1)}, 2 * rounds, device)
+    mixed = {"plain": lambda: plain(x), "forward": lambda: net(x, task)}
+    if importlib.util.find_spec("peft"):
+        adapted = with_peft(copy.deepcopy(plain), tasks)
+        names = [f"task{t}" for t in task.tolist()]
+        mixed["forward_peft"] = lambda: adapted(x, adapter_names=names)
+    found = summary(one, "extracted") | summary(timed(mixed, rounds, device), "plain")
+    return {way: found[way] for way in ("forward", "forward_peft", "eval") if way in found}
+
+
+def timed(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call, in interleaved rounds after one that warms up."""
+    times: dict[str, list[float]] = {way: [] for way in calls}
+    for round_ in range(rounds + 1):
+        for way, call in calls.items():
             start = time.perf_counter()
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if round_:
                 times[way].append(time.perf_counter() - start)
-    return summary(times, "extracted")
+    return times
+
+
+def with_peft(network: nn.Module, tasks: int) -> nn.Module:
+    """The network with PEFT's LoRA adapters of rank 4, one for each task, which are not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    wanted = [n for n, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear))]
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=wanted, init_lora_weights=False)
+    adapted = get_peft_model(network, config, adapter_name="task0")
+    for t in range(1, tasks):
+        adapted.add_adapter(f"task{t}", config)
+    return adapted.to(next(network.parameters()).device).eval()
 
 
 def memory_of_this_process(field: str) -> int:
@@ -206,23 +237,24 @@ def main() -> None:
         for tasks in counts:
             name = f"{case}, T {tasks}"
             results[name] = run_case(case, tasks, options.rounds, ways, device)
-            results[name]["eval"] = run_eval(case, tasks, options.rounds, device)["eval"]
+            results[name] |= run_eval(case, tasks, options.rounds, device)
             if device.type == "cpu" and Path("/proc/self/status").exists():
                 results[name]["memory"] = run_memory(case, tasks, options.threads)
             print(name, {way: round(r["ratio"], 2) for way, r in results[name].items()}, flush=True)
     facts = {
         "torch": torch.__version__,
+        "peft": importlib.metadata.version("peft") if importlib.util.find_spec("peft") else None,
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor(),
         "threads": options.threads,
         "rounds": options.rounds,
     }
     options.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "results": results}, indent=2))
-    columns = list(next(iter(results.values())))
+    columns = list(dict.fromkeys(way for found in results.values() for way in found))
     lines = ["| case | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, found in results.items():
         cells = [
             f"{r['ratio']:.2f} ({r['min_s']:.2f} to {r['max_s']:.2f} s)" if "min_s" in r else f"{r['ratio']:.2f}"
-            for r in found.values()
+            for r in (found[way] for way in columns)
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
