@@ -448,4 +448,7 @@ def main() -> None:
     # The data commands are named by their builders, which are worth importing only where they may be meant.
     if len(sys.argv) < 2 or sys.argv[1] in ("data", "-h", "--help", "--"):
         commands["data"] = _data_commands()
-    fire.Fire(commands, name="lorkd")
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments) and "--" not in arguments:  # with arguments, fire would run the command first
+        arguments = [*arguments[: 2 if arguments[0] == "data" else 1], "--help"]
+    fire.Fire(commands, command=arguments, name="lorkd")

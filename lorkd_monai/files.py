@@ -1,14 +1,18 @@
-"""Writing files so that a reader, or a run that starts again, finds each in full or not at all."""
+"""Files that a reader, or a run that starts again, finds in full or not at all; JSON objects."""
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_file", "remove_leftovers"]
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["atomic_file", "read_json", "remove_leftovers"]
 
 
 @contextmanager
@@ -40,3 +44,23 @@ def remove_leftovers(path: str | os.PathLike) -> None:
     for leftover in path.parent.iterdir() if path.parent.is_dir() else ():
         if leftover.name.startswith(f".{path.name}.") and leftover.name.endswith(".tmp"):
             leftover.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike, advice: str = "") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: of the file.
+        advice: what to do about a bad one; the end of the message.
+
+    Raises:
+        LoRKDError: it is missing or no JSON object.
+    """
+    advice = advice and f"; {advice}"
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoRKDError(f"{path} can't be read as JSON: {error}{advice}") from error
+    if not isinstance(content, dict):
+        raise LoRKDError(f"{path} must hold a JSON object, got a {type(content).__name__}{advice}")
+    return content

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorkd_monai.bundle.formats import measure
-from lorkd_monai.errors import LoRKDError
-from lorkd_monai.files import atomic_file
+from lorkd_monai.files import atomic_file, read_json
 from lorkd_monai.networks.teacher_bundle import bundle_network
 
 __all__ = ["read_facts", "resolved_facts", "teacher_facts", "write_facts"]
@@ -64,12 +63,4 @@ def read_facts(checkpoint: str | os.PathLike) -> dict[str, Any]:
         LoRKDError: facts.json is there and holds no facts.
     """
     path = Path(checkpoint).with_name("facts.json")
-    if not path.is_file():
-        return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoRKDError(f"{path} cannot be read as the facts on a decomposition: {error}; delete it") from error
-    if not isinstance(facts, dict):
-        raise LoRKDError(f"{path} must hold an object of facts, got {type(facts).__name__}; delete it")
-    return facts
+    return read_json(path, "delete it to go on without the facts") if path.is_file() else {}

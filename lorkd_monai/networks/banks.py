@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorkd_monai.networks.heads_together import can_run_together, run_together, slow_one_by_one
-from lorkd_monai.networks.routing import RoutedModule, Routing, take_rows
+from lorkd_monai.networks.routing import RoutedModule, Routing, owners, take_rows
 
 __all__ = ["HeadBank", "NormBank", "TaskBank", "pooled_features", "watch_heads"]
 
@@ -30,6 +30,7 @@ class TaskBank(RoutedModule):
         super().__init__(len(modules), name)
         self.tasks = nn.ModuleList(modules)
 
+    @torch.compiler.disable  # as in LowRankLayer
     def forward(self, x: Tensor) -> Tensor:
         """Route each row to its task's module."""
         routing = self.routing(x)
@@ -96,6 +97,7 @@ class HeadBank(TaskBank):
         self.num_classes = list(num_classes)
         self.channel_dim = channel_dim
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         calls = _HEAD_CALLS.get()
         if calls is not None:
@@ -106,7 +108,7 @@ class HeadBank(TaskBank):
         heads = [self.tasks[t] for t in routing.present]
         if not (slow_one_by_one(x, routing) and can_run_together(heads)):
             return super()._apply_sorted(x, routing)
-        owner = [p for p, (_, start, stop) in enumerate(routing.segments) for _ in range(start, stop)]
+        owner = owners((start, stop) for _, start, stop in routing.segments)
         return pad_channels(run_together(heads, x, owner), self.channel_dim, max(self.num_classes))
 
     def _apply_one(self, task: int, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ _NOISE_MARGIN = 8
 _LOCK = threading.Lock()
 
 
+@torch.compiler.disable  # it watches each call, which would be compiled for it alone
 @torch.no_grad()
 def find_folding(
     call: Callable[[Tensor], object], network: nn.Module, modules: Iterable[RoutedModule], x: Tensor

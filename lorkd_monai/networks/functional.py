@@ -28,7 +28,7 @@ from lorkd_monai.networks import dispatch
 from lorkd_monai.networks.dispatch import eks_strategy
 from lorkd_monai.networks.factors import LAYOUTS, BranchFilters, FusedWeights, delta_weight, factor_shapes, fuse
 from lorkd_monai.networks.operations import ConvMap, LayerOp, LinearMap
-from lorkd_monai.networks.routing import Routing, take_rows
+from lorkd_monai.networks.routing import Routing, owners, take_rows
 from lorkd_monai.networks.task_map import TaskMap
 
 __all__ = ["LAYOUTS", "LayerOp", "delta_weight", "eks", "eks_strategy", "factor_shapes", "fuse"]
@@ -153,7 +153,7 @@ class _Call:
         x, dtype, channels_last = self.x, self.x.dtype, isinstance(self.map, LinearMap)
         filters = BranchFilters(tuple(self.weight.shape), self._blocks, max(a.shape[0] for a in self.a), dtype)
         form = dispatch.branch_form(self._situation)
-        owner = [p for p, (start, stop) in enumerate(self.spans) for _ in range(start, stop)]
+        owner = owners(self.spans)
         if form == "unfold":
             h = filters.unfolded(self.a, owner, self.map.unfold(x, tuple(self.weight.shape[2:])))
         else:

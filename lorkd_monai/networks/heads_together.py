@@ -30,7 +30,6 @@ def slow_one_by_one(x: Tensor, routing: Routing) -> bool:
         and x.dtype == torch.float32
         and min(stop - start for _, start, stop in routing.segments) == 1
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

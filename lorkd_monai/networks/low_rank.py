@@ -114,6 +114,7 @@ class LowRankLayer(RoutedModule):
             factors[task] = nn.Parameter(factors[task].new_empty(shape), factors[task].requires_grad)
         self.scales[task] = float(scale)
 
+    @torch.compiler.disable  # the routing differs from batch to batch: compiled, each would be compiled anew
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Apply the layer to a batch of mixed tasks; ``output_size`` as in transposed convolutions."""
         kwargs = {} if output_size is None else {"output_size": output_size}

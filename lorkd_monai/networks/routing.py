@@ -273,6 +273,11 @@ def _refuse_direct_call(who: str, module: nn.Module, args: tuple) -> None:
     )
 
 
+def owners(spans: Iterable[tuple[int, int]], size: int = 1) -> list[int]:
+    """Which of the spans (first row, end) each piece of ``size`` rows lies in."""
+    return [p for p, (start, stop) in enumerate(spans) for _ in range(start, stop, size)]
+
+
 def take_rows(x: Tensor, order: Sequence[int]) -> Tensor:
     """Rows of ``x`` in the given order."""
     return x.index_select(0, torch.tensor(order, device=x.device))

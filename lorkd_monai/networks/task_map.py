@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorkd_monai.networks.factors import BranchFilters, FusedWeights
 from lorkd_monai.networks.operations import ConvMap, LinearMap
-from lorkd_monai.networks.routing import take_rows
+from lorkd_monai.networks.routing import owners, take_rows
 
 __all__ = ["TaskMap"]
 
@@ -41,16 +41,13 @@ class TaskMap:
     pieces: int | None = None
 
     def __call__(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
-        if torch.compiler.is_compiling():  # the compiler decides by itself what to keep
-            return self.forward(x, bias, tensors)
         if not torch.is_grad_enabled():
             return self.forward(x, bias, tensors)
         return _Rebuilding.apply(self, x, bias, *tensors)
 
     @cached_property
     def _owners(self) -> list[int]:
-        size = self.spans[-1][1] // self.pieces
-        return [p for p, (start, stop) in enumerate(self.spans) for _ in range((stop - start) // size)]
+        return owners(self.spans, self.spans[-1][1] // self.pieces)
 
     def _runs(self, tensors: Sequence[Tensor]) -> list[range]:
         """The experts in runs whose weights are made together: all of them where they are small."""

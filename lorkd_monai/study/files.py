@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.files import atomic_file
+from lorkd_monai.files import atomic_file, read_json
 
-__all__ = ["FORMAT", "RunFile", "read_json", "read_runs", "write_json"]
+__all__ = ["FORMAT", "RunFile", "read_runs", "write_json"]
 
 FORMAT = 1
 _PART = re.compile(r"[a-z0-9][a-z0-9_]*")
@@ -36,21 +36,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of `write_json`.
-
-    Raises:
-        LoRKDError: it is missing or no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoRKDError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise LoRKDError(f"{path} must hold a JSON object, got a {type(content).__name__}")
-    return content
 
 
 class RunFile:

@@ -13,7 +13,8 @@ import torch
 
 from lorkd_monai.data import DataList
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.study.files import FORMAT, RunFile, read_json, write_json
+from lorkd_monai.files import read_json
+from lorkd_monai.study.files import FORMAT, RunFile, write_json
 from lorkd_monai.study.methods import Method, label_share_of
 from lorkd_monai.study.runs import Workbench
 from lorkd_monai.study.settings import StudySettings

@@ -75,7 +75,7 @@ def test_facts_beside_a_checkpoint(tmp_path):
     assert read_facts(weights) == {}
     path = write_facts(weights, resolved_facts({"a": 1, "b": lambda: {"é": 2}}))
     assert path == tmp_path / "facts.json" and read_facts(weights) == {"a": 1, "b": {"é": 2}}
-    for text, message in (("{", "cannot be read as the facts"), ("[]", "must hold an object of facts, got list")):
+    for text, message in (("{", "can't be read as JSON"), ("[]", "must hold a JSON object, got a list")):
         path.write_text(text)
         with pytest.raises(LoRKDError, match=message):
             read_facts(weights)

@@ -180,11 +180,12 @@ def test_weights_in_bfloat16():
 # ---------------------------------------------------------------------- compilation
 
 
-def test_compiled_network_gives_the_same():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_network_gives_the_same(backend):
     torch._dynamo.reset()
     net = small()
     other = copy.deepcopy(net)
-    compiled = torch.compile(net, backend="aot_eager")
+    compiled = torch.compile(net, backend=backend)
     x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
     for task in ([2, 0, 1, 0], [1, 1, 0, 2], "b"):
         y, expected = compiled(x, task), other(x, task)
