@@ -15,6 +15,7 @@ from lorkd_monai.engines.run import (
     make_objective,
     report_figures,
     run_facts,
+    start_from_teacher,
     test_loader,
     train_loader,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "new_tasks_of",
     "report_figures",
     "run_facts",
+    "start_from_teacher",
     "test_loader",
     "train_loader",
     "trained_info",

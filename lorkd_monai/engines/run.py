@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,10 @@ from lorkd_monai.networks.checkpoint import load_weights
 from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.networks.teacher_bundle import channels_by_name, load_teacher, teacher_from_checkpoint
 from lorkd_monai.networks.teacher_cache import CachedTeacher
+from lorkd_monai.networks.weight_selection import select_weights
 from lorkd_monai.transforms import default_intensity
+
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "cosine_schedule",
@@ -37,6 +41,7 @@ __all__ = [
     "make_objective",
     "report_figures",
     "run_facts",
+    "start_from_teacher",
     "test_loader",
     "train_loader",
 ]
@@ -148,6 +153,29 @@ def find_teacher(
     ranges = {name: None if own is None else (float(own[0]), float(own[1])) for name, own in seen.items()}
     teacher = load_teacher(teacher_bundle, data.tasks, intensity=intensity, ranges=ranges, only=present)
     return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
+
+
+def start_from_teacher(network: LoRKDNet, teacher: Teacher | CachedTeacher | None, init: str = "auto") -> None:
+    """Give a decomposition its first weights, before it is trained.
+
+    Args:
+        network: the decomposition; changed in place.
+        teacher: as `find_teacher` gives it.
+        init: ``"random"``: as it is. ``"teacher"``: a selection of the teacher's weights, see `select_weights`;
+            ``"auto"``: that, where there is a teacher whose layers have the names of at least half of the student's.
+
+    Raises:
+        LoRKDError: ``"teacher"``, and there is none or nothing of it fits.
+    """
+    if init == "random" or (init == "auto" and teacher is None):
+        return
+    if teacher is None:
+        raise LoRKDError("init is 'teacher', and there is none: name one with --teacher_bundle, or give --init random")
+    taken = select_weights(network, teacher.network, 0.5 if init == "auto" else 0.0)
+    if taken:
+        _log.info("The shared network starts from a selection of the teacher's weights (%d tensors).", taken)
+    else:
+        _log.info("The shared network starts at random: its layers are not those of the teacher.")
 
 
 def _present(data: DataList, split: str) -> list[str]:

@@ -50,6 +50,7 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
         "True, False, or the number of fixed views of each image",
         lambda v: isinstance(v, bool) or _whole(v, 0),
     ),
+    "init": ("'auto', 'teacher' or 'random'", lambda v: v in ("auto", "teacher", "random")),
     **dict.fromkeys(("amp", "overwrite", "nested"), ("True or False", lambda v: isinstance(v, bool))),
 }
 

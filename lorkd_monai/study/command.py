@@ -17,8 +17,10 @@ from lorkd_monai.study.transfer import run_transfer
 
 __all__ = ["MAIN_METHODS", "run_from_arguments"]
 
-MAIN_METHODS = ("teacher", "stl", "mtl", "mtl_norms", "stl_kd", "mtl_kd", "lorkd", "lorkd_norms")
-_QUICK_METHODS = ("teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "lorkd_norms")
+MAIN_METHODS = (
+    "teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "stl_kd_init", "mtl_kd_init", "lorkd_init",
+)  # fmt: skip
+_QUICK_METHODS = ("teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "lorkd_init")
 _QUICK = {
     ("classification", 2): {"epochs": 4, "teacher_epochs": 8, "images_per_epoch": 512},
     ("classification", 3): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 384},

@@ -21,7 +21,6 @@ __all__ = [
     "RememberedTeacher",
     "build_student",
     "choose_ranks",
-    "init_from",
     "members_of",
     "teacher_of",
     "teacher_view",
@@ -166,45 +165,3 @@ class RememberedTeacher(nn.Module):
             self.left -= answer.nbytes
             self._answers[key] = answer.cpu()
         return self._answers[key].to(x.device)
-
-
-@torch.no_grad()
-def init_from(student: LoRKDNet, teacher: nn.Module) -> int:
-    """Start a student's shared weights from an even selection of a larger network's; returns how many tensors.
-
-    Tensors of one name and as many axes are taken over where the teacher's is at least as large on each axis: its
-    entries at even distances ("weight selection", arXiv 2311.18823). The heads start anew.
-
-    Raises:
-        LoRKDError: no tensor fits.
-    """
-    source = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
-    wrapped = {id(t): name for name, t in _shared_tensors(student).items()}
-    taken = 0
-    for target in _shared_tensors(student).values():
-        other = source.get(wrapped[id(target)])
-        if other is None or other.ndim != target.ndim or target.ndim == 0:
-            continue
-        if any(o < t for o, t in zip(other.shape, target.shape, strict=True)):
-            continue
-        for axis, (o, t) in enumerate(zip(other.shape, target.shape, strict=True)):
-            other = other.index_select(axis, torch.linspace(0, o - 1, t).round().long().to(other.device))
-        target.copy_(other)
-        taken += 1
-    if not taken:
-        raise LoRKDError("init: no layer of the student has the name and a smaller shape of one of the teacher's")
-    return taken
-
-
-def _shared_tensors(student: LoRKDNet) -> dict[str, Tensor]:
-    """The backbone's own tensors by the names that they have in the backbone without experts."""
-    own = {id(t) for i in range(len(student.tasks)) for t in student.expert_tensors(i).values()}
-    named = [*student.backbone.named_parameters(), *student.backbone.named_buffers()]
-    layers = {f"{name}.layer.": f"{name}." for name in student.expert_layers}
-    result = {}
-    for name, tensor in named:
-        if id(tensor) in own:
-            continue
-        prefix = next((p for p in layers if name.startswith(p)), None)
-        result[name if prefix is None else layers[prefix] + name[len(prefix) :]] = tensor
-    return result

@@ -219,13 +219,13 @@ def default_settings(kind: str, spatial_dims: int) -> StudySettings:
         return StudySettings(
             _unet(2, 3, 16, "instance"), _unet(2, 3, 32, "instance"), 128, 3, epochs=40, teacher_epochs=100,
             batch_size=16, single_batch_size=4, images_per_epoch=160, val_interval=4, selection="last", ema=0.98,
-            teacher_ema=0.99,
+            teacher_ema=0.99, temperature=1.0,
         )  # fmt: skip
     if (kind, spatial_dims) == ("segmentation", 3):
         return StudySettings(
             _unet(3, 1, 16, "instance"), _unet(3, 1, 32, "instance"), (48, 48, 32), 1, epochs=30, teacher_epochs=60,
             batch_size=4, single_batch_size=2, images_per_epoch=96, val_interval=10, selection="last", ema=0.98,
-            teacher_ema=0.99,
+            teacher_ema=0.99, temperature=1.0,
         )  # fmt: skip
     raise LoRKDError(
         f"expected kind 'classification' or 'segmentation' and spatial_dims 2 or 3, got {kind!r} and {spatial_dims!r}"

@@ -13,9 +13,10 @@ from lorkd_monai.data import DataList, TaskDataset
 from lorkd_monai.data.samplers import draws_per_task
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.networks.teacher import Teacher
+from lorkd_monai.networks.weight_selection import select_weights
 from lorkd_monai.study.diagnostics import gradient_conflict, spectra
 from lorkd_monai.study.methods import Method
-from lorkd_monai.study.models import OneEach, RememberedTeacher, build_student, init_from, members_of
+from lorkd_monai.study.models import OneEach, RememberedTeacher, build_student, members_of
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.subsets import Part, only_tasks
 from lorkd_monai.study.training import Fitted, fit
@@ -105,7 +106,7 @@ class Students:
     def _student(self, names: list[str], experts: bool = False) -> LoRKDNet:
         network = build_student(self.settings, only_tasks(self.data, names), experts, self.seed)
         if self.settings.init == "teacher":
-            init_from(network, members_of(self.view)[0])
+            select_weights(network, members_of(self.view)[0])
         return network
 
     def _fit(self, network: LoRKDNet, names: list[str], epochs: int, single: bool = False) -> Fitted:

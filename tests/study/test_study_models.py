@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lorkd_monai.data import DataList, TaskSpec
-from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.study import default_settings
 from lorkd_monai.study.diagnostics import gradient_conflict, spectra
@@ -20,7 +19,6 @@ from lorkd_monai.study.models import (
     RememberedTeacher,
     build_student,
     choose_ranks,
-    init_from,
     members_of,
     teacher_of,
     teacher_view,
@@ -125,19 +123,6 @@ def test_remembered_answers_are_the_teachers() -> None:
     full = RememberedTeacher(teacher, memory=0)
     torch.testing.assert_close(full(x, task), first, rtol=0, atol=0)
     assert not full._answers
-
-
-def test_init_takes_an_even_selection() -> None:
-    student, teacher = LoRKDNet(Small(3, 2), CLASSES, rank=1), Small(5, 5)
-    assert init_from(student, teacher) == 2
-    (layer,) = student.expert_layers.values()
-    torch.testing.assert_close(layer.layer.weight, teacher.conv.weight[[0, 2, 4]])
-    torch.testing.assert_close(layer.layer.bias, teacher.conv.bias[[0, 2, 4]])
-
-
-def test_init_from_a_smaller_network_is_refused() -> None:
-    with pytest.raises(LoRKDError, match="no layer of the student"):
-        init_from(LoRKDNet(Small(3, 2), CLASSES, rank=1), Small(2, 5))
 
 
 class Images(torch.utils.data.Dataset):
