@@ -38,6 +38,14 @@ def test_an_even_selection_of_channels_is_taken():
     assert all(torch.equal(v, student.state_dict()[k]) for k, v in heads.items())
 
 
+def test_norms_of_tasks_all_start_alike():
+    student, teacher = LoRKDNet(resnet(3), CLASSES, rank=1, norm="task"), resnet(5)
+    teacher.bn1.running_mean.normal_()
+    select_weights(student, teacher)
+    for task in CLASSES:
+        assert torch.equal(student.extract(task).bn1.running_mean, teacher.bn1.running_mean[[0, 2, 4]])
+
+
 def test_a_teacher_of_the_same_size_is_taken_whole():
     student, teacher = LoRKDNet(resnet(4), CLASSES, rank=1), resnet(4).eval()
     select_weights(student, teacher)
