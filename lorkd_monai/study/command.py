@@ -18,9 +18,9 @@ from lorkd_monai.study.transfer import run_transfer
 __all__ = ["MAIN_METHODS", "run_from_arguments"]
 
 MAIN_METHODS = (
-    "teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "stl_kd_init", "mtl_kd_init", "lorkd_init",
+    "teacher", "stl", "mtl", "stl_kd_init", "mtl_kd_init", "mtl_kd_init_norms", "lorkd_init", "lorkd_init_norms",
 )  # fmt: skip
-_QUICK_METHODS = ("teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "lorkd_init")
+_QUICK_METHODS = ("teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "lorkd_init_norms")
 _QUICK = {
     ("classification", 2): {"epochs": 4, "teacher_epochs": 8, "images_per_epoch": 512},
     ("classification", 3): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 384},

@@ -64,9 +64,17 @@ _ALL = [
     Method("lorkd_balanced", "lorkd", True, "each task drawn as often", {"sampling": "balanced"}),
     Method("lorkd_no_ema", "lorkd", True, "no average of the weights", {"ema": 0.0}),
     Method("lorkd_init", "lorkd", True, "started from a selection of the teacher's weights", {"init": "teacher"}),
+    Method(
+        "lorkd_init_norms", "lorkd", True, "experts and norms for each task, started from the teacher's weights",
+        {"init": "teacher", "norm": "task"},
+    ),
     Method("stl_kd_init", "stl", True, "as stl_kd, started from the teacher's weights", {"init": "teacher"}),
     Method("mtl_kd_init", "mtl", True, "as mtl_kd, started from the teacher's weights", {"init": "teacher"}),
-]
+    Method(
+        "mtl_kd_init_norms", "mtl", True, "as mtl_kd_norms, started from the teacher's weights",
+        {"init": "teacher", "norm": "task"},
+    ),
+]  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")

@@ -213,6 +213,7 @@ class Workbench:
     def _train_teacher(self, settings: StudySettings, seed: int) -> Trained:
         names = list(self.data.tasks)
         part, validation = Part(self.training, names), Part(self.validation, names)
+        settings = settings.changed({"selection": settings.teacher_selection})
         fitted = {}
         for member in range(settings.teacher_members):
             own = seed * 1000 + member

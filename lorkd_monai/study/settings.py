@@ -45,6 +45,7 @@ class StudySettings:
         expert_learning_rate: of the low-rank factors, as a multiple of the learning rate.
         expert_warmup: epochs in which the shared weights and heads train alone.
         init: ``"random"``, or ``"teacher"``: an even selection of the teacher's weights, where layers have one name.
+        teacher_selection: as ``selection``, of the teachers.
         teacher_epochs: of each teacher.
         teacher_ema: as ``ema``, of the teachers.
         teacher_members: networks of one teacher; their logits are averaged.
@@ -83,6 +84,7 @@ class StudySettings:
     expert_learning_rate: float = 1.0
     expert_warmup: int = 0
     init: str = "random"
+    teacher_selection: str = "best"
     teacher_epochs: int = 30
     teacher_ema: float = 0.995
     teacher_members: int = 1
@@ -157,7 +159,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "expert_weight_decay": ("a number of at least 0, or None", lambda v: v is None or (_real(v) and v >= 0)),
     "teacher_bundle": ("a path, or None", lambda v: v is None or (isinstance(v, str) and v != "")),
     "label_share": ("a number above 0 and at most 1", lambda v: _real(v) and 0 < v <= 1),
-    "selection": _choice("best", "last"),
+    **dict.fromkeys(("selection", "teacher_selection"), _choice("best", "last")),
     "sampling": _choice("natural", "balanced", "temperature"),
     "layout": _choice(*LAYOUTS),
     "norm": _choice("shared", "task"),
@@ -219,13 +221,13 @@ def default_settings(kind: str, spatial_dims: int) -> StudySettings:
         return StudySettings(
             _unet(2, 3, 16, "instance"), _unet(2, 3, 32, "instance"), 128, 3, epochs=40, teacher_epochs=100,
             batch_size=16, single_batch_size=4, images_per_epoch=160, val_interval=4, selection="last", ema=0.98,
-            teacher_ema=0.99, temperature=1.0,
+            teacher_ema=0.99, teacher_selection="last", temperature=1.0,
         )  # fmt: skip
     if (kind, spatial_dims) == ("segmentation", 3):
         return StudySettings(
             _unet(3, 1, 16, "instance"), _unet(3, 1, 32, "instance"), (48, 48, 32), 1, epochs=30, teacher_epochs=60,
             batch_size=4, single_batch_size=2, images_per_epoch=96, val_interval=10, selection="last", ema=0.98,
-            teacher_ema=0.99, temperature=1.0,
+            teacher_ema=0.99, teacher_selection="last", temperature=1.0,
         )  # fmt: skip
     raise LoRKDError(
         f"expected kind 'classification' or 'segmentation' and spatial_dims 2 or 3, got {kind!r} and {spatial_dims!r}"
