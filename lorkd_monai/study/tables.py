@@ -7,11 +7,7 @@ from collections.abc import Sequence
 
 from lorkd_monai.study.statistics import Difference, Summary, compare, summarise
 
-__all__ = ["BASELINES", "difference_pairs", "difference_table", "main_table", "study_tables"]
-
-BASELINES = ("teacher", "stl", "mtl", "mtl_norms", "stl_kd", "mtl_kd", "mtl_kd_norms", "separate_kd")
-"""What decompositions are compared with."""
-
+__all__ = ["difference_pairs", "difference_table", "main_table", "study_tables"]
 
 def _with_sd(mean: float, sd: float | None) -> str:
     return f"{mean:.3f}" + ("" if sd is None else f" ± {sd:.3f}")
@@ -56,10 +52,10 @@ def main_table(rows: Sequence[Summary]) -> str:
 
 
 def difference_pairs(rows: Sequence[Summary]) -> list[tuple[str, str]]:
-    """Each decomposition beside each of the methods that it is to beat."""
-    experts = dict.fromkeys(row.method for row in rows if row.runs[0]["family"] == "lorkd")
-    known = {row.method for row in rows}
-    return [(first, second) for first in experts for second in BASELINES if second in known]
+    """Each decomposition beside each of the methods that are none."""
+    families = {row.method: row.runs[0]["family"] for row in rows}
+    experts = [method for method, family in families.items() if family == "lorkd"]
+    return [(first, second) for first in experts for second in families if second not in experts]
 
 
 def difference_table(rows: Sequence[Difference]) -> str:
