@@ -15,14 +15,14 @@ from lorkd_monai.study.settings import default_settings
 from lorkd_monai.study.tables import study_tables
 from lorkd_monai.study.transfer import run_transfer
 
-__all__ = ["MAIN_METHODS", "run_from_arguments"]
+__all__ = ["MAIN_METHODS", "QUICK_METHODS", "run_from_arguments"]
 
 MAIN_METHODS = (
     "teacher", "stl", "mtl", "stl_kd_init", "mtl_kd_init", "mtl_kd_init_norms", "lorkd_init", "lorkd_init_norms",
 )  # fmt: skip
-_QUICK_METHODS = ("teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "lorkd_init_norms")
+QUICK_METHODS = ("teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "lorkd_init_norms")
 _QUICK = {
-    ("classification", 2): {"epochs": 4, "teacher_epochs": 8, "images_per_epoch": 512},
+    ("classification", 2): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 256},
     ("classification", 3): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 384},
     ("segmentation", 2): {"epochs": 6, "teacher_epochs": 12, "images_per_epoch": 64, "image_size": 64},
     ("segmentation", 3): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 24, "image_size": (32, 32, 32)},
@@ -58,7 +58,7 @@ def run_from_arguments(
     common = default_settings(kind, spatial_dims)
     if quick:
         common = common.changed(_QUICK[kind, spatial_dims])
-        methods, seeds = methods or _QUICK_METHODS, list(seeds)[:1]
+        methods, seeds = methods or QUICK_METHODS, list(seeds)[:1]
     common = common.changed(changes)
     if unseen and methods is None:
         methods = ["lorkd"]

@@ -9,6 +9,7 @@ from lorkd_monai.study.statistics import Difference, Summary, compare, summarise
 
 __all__ = ["difference_pairs", "difference_table", "main_table", "study_tables"]
 
+
 def _with_sd(mean: float, sd: float | None) -> str:
     return f"{mean:.3f}" + ("" if sd is None else f" ± {sd:.3f}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,8 @@ from lorkd_monai.data import load_data_list, make_phantoms
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import TaskChannels
 from lorkd_monai.study import default_settings, methods_named, plan_runs, run_study
-from lorkd_monai.study.files import read_runs
+from lorkd_monai.study.command import QUICK_METHODS
+from lorkd_monai.study.files import RunFile, read_runs
 from lorkd_monai.study.statistics import summarise
 from lorkd_monai.study.subsets import only_tasks
 from lorkd_monai.study.transfer import STARTS, run_transfer
@@ -150,11 +150,14 @@ def test_other_starts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_quick_form_on_phantoms(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    tiny = {**SHORT, **TINY["classification", 2]}
+    """The whole of it: every method of the quick form, in both settings, with its own budget."""
     out = tmp_path / "out"
-    study(str(out), methods="teacher,mtl,lorkd", settings="few10", seeds=0, quick=True, device="cpu", **tiny)
+    study(str(out), quick=True, device="cpu")
     assert "### Differences" in capsys.readouterr().out
-    assert json.loads((out / "study.json").read_text())["settings"]["epochs"] == 2
+    done = [(run["setting"], run["method"]) for run in map(RunFile.read, read_runs(out))]
+    assert sorted(done) == sorted(
+        [("full", "teacher"), *((s, m) for s in ("full", "few10") for m in QUICK_METHODS if m != "teacher")]
+    )
 
 
 @pytest.mark.slow
