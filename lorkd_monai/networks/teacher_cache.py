@@ -68,7 +68,7 @@ class CachedTeacher(nn.Module):
         try:
             return super().__getattr__(item)
         except AttributeError:
-            if item in ("activation", "channels", "in_channels", "num_classes", "tasks"):
+            if item in ("activation", "channels", "in_channels", "network", "num_classes", "tasks"):
                 return getattr(super().__getattr__("teacher"), item)
             raise
 

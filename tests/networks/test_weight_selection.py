@@ -11,6 +11,7 @@ from lorkd_monai.engines import start_from_teacher
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.networks.teacher import Teacher
+from lorkd_monai.networks.teacher_cache import CachedTeacher
 from lorkd_monai.networks.weight_selection import select_weights
 
 CLASSES = {"a": 2, "b": 3}
@@ -62,10 +63,12 @@ def test_a_smaller_teacher_is_refused():
         select_weights(LoRKDNet(plain, CLASSES), nn.Sequential(nn.Conv2d(1, 4, 3)))
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("init", ["auto", "teacher"])
-def test_start_from_teacher(init, caplog):
+def test_start_from_teacher(init, cached, caplog, tmp_path):
     caplog.set_level("INFO")
     student, teacher = LoRKDNet(resnet(2), CLASSES, rank=1), teacher_of(resnet(4))
+    teacher = CachedTeacher(teacher, tmp_path) if cached else teacher
     start_from_teacher(student, teacher, init)
     assert torch.equal(student.extract("a").conv1.weight, teacher.network.conv1.weight[[0, 3]])
     assert "starts from a selection of the teacher's weights" in caplog.text
