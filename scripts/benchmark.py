@@ -249,12 +249,12 @@ def main() -> None:
         "rounds": options.rounds,
     }
     options.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "results": results}, indent=2))
-    columns = list(dict.fromkeys(way for found in results.values() for way in found))
+    columns = list(next(iter(results.values())))
     lines = ["| case | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, found in results.items():
         cells = [
             f"{r['ratio']:.2f} ({r['min_s']:.2f} to {r['max_s']:.2f} s)" if "min_s" in r else f"{r['ratio']:.2f}"
-            for r in (found[way] for way in columns)
+            for r in found.values()
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -90,9 +90,7 @@ class _Conv3d(torch.autograd.Function):
         x = x.flatten(0, 1)  # each row of the vectorised call is a batch of one
         if rows * channels <= _DENSE and tuple(stride) == (1, 1, 1) and not isinstance(padding, str):
             return _OwnFilters.apply(x, weight, bias, tuple(padding), tuple(dilation)).unsqueeze(1), 0
-        bias = None if bias is None else bias.flatten()
-        y = torch.conv3d(x.flatten(0, 1).unsqueeze(0), weight.flatten(0, 1), bias, stride, padding, dilation, rows)
-        return y.unflatten(1, (rows, channels)).transpose(0, 1), 0
+        return _grouped(x, weight, bias, stride, padding, dilation).unsqueeze(1), 0
 
 
 class _OwnFilters(torch.autograd.Function):
@@ -119,7 +117,7 @@ class _OwnFilters(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: by operations that can be differentiated once more
             wanted = [t for t, need in zip((x, weight, bias), (need_x, need_weight, need_bias), strict=True) if need]
             found = iter(
-                torch.autograd.grad(_grouped(x, weight, bias, padding, dilation), wanted, g, create_graph=True)
+                torch.autograd.grad(_grouped(x, weight, bias, 1, padding, dilation), wanted, g, create_graph=True)
             )
             return *(next(found) if need else None for need in (need_x, need_weight, need_bias)), None, None
         if need_x:
@@ -158,10 +156,9 @@ def _own_filters(
     return y.diagonal(0, 0, 1).movedim(-1, 0).contiguous()
 
 
-def _grouped(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], dilation: tuple[int, ...]
-) -> Tensor:
+def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, *options: object) -> Tensor:
+    """Row b by its own filters as a grouped convolution of one sample. ``options``: stride, padding, dilation."""
     rows = len(x)
     bias = None if bias is None else bias.flatten()
-    y = torch.conv3d(x.flatten(0, 1).unsqueeze(0), weight.flatten(0, 1), bias, 1, padding, dilation, rows)
+    y = torch.conv3d(x.flatten(0, 1).unsqueeze(0), weight.flatten(0, 1), bias, *options, rows)
     return y.unflatten(1, (rows, -1)).squeeze(0)
