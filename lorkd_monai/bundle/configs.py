@@ -360,6 +360,7 @@ def multi_gpu_config(network_config: dict) -> dict[str, Any]:
         "imports": [
             "$import os",
             "$import sys",
+            "$import torch._dynamo",  # later, its modules would keep the group as a default argument
             "$import torch.distributed as dist",
             "$import ignite.distributed as idist",
         ],
@@ -393,5 +394,9 @@ def multi_gpu_config(network_config: dict) -> dict[str, Any]:
         ],
         "run": [_NO_WEIGHTS, "$@train#trainer.run()"],
         "training": "%run",
-        "finalize": ["$dist.is_initialized() and dist.destroy_process_group()"],
+        # A wrapped network that still holds the group would keep its threads alive into the interpreter's end.
+        "finalize": [
+            "$[setattr(@network, name, None) for name in ('process_group', 'reducer', 'logger')]",
+            "$dist.is_initialized() and dist.destroy_process_group()",
+        ],
     }

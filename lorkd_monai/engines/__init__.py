@@ -7,6 +7,7 @@ from lorkd_monai.engines.adding import (
     trained_info,
     what_is_added,
 )
+from lorkd_monai.engines.distributed import leave_processes
 from lorkd_monai.engines.evaluation import evaluate_tasks
 from lorkd_monai.engines.run import (
     cosine_schedule,
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate_tasks",
     "figures_of",
     "find_teacher",
+    "leave_processes",
     "make_objective",
     "network_with_new_tasks",
     "new_tasks_of",
