@@ -5,8 +5,9 @@
 writes ``<out>.json`` and ``<out>.md``. ``--tasks`` may be a list (``8,64``). For each case:
 
 * forward + backward: median, fastest and slowest time, and the ratio of the medians to the plain network's. Rounds are
-  interleaved, so that whatever else the machine does hits all ways alike. ``papers`` is the form of arXiv 2404.17184:
-  one weight for each sample, of all tasks' ΔW under a one-hot mask, in a convolution with B groups;
+  interleaved, so that whatever else the machine does hits all ways alike, and each case has a process of its own.
+  ``papers`` is the form of arXiv 2404.17184: one weight for each sample, of all tasks' ΔW under a one-hot mask, in a
+  convolution with B groups;
 * ``forward``: a mixed batch without gradients in evaluation mode, against the plain network; ``forward_peft``: the same
   with HF PEFT's adapters (LoRA of rank 4 on all convolutions and linear layers that it takes), where PEFT is installed;
 * ``eval``: one task without gradients, against the extracted network;
@@ -63,7 +64,7 @@ def papers_form(layer: LowRankLayer, x: Tensor) -> Tensor:
     weights = weight + (mask.view(*mask.shape, *[1] * weight.ndim) * deltas).sum(1)  # B · T · |W| numbers on the way
     rows = len(tasks)
     y = layer_map.grouped(rows)(layer_map.pack(x, rows), weights.flatten(0, 1), None)
-    y = layer_map.unpack(y, rows, x)
+    y = layer_map.unpack(y, rows, 1, x)
     bias = layer.layer.bias
     return y if bias is None else y + bias.view(-1, *[1] * (y.ndim - 2))
 
@@ -201,12 +202,17 @@ def grown(name: str, tasks: int, way: str) -> float:
 
 def run_memory(name: str, tasks: int, threads: int) -> dict[str, float]:
     """Growth in MiB, each in a process of its own, and their ratio."""
-    found = {}
-    for way in ("plain", "auto"):
-        command = [sys.executable, "-W", "ignore", __file__, "--grown", way, "--cases", name, "--tasks", str(tasks)]
-        done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=True)
-        found[way] = float(done.stdout.split()[-1])
+    found = {way: float(in_own_process("grown", name, tasks, threads, ways=way)) for way in ("plain", "auto")}
     return {**found, "ratio": found["auto"] / found["plain"]}
+
+
+def in_own_process(part: str, name: str, tasks: int, threads: int, **options: object) -> str:
+    """The last line that a part of this script prints for one case, untouched by what other cases left in memory."""
+    command = [sys.executable, "-W", "ignore", __file__, "--part", part, "--cases", name, "--tasks", str(tasks)]
+    for key, value in {"threads": threads, **options}.items():
+        command += [f"--{key}", str(value)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 def main() -> None:
@@ -219,25 +225,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmark"))
-    parser.add_argument("--grown", help=argparse.SUPPRESS)  # how run_memory calls this script
+    parser.add_argument("--part", choices=("times", "grown"), help=argparse.SUPPRESS)  # see in_own_process
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ways, counts = options.ways.split(","), [int(n) for n in options.tasks.split(",")]
-    if ways[0] != "plain":
+    if ways[0] != "plain" and options.part != "grown":
         parser.error("--ways must start with plain: it is what the others are compared with")
     unknown = set(options.cases.split(",")) - set(CASES)
     if unknown:
         parser.error(f"unknown cases {', '.join(sorted(unknown))}: expected some of {', '.join(CASES)}")
-    if options.grown:
-        print(grown(options.cases, counts[0], options.grown))
-        return
     device = torch.device(options.device)
+    if options.part == "grown":
+        print(grown(options.cases, counts[0], ways[0]))
+        return
+    if options.part == "times":
+        found = run_case(options.cases, counts[0], options.rounds, ways, device)
+        print(json.dumps(found | run_eval(options.cases, counts[0], options.rounds, device)))
+        return
     results = {}
     for case in options.cases.split(","):
         for tasks in counts:
             name = f"{case}, T {tasks}"
-            results[name] = run_case(case, tasks, options.rounds, ways, device)
-            results[name] |= run_eval(case, tasks, options.rounds, device)
+            own = {"ways": options.ways, "rounds": options.rounds, "device": options.device}
+            results[name] = json.loads(in_own_process("times", case, tasks, options.threads, **own))
             if device.type == "cpu" and Path("/proc/self/status").exists():
                 results[name]["memory"] = run_memory(case, tasks, options.threads)
             print(name, {way: round(r["ratio"], 2) for way, r in results[name].items()}, flush=True)

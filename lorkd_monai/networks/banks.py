@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorkd_monai.networks.heads_together import can_run_together, run_together, slow_one_by_one
-from lorkd_monai.networks.routing import RoutedModule, Routing, owners, take_rows
+from lorkd_monai.networks.routing import RoutedModule, Routing, join_segments, owners, take_rows, take_segment
 
 __all__ = ["HeadBank", "NormBank", "TaskBank", "pooled_features", "watch_heads"]
 
@@ -36,12 +36,14 @@ class TaskBank(RoutedModule):
         routing = self.routing(x)
         if routing.uniform is not None:
             return self._apply_one(routing.uniform, x)
-        rows = x if routing.is_sorted else take_rows(x, routing.order)
-        y = self._apply_sorted(rows, routing.sorted)
-        return y if routing.is_sorted else take_rows(y, routing.inverse)
+        if routing.rounds:
+            return self._apply_ordered(x, routing)
+        return take_rows(self._apply_ordered(take_rows(x, routing.order), routing.ordered), routing.inverse)
 
-    def _apply_sorted(self, x: Tensor, routing: Routing) -> Tensor:
-        return torch.cat([self._apply_one(t, x[start:stop]) for t, start, stop in routing.segments])
+    def _apply_ordered(self, x: Tensor, routing: Routing) -> Tensor:
+        rounds = routing.rounds
+        parts = [self._apply_one(t, take_segment(x, start, stop, rounds)) for t, start, stop in routing.segments]
+        return join_segments(parts, rounds)
 
     def _apply_one(self, task: int, x: Tensor) -> Tensor:
         return self.tasks[task](x)
@@ -104,11 +106,11 @@ class HeadBank(TaskBank):
             calls.append((self, x))
         return super().forward(x)
 
-    def _apply_sorted(self, x: Tensor, routing: Routing) -> Tensor:
+    def _apply_ordered(self, x: Tensor, routing: Routing) -> Tensor:
         heads = [self.tasks[t] for t in routing.present]
         if not (slow_one_by_one(x, routing) and can_run_together(heads)):
-            return super()._apply_sorted(x, routing)
-        owner = owners((start, stop) for _, start, stop in routing.segments)
+            return super()._apply_ordered(x, routing)
+        owner = owners(((start, stop) for _, start, stop in routing.segments), routing.rounds)
         return pad_channels(run_together(heads, x, owner), self.channel_dim, max(self.num_classes))
 
     def _apply_one(self, task: int, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ where ``op`` is the convolution, transposed convolution or linear map of the wra
 section 3.2). Three strategies do it; each equals that loop over samples, and none does anything for an expert that is
 absent from the batch:
 
-* ``"split"``, the reference: the batch is sorted by task, and each segment is passed through the layer with W0 + ΔW_t;
+* ``"split"``, the reference: the batch is ordered by task, and each segment is passed through the layer with W0 + ΔW_t;
 * ``"group"``: one convolution with as many groups as there are pieces of the batch with one task;
 * ``"factored"``: one dense convolution with W0 for the whole batch, and ΔW_t as two small maps beside it.
 
@@ -61,8 +61,9 @@ def eks(
     if routing.uniform is not None and (not torch.is_grad_enabled() or not op.batched(x)):
         t = routing.uniform
         return op(x, fuse(weight, factors_a[t], factors_b[t], scales[t]), bias, **kwargs)
-    if routing.uniform is None and not routing.is_sorted:
-        y = eks(op, take_rows(x, routing.order), weight, bias, factors_a, factors_b, scales, routing.sorted, **kwargs)
+    if routing.uniform is None and not routing.rounds:
+        rows, ordered = take_rows(x, routing.order), routing.ordered
+        y = eks(op, rows, weight, bias, factors_a, factors_b, scales, ordered, **kwargs)
         return take_rows(y, routing.inverse)
     x = _autocast(x)
     x, layer_map = op.resolve(x, **kwargs)
@@ -71,7 +72,7 @@ def eks(
         call.present, call.spans = (routing.uniform,), ((0, x.shape[0]),)
     else:
         call.present = routing.present
-        call.spans = tuple((s.start, s.stop) for s in routing.segments)
+        call.spans, call.rounds = tuple((s.start, s.stop) for s in routing.segments), routing.rounds
     call.a = [factors_a[t] for t in call.present]
     call.b = [factors_b[t] for t in call.present]
     call.scales = tuple(scales[t] for t in call.present)
@@ -86,10 +87,11 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 class _Call:
-    """One layer applied to one sorted batch: the experts present and their rows, and each strategy."""
+    """One layer applied to one ordered batch: the experts present and their rows, and each strategy."""
 
     present: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int], ...]  # in a round
+    rounds: int = 1
     a: list[Tensor]
     b: list[Tensor]
     scales: tuple[float, ...]
@@ -102,7 +104,8 @@ class _Call:
             return self._factored()
         weights = FusedWeights(self.scales, self.x.dtype)
         pieces = self._situation.pieces if strategy == "group" else None
-        return TaskMap(self.map, weights, self.spans, pieces)(self.x, self.bias, [self.weight, *self.a, *self.b])
+        task_map = TaskMap(self.map, weights, self.spans, self.rounds, pieces)
+        return task_map(self.x, self.bias, [self.weight, *self.a, *self.b])
 
     def strategy(self) -> str:
         """The strategy to take: forced, chosen, or measured."""
@@ -125,7 +128,7 @@ class _Call:
     @cached_property
     def _situation(self) -> dispatch.Situation:
         x, shape = self.x, self.weight.shape
-        sizes = tuple(stop - start for start, stop in self.spans)
+        sizes = tuple((stop - start) * self.rounds for start, stop in self.spans)
         numbers = self.weight.numel()
         rows = max(a.shape[0] for a in self.a)
         branch = numbers // shape[0] * self._blocks * rows if self._can_factor else 0
@@ -153,13 +156,12 @@ class _Call:
         x, dtype, channels_last = self.x, self.x.dtype, isinstance(self.map, LinearMap)
         filters = BranchFilters(tuple(self.weight.shape), self._blocks, max(a.shape[0] for a in self.a), dtype)
         form = dispatch.branch_form(self._situation)
-        owner = owners(self.spans)
+        owner = owners(self.spans, self.rounds)
         if form == "unfold":
             h = filters.unfolded(self.a, owner, self.map.unfold(x, tuple(self.weight.shape[2:])))
         else:
-            h = TaskMap(self.map, filters, self.spans, self._situation.pieces if form == "group" else None)(
-                x, None, self.a
-            )
+            pieces = self._situation.pieces if form == "group" else None
+            h = TaskMap(self.map, filters, self.spans, self.rounds, pieces)(x, None, self.a)
         y = self.map(x, self.weight.to(dtype), self.bias)
         second = take_rows(filters.second(self.b, self.scales), owner)  # rows × o × filters
         if form == "unfold":
@@ -185,7 +187,7 @@ class _Call:
             tuple(self.weight.shape),
             tuple(self.x.shape),
             self.x.stride(),
-            self.spans,
+            (self.spans, self.rounds),
             tuple(a.shape[0] for a in self.a),
             self.x.dtype,
             str(self.x.device),
@@ -207,6 +209,6 @@ class _Call:
             return t.detach().requires_grad_(t.requires_grad)
 
         copy = _Call(leaf(self.x), self.map, leaf(self.weight), None if self.bias is None else leaf(self.bias))
-        copy.present, copy.spans, copy.scales = self.present, self.spans, self.scales
+        copy.present, copy.spans, copy.rounds, copy.scales = self.present, self.spans, self.rounds, self.scales
         copy.a, copy.b = [leaf(t) for t in self.a], [leaf(t) for t in self.b]
         return copy

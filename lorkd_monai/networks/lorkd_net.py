@@ -296,16 +296,17 @@ class LoRKDNet(nn.Module):
         if routing.uniform is None and self.training not in self._verified:
             self._find_folding(x, kwargs)
         try:
-            return self._sorted_forward(x, routing, return_features, kwargs)
+            return self._ordered_forward(x, routing, return_features, kwargs)
         except UnverifiedFolding:  # a branch that was not taken, or images too small to fold, when it was found
             self._find_folding(x, kwargs)
-            return self._sorted_forward(x, routing, return_features, kwargs)
+            return self._ordered_forward(x, routing, return_features, kwargs)
 
-    def _sorted_forward(
+    def _ordered_forward(
         self, x: Tensor, routing: Routing, return_features: bool, kwargs: Mapping
     ) -> tuple[Tensor, Tensor | None]:
-        # One sort for the whole network, so that every layer finds each task in one piece.
-        shuffle = not routing.is_sorted
+        # One order for the whole network, in which every layer can take the rows of each task as they are.
+        ordered = routing.ordered
+        shuffle = ordered is not routing
         if shuffle:
             size = x.shape[0]
             x = select_rows(x, routing.order)
@@ -313,7 +314,7 @@ class LoRKDNet(nn.Module):
                 k: select_rows(v, routing.order) if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else v
                 for k, v in kwargs.items()
             }
-        with route(routing.sorted), watch_heads() as calls:
+        with route(ordered), watch_heads() as calls:
             y = self.backbone(x, **kwargs)
         if not calls:
             raise LoRKDError(
@@ -322,8 +323,8 @@ class LoRKDNet(nn.Module):
             )
         self._head_seen = True
         features = pooled_features(calls) if return_features else None
-        remember_routing((y, features), routing.sorted)
-        y = fill_classes(y, routing.sorted, list(self._num_classes.values()), x.ndim)
+        remember_routing((y, features), ordered)
+        y = fill_classes(y, ordered, list(self._num_classes.values()), x.ndim)
         if shuffle:
             y = select_rows(y, routing.inverse)
             features = None if features is None else select_rows(features, routing.inverse)

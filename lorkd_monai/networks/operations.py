@@ -101,28 +101,29 @@ class ConvMap(NamedTuple):
         """Gradients of input, weight and bias, where ``needs`` asks for them."""
         return torch.ops.aten.convolution_backward(g, x, weight, [g.shape[1]], *self, needs)
 
-    # The grouped form: `pieces` equal runs of rows, each with a weight of its own, in one call. The pieces are laid
-    # side by side as channels, of a batch that holds one row of every piece.
-
     def unfold(self, x: Tensor, kernel: tuple[int, int]) -> Tensor:
         """The windows of a 2D convolution: rows × (channels · kernel) × positions."""
         return F.unfold(x, kernel, self.dilation, self.padding, self.stride)
 
+    # The grouped form: `pieces` equal runs of rows in each round, each with a weight of its own, in one call. The
+    # pieces are laid side by side as channels, of a batch that holds one row of every piece; where a piece has one row
+    # in each round, they lie so already.
+
     def grouped(self, pieces: int) -> ConvMap:
         return self._replace(groups=self.groups * pieces)
 
-    def pack(self, x: Tensor, pieces: int) -> Tensor:
+    def pack(self, x: Tensor, pieces: int, rounds: int = 1) -> Tensor:
         rows, (channels, *space) = x.shape[0] // pieces, x.shape[1:]
-        side_by_side = x.reshape(pieces, rows, channels, *space).transpose(0, 1)
+        side_by_side = x.reshape(rounds, pieces, rows // rounds, channels, *space).transpose(1, 2)
         # Through one dimension, so that dims of size 1 get plain strides too: torch's backward takes odd ones for
         # channels_last and refuses its own gradient of the weight.
         return side_by_side.reshape(-1).view(rows, pieces * channels, *space)
 
-    def unpack(self, y: Tensor, pieces: int, like: Tensor) -> Tensor:
+    def unpack(self, y: Tensor, pieces: int, rounds: int, like: Tensor) -> Tensor:
         """Undo :meth:`pack`; ``like`` is any tensor with the rows that are wanted."""
         rows, channels, *space = y.shape
-        channels //= pieces
-        return y.reshape(rows, pieces, channels, *space).transpose(0, 1).reshape(rows * pieces, channels, *space)
+        one_by_one = y.reshape(rounds, rows // rounds, pieces, channels // pieces, *space).transpose(1, 2)
+        return one_by_one.reshape(rows * pieces, channels // pieces, *space)
 
     def pack_weight(self, weights: Tensor) -> Tensor:
         """Weights of shape pieces × … as one weight of the grouped form."""
@@ -149,11 +150,12 @@ class LinearMap:
     def grouped(self, pieces: int) -> _BatchedLinearMap:
         return _BatchedLinearMap()
 
-    def pack(self, x: Tensor, pieces: int) -> Tensor:
-        return x.reshape(pieces, -1, x.shape[-1])
+    def pack(self, x: Tensor, pieces: int, rounds: int = 1) -> Tensor:
+        return x.reshape(rounds, pieces, -1, x.shape[-1]).transpose(0, 1).reshape(pieces, -1, x.shape[-1])
 
-    def unpack(self, y: Tensor, pieces: int, like: Tensor) -> Tensor:
-        return y.reshape(*like.shape[:-1], y.shape[-1])
+    def unpack(self, y: Tensor, pieces: int, rounds: int, like: Tensor) -> Tensor:
+        one_by_one = y.reshape(pieces, rounds, -1, y.shape[-1]).transpose(0, 1)
+        return one_by_one.reshape(*like.shape[:-1], y.shape[-1])
 
     def pack_weight(self, weights: Tensor) -> Tensor:
         return weights

@@ -9,6 +9,7 @@ network with different tasks never see each other's.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ __all__ = ["RoutedModule", "Routing", "Segment", "UnverifiedFolding", "current_r
 
 
 class Segment(NamedTuple):
-    """Rows ``start:stop`` of a batch, all of one task."""
+    """Rows ``start:stop`` of each round of a batch, all of one task."""
 
     task: int
     start: int
@@ -35,6 +36,10 @@ class Segment(NamedTuple):
 
 class Routing:
     """The task of every row of a batch.
+
+    A batch is ordered where it consists of equal rounds, in each of which the tasks stand one after the other, as in
+    0 0 1 0 0 1. One round is a batch sorted by task. In as many rounds as the numbers of the tasks' rows allow, what a
+    grouped convolution lays side by side lies so already.
 
     Args:
         tasks: task index of each row, in any order. One entry with ``size=None`` stands for a batch of any size.
@@ -67,14 +72,19 @@ class Routing:
         return tuple(sorted(set(self.tasks)))
 
     @cached_property
-    def is_sorted(self) -> bool:
-        """True where the rows of each task stand together, so that each task is one segment."""
-        return all(a <= b for a, b in zip(self.tasks, self.tasks[1:], strict=False))
+    def rounds(self) -> int:
+        """The number of rounds that the batch consists of; 0 where it is not ordered."""
+        rounds = 1 + sum(a > b for a, b in zip(self.tasks, self.tasks[1:], strict=False))
+        first = self.tasks[: len(self.tasks) // rounds]
+        return rounds if first * rounds == self.tasks else 0
 
     @cached_property
     def order(self) -> tuple[int, ...]:
-        """Row numbers in the order that sorts the batch by task; rows of one task keep their order."""
-        return tuple(sorted(range(len(self.tasks)), key=self.tasks.__getitem__))
+        """Row numbers that bring the batch into as many rounds as can be; rows of one task keep their order."""
+        rows = [[i for i, task in enumerate(self.tasks) if task == own] for own in self.present]
+        rounds = math.gcd(*map(len, rows))
+        parts = [(own, len(own) // rounds) for own in rows]
+        return tuple(i for r in range(rounds) for own, size in parts for i in own[r * size : (r + 1) * size])
 
     @cached_property
     def inverse(self) -> tuple[int, ...]:
@@ -85,16 +95,17 @@ class Routing:
         return tuple(inverse)
 
     @cached_property
-    def sorted(self) -> Routing:
-        """The routing of the batch after sorting by task."""
-        return self if self.is_sorted else Routing([self.tasks[i] for i in self.order], self.size, self.ranks)
+    def ordered(self) -> Routing:
+        """The routing of the batch in :attr:`order`; this one where that changes nothing."""
+        tasks = tuple(self.tasks[i] for i in self.order)
+        return self if tasks == self.tasks else Routing(tasks, self.size, self.ranks)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """One segment for each task present. Only for a sorted routing of known size."""
+        """One segment for each task present. Only for an ordered routing of known size."""
         segments, start = [], 0
         for task in self.present:
-            stop = start + self.tasks.count(task)
+            stop = start + self.tasks.count(task) // self.rounds
             segments.append(Segment(task, start, stop))
             start = stop
         return tuple(segments)
@@ -273,11 +284,25 @@ def _refuse_direct_call(who: str, module: nn.Module, args: tuple) -> None:
     )
 
 
-def owners(spans: Iterable[tuple[int, int]], size: int = 1) -> list[int]:
-    """Which of the spans (first row, end) each piece of ``size`` rows lies in."""
-    return [p for p, (start, stop) in enumerate(spans) for _ in range(start, stop, size)]
+def owners(spans: Iterable[tuple[int, int]], rounds: int = 1, size: int = 1) -> list[int]:
+    """Which of the spans (first row, end) of a round each row lies in, or each piece of ``size`` rows."""
+    return [p for p, (start, stop) in enumerate(spans) for _ in range(start, stop, size)] * rounds
 
 
 def take_rows(x: Tensor, order: Sequence[int]) -> Tensor:
     """Rows of ``x`` in the given order."""
     return x.index_select(0, torch.tensor(order, device=x.device))
+
+
+def take_segment(x: Tensor, start: int, stop: int, rounds: int) -> Tensor:
+    """Rows ``start:stop`` of each round of ``x``."""
+    if rounds == 1:
+        return x[start:stop]
+    return x.unflatten(0, (rounds, -1))[:, start:stop].flatten(0, 1)
+
+
+def join_segments(parts: Sequence[Tensor], rounds: int) -> Tensor:
+    """Undo :func:`take_segment` for all segments, in their order."""
+    if rounds == 1:
+        return torch.cat(parts)
+    return torch.cat([part.unflatten(0, (rounds, -1)) for part in parts], 1).flatten(0, 1)

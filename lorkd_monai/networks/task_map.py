@@ -1,4 +1,4 @@
-"""One map over a batch sorted by task, with weights that are made for each task and not kept.
+"""One map over a batch ordered by task, with weights that are made for each task and not kept.
 
 A merged weight is as large as the layer's own. Eight experts would keep eight of them in memory from the forward pass
 to the backward pass, in every layer. So an autograd function keeps only what they are made of, and makes them again;
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorkd_monai.networks.factors import BranchFilters, FusedWeights
 from lorkd_monai.networks.operations import ConvMap, LinearMap
-from lorkd_monai.networks.routing import owners, take_rows
+from lorkd_monai.networks.routing import join_segments, owners, take_rows, take_segment
 
 __all__ = ["TaskMap"]
 
@@ -30,14 +30,16 @@ class TaskMap:
     Args:
         map: the convolution or linear map.
         weights: how the weight of each expert is made of ``tensors``.
-        spans: first row and end of each expert's segment.
-        pieces: None: one call for each segment ("split"). Otherwise all in one grouped call, the batch being cut into
+        spans: first row and end of each expert's segment in a round of the batch, see `Routing`.
+        rounds: of which the batch consists.
+        pieces: None: one call for each segment ("split"). Otherwise all in one grouped call, each round being cut into
             so many equal pieces, each within one segment ("group").
     """
 
     map: ConvMap | LinearMap
     weights: FusedWeights | BranchFilters
     spans: tuple[tuple[int, int], ...]
+    rounds: int = 1
     pieces: int | None = None
 
     def __call__(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
@@ -47,7 +49,10 @@ class TaskMap:
 
     @cached_property
     def _owners(self) -> list[int]:
-        return owners(self.spans, self.spans[-1][1] // self.pieces)
+        return owners(self.spans, size=self.spans[-1][1] // self.pieces)
+
+    def _segment(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return take_segment(x, start, stop, self.rounds)
 
     def _runs(self, tensors: Sequence[Tensor]) -> list[range]:
         """The experts in runs whose weights are made together: all of them where they are small."""
@@ -79,15 +84,16 @@ class TaskMap:
     def forward(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], built: Tensor | None = None) -> Tensor:
         """The result; with operations that autograd can follow where it records. ``built``: of `build_together`."""
         if self.pieces is not None:
-            n = self.pieces
+            n, rounds = self.pieces, self.rounds
             weight, grouped_bias = self._grouped_weights(tensors, built), self.map.pack_bias(bias, n)
-            return self.map.unpack(self.map.grouped(n)(self.map.pack(x, n), weight, grouped_bias), n, x)
+            y = self.map.grouped(n)(self.map.pack(x, n, rounds), weight, grouped_bias)
+            return self.map.unpack(y, n, rounds, x)
         parts = (
-            self.map(x[start:stop], weight, bias)
+            self.map(self._segment(x, start, stop), weight, bias)
             for _, segments in self._by_segment(tensors, built)
             for start, stop, weight in segments
         )
-        return torch.cat(list(parts)) if torch.is_grad_enabled() else _joined(parts, self.spans)
+        return join_segments(list(parts), self.rounds) if torch.is_grad_enabled() else self._joined(parts)
 
     def backward(
         self,
@@ -103,23 +109,26 @@ class TaskMap:
         grads: list[Tensor | None] = [None] * len(tensors)
         of_bias: list[Tensor] = []
         if self.pieces is not None:
-            n, experts = self.pieces, len(self.spans)
+            n, rounds, experts = self.pieces, self.rounds, len(self.spans)
             weights = self._grouped_weights(tensors, built)
-            gx, of_pieces, gb = self.map.grouped(n).backward(self.map.pack(g, n), self.map.pack(x, n), weights, wanted)
+            packed = self.map.pack(g, n, rounds), self.map.pack(x, n, rounds)
+            gx, of_pieces, gb = self.map.grouped(n).backward(*packed, weights, wanted)
             if of_pieces is not None:
                 of_pieces = of_pieces.view(n, -1)
                 if n != experts:
                     owners = torch.tensor(self._owners, device=x.device)
                     of_pieces = of_pieces.new_zeros(experts, of_pieces.shape[1]).index_add_(0, owners, of_pieces)
                 self.weights.add_gradients(grads, need_tensors, tensors, range(experts), of_pieces)
-            gx = self.map.unpack(gx, n, x) if need_x else None
+            # No view of what the convolution gave: autograd adds to a gradient in place where nobody else holds it.
+            gx = self.map.unpack(gx, n, rounds, x).data if need_x else None
             return gx, gb.view(n, -1).sum(0) if need_bias else None, grads
 
         def parts() -> Iterator[Tensor | None]:
             for run, segments in self._by_segment(tensors, built):
                 of_weights = []
                 for start, stop, weight in segments:
-                    part, of_weight, gb = self.map.backward(g[start:stop], x[start:stop], weight, wanted)
+                    rows = self._segment(g, start, stop), self._segment(x, start, stop)
+                    part, of_weight, gb = self.map.backward(*rows, weight, wanted)
                     of_weights.append(of_weight)
                     of_bias.append(gb)
                     yield part
@@ -127,21 +136,21 @@ class TaskMap:
                     together = of_weights[0].unsqueeze(0) if len(run) == 1 else torch.stack(of_weights)
                     self.weights.add_gradients(grads, need_tensors, tensors, run, together)
 
-        gx = _joined(parts(), self.spans) if need_x else [None for _ in parts()][0]
+        gx = self._joined(parts()) if need_x else [None for _ in parts()][0]
         return gx, torch.stack(of_bias).sum(0) if need_bias else None, grads
 
-
-def _joined(parts: Iterable[Tensor], spans: Sequence[tuple[int, int]]) -> Tensor:
-    """torch.cat of parts that are made one after the other, without holding them all."""
-    whole = None
-    for part, (start, stop) in zip(parts, spans, strict=True):
-        if len(spans) == 1:
-            whole = part
-            continue  # not a return: what makes the parts has work left after the last one
-        if whole is None:  # in the memory format of the parts
-            whole = part.new_empty_strided((spans[-1][1], *part.shape[1:]), (part[0].numel(), *part.stride()[1:]))
-        whole[start:stop] = part
-    return whole
+    def _joined(self, parts: Iterable[Tensor]) -> Tensor:
+        """`join_segments` of parts that are made one after the other, without holding them all."""
+        whole = None
+        for part, (start, stop) in zip(parts, self.spans, strict=True):
+            if len(self.spans) == 1:
+                whole = part
+                continue  # not a return: what makes the parts has work left after the last one
+            if whole is None:  # in the memory format of the parts
+                rows, (numbers, *strides) = self.spans[-1][1] * self.rounds, (part[0].numel(), *part.stride()[1:])
+                whole = part.new_empty_strided((rows, *part.shape[1:]), (numbers, *strides))
+            whole.unflatten(0, (self.rounds, -1))[:, start:stop] = part.unflatten(0, (self.rounds, -1))
+        return whole
 
 
 class _Rebuilding(torch.autograd.Function):

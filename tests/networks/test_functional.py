@@ -41,6 +41,9 @@ ROUTINGS = {
     "uniform": [0, 0, 1, 1, 3, 3],
     "skewed": [1, 1, 1, 2, 1, 1, 0, 1],
     "single": [3],
+    "rounds": [0, 3, 0, 3, 0, 3],
+    "rounds of pairs": [0, 0, 2, 2, 0, 0, 2, 2],
+    "skewed rounds": [1, 1, 1, 2, 1, 1, 1, 2],
 }
 
 
@@ -120,19 +123,20 @@ def test_float32(strategy):
 
 
 @pytest.mark.parametrize("strategy", dispatch.STRATEGIES)
-def test_gradients_of_gradients(strategy):
+@pytest.mark.parametrize("task", [[1, 0, 1], [0, 1, 0, 1]])
+def test_gradients_of_gradients(strategy, task):
     layer = made("conv2d", ranks=(1, 1, 1, 1))
-    x = torch.randn(3, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(len(task), 4, 3, 3, dtype=torch.float64, requires_grad=True)
 
     def call(x, weight, a, b):
-        with eks_strategy(strategy), route([1, 0, 1]):
+        with eks_strategy(strategy), route(task):
             return torch.func.functional_call(layer, {"layer.weight": weight, "lora_A.1": a, "lora_B.1": b}, (x,))
 
     inputs = (x, layer.layer.weight, layer.lora_A[1], layer.lora_B[1])
     y = call(*inputs)
     first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
-    rows = [slow(layer, x, [1, 0, 1])]
+    rows = [slow(layer, x, task)]
     first = torch.autograd.grad(rows[0].square().sum(), inputs, create_graph=True)
     expected = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
     for got, want in zip(second, expected, strict=True):
@@ -163,9 +167,9 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_right_one(strategy, fro
 
 @pytest.mark.parametrize("strategy", dispatch.STRATEGIES)
 @pytest.mark.parametrize("name", ["conv2d", "conv2d-strided", "conv3d"])
-def test_channels_last_is_kept(strategy, name):
+@pytest.mark.parametrize("task", [[0, 0, 2, 2], [0, 2, 0, 2]])
+def test_channels_last_is_kept(strategy, name, task):
     memory = torch.channels_last if name != "conv3d" else torch.channels_last_3d
-    task = [0, 0, 2, 2]
     layer = made(name).float()  # torch keeps it for float32 alone
     x = torch.randn(4, *LAYERS[name][1])
     expected = slow(layer, x, task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import threading
 
@@ -18,12 +19,34 @@ from lorkd_monai.networks import LowRankLayer, Routing, current_routing, route
 
 def test_tasks_in_any_order():
     routing = Routing([2, 0, 2, 1])
-    assert (routing.size, routing.uniform, routing.present, routing.is_sorted) == (4, None, (0, 1, 2), False)
+    assert (routing.size, routing.uniform, routing.present, routing.rounds) == (4, None, (0, 1, 2), 0)
     assert routing.order == (1, 3, 0, 2)  # rows of one task keep their order
     assert [routing.order[i] for i in routing.inverse] == [0, 1, 2, 3]
-    assert routing.sorted.tasks == (0, 1, 2, 2)
-    assert [tuple(s) for s in routing.sorted.segments] == [(0, 0, 1), (1, 1, 2), (2, 2, 4)]
-    assert routing.sorted.sorted is routing.sorted
+    assert routing.ordered.tasks == (0, 1, 2, 2)
+    assert [tuple(s) for s in routing.ordered.segments] == [(0, 0, 1), (1, 1, 2), (2, 2, 4)]
+    assert routing.ordered.ordered is routing.ordered
+
+
+@pytest.mark.parametrize(
+    ("tasks", "rounds", "order", "segments"),
+    [
+        ([0, 0, 1, 1], 1, (0, 2, 1, 3), [(0, 0, 1), (1, 1, 2)]),
+        ([0, 1, 0, 1], 2, (0, 1, 2, 3), [(0, 0, 1), (1, 1, 2)]),
+        ([0, 0, 1, 0, 0, 1], 2, (0, 1, 2, 3, 4, 5), [(0, 0, 2), (1, 2, 3)]),
+        ([3, 5, 3, 3, 5, 3], 0, (0, 2, 1, 3, 5, 4), [(3, 0, 2), (5, 2, 3)]),
+        ([0, 1, 0, 1, 1], 0, (0, 2, 1, 3, 4), [(0, 0, 2), (1, 2, 5)]),
+    ],
+)
+def test_rounds(tasks, rounds, order, segments):
+    routing = Routing(tasks)
+    assert (routing.rounds, routing.order) == (rounds, order)
+    assert [tuple(s) for s in routing.ordered.segments] == segments
+    assert (routing.ordered is routing) == (order == tuple(range(len(tasks))))
+
+
+@pytest.mark.parametrize("fold", ["major", "minor"])
+def test_folding_keeps_an_ordered_batch_ordered(fold):
+    assert Routing([0, 0, 1, 0, 0, 1]).expand(18, fold).rounds == {"major": 2, "minor": 6}[fold]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -32,7 +55,8 @@ def test_random_orders_undo_each_other(seed):
     tasks = [draw.randrange(4) for _ in range(draw.randrange(2, 12))]
     routing = Routing(tasks)
     rows = [tasks[i] for i in routing.order]
-    assert rows == sorted(tasks) and [rows[i] for i in routing.inverse] == tasks
+    assert sorted(routing.order) == list(range(len(tasks))) and [rows[i] for i in routing.inverse] == tasks
+    assert routing.uniform is not None or routing.ordered.rounds == math.gcd(*map(tasks.count, set(tasks)))
 
 
 def test_uniform_batches():
