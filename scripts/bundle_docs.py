@@ -49,6 +49,7 @@ KEYS = {
     "weight_decay": "of AdamW",
     "temperature": "T of the transfer: the larger, the softer the teacher's answers",
     "transfer_weight": "weight of the transfer beside the task loss; 0 trains without a teacher",
+    "transfer_positions": "positions in the transfer of a segmentation: `by_class` (classes weigh alike) or `equal`",
     "init": "where the shared network starts: `auto`, `teacher` (a selection of its weights) or `random`",
     "cache_teacher": "keep the teacher's answers on disk: `True` without augmentation, n with n fixed views per image",
     "amp": "mixed precision: float16 on GPUs, bfloat16 on the CPU",

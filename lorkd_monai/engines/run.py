@@ -209,6 +209,7 @@ def make_objective(
     dataset: Dataset,
     transfer_weight: float = 1.0,
     temperature: float = 4.0,
+    transfer_positions: str = "by_class",
 ) -> LoRKDLoss:
     """The objective of a run: cross entropy or DiceCE, and the transfer that its teacher allows.
 
@@ -222,6 +223,7 @@ def make_objective(
         dataset: training images, for the width of the features.
         transfer_weight: of the transfer beside the task loss.
         temperature: of the transfer.
+        transfer_positions: "equal" or "by_class", see `transfer_loss`.
     """
     features = None
     if teacher is not None and not _knows(teacher, data, "training"):
@@ -238,6 +240,7 @@ def make_objective(
         transfer_weight if teacher is not None else 0.0,
         temperature,
         mode="softmax" if teacher is None else teacher.activation,
+        transfer_positions=transfer_positions,
         tasks=data.num_classes,
         feature_transfer=features,
         feature_weight=transfer_weight,

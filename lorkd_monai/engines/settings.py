@@ -51,6 +51,7 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
         lambda v: isinstance(v, bool) or _whole(v, 0),
     ),
     "init": ("'auto', 'teacher' or 'random'", lambda v: v in ("auto", "teacher", "random")),
+    "transfer_positions": ("'equal' or 'by_class'", lambda v: v in ("equal", "by_class")),
     **dict.fromkeys(("amp", "overwrite", "nested"), ("True or False", lambda v: isinstance(v, bool))),
 }
 

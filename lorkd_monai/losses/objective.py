@@ -45,6 +45,7 @@ class LoRKDLoss(nn.Module):
         transfer_weight: 0 or more; 0 trains without transfer and needs no teacher.
         temperature: T of the transfer.
         mode: "softmax" or "sigmoid", what the teacher's logits go through.
+        transfer_positions: "equal" or "by_class", see `transfer_loss`; without spatial dimensions they are the same.
         tasks: {name: number of channels} in the network's order, ``net.num_classes``. Without it tasks are called
             by their number, and a sample's own channels are those that are not -inf.
         feature_transfer: a `FeatureTransferLoss`; its parameters are then parameters of this module, for the
@@ -76,6 +77,7 @@ class LoRKDLoss(nn.Module):
         temperature: float = 4.0,
         *,
         mode: str = "softmax",
+        transfer_positions: str = "equal",
         tasks: Mapping[str, int] | None = None,
         feature_transfer: FeatureTransferLoss | None = None,
         feature_weight: float = 1.0,
@@ -89,7 +91,7 @@ class LoRKDLoss(nn.Module):
             if not 0.0 <= float(weight) < math.inf:
                 raise LoRKDError(f"{name}: expected a finite number of 0 or more, got {weight!r}")
         self.transfer_weight, self.feature_weight = float(transfer_weight), float(feature_weight)
-        self.transfer = TransferLoss(temperature, mode)
+        self.transfer = TransferLoss(temperature, mode, positions=transfer_positions)
         self.feature_transfer = feature_transfer
         self.tasks = None if tasks is None else dict(tasks)
         self.terms: dict[str, float] = {}

@@ -12,6 +12,8 @@ __all__ = ["FeatureTransferLoss", "TransferLoss", "full_precision", "transfer_lo
 
 _MODES = ("softmax", "sigmoid")
 _REDUCTIONS = ("mean", "sum", "none")
+_POSITIONS = ("equal", "by_class")
+_SEEN = 1e-3  # share of the positions from which on a class counts in full
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -19,7 +21,9 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def check_transfer_options(temperature: float, mode: str = "softmax", reduction: str = "mean") -> None:
+def check_transfer_options(
+    temperature: float, mode: str = "softmax", reduction: str = "mean", positions: str = "equal"
+) -> None:
     """Raise `LoRKDError` where an option of a transfer loss is out of its range."""
     if not 0.0 < float(temperature) < float("inf"):
         raise LoRKDError(f"temperature: expected a finite number above 0, got {temperature!r}")
@@ -27,6 +31,8 @@ def check_transfer_options(temperature: float, mode: str = "softmax", reduction:
         raise LoRKDError(f"mode: expected one of {_MODES}, got {mode!r}")
     if reduction not in _REDUCTIONS:
         raise LoRKDError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
+    if positions not in _POSITIONS:
+        raise LoRKDError(f"positions: expected one of {_POSITIONS}, got {positions!r}")
 
 
 def transfer_loss(
@@ -37,6 +43,7 @@ def transfer_loss(
     temperature: float = 4.0,
     mode: str = "softmax",
     reduction: str = "mean",
+    positions: str = "equal",
     has_teacher: Tensor | None = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence of the student from the teacher, both softened by the temperature T.
@@ -52,6 +59,11 @@ def transfer_loss(
     :math:`L = T^2 \sum_c KL(\mathrm{Bernoulli}(p_c) \| \mathrm{Bernoulli}(q_c))`; there a class whose teacher logit
     is -inf or NaN is one the teacher does not know (a background, say), and is left out.
 
+    A structure of a few pixels hardly moves a mean over all positions. With ``positions="by_class"`` the classes weigh
+    alike instead: position x has the weight :math:`\frac{1}{C} \sum_c p_c(x) / \bar p_c`, with p the teacher's
+    probabilities (T = 1) and :math:`\bar p_c` their mean over the sample, so that each class that the teacher sees
+    has the same share in the mean. One that it sees in less than a thousandth of the positions has a smaller share.
+
     Channels past a sample's own head are -inf in both tensors; they take no part, in value or gradient.
 
     Args:
@@ -63,6 +75,7 @@ def transfer_loss(
         mode: "softmax" or "sigmoid", what the teacher's logits go through.
         reduction: "mean" is the sum over samples of their mean over positions, divided by B; "sum" leaves the
             division by B out; "none" returns the B means over positions.
+        positions: "equal" or "by_class", the weights in the means over positions.
         has_teacher: B booleans. A sample without teacher contributes 0 (and still counts in B). Default: False for
             the samples whose teacher logits are all NaN.
 
@@ -72,7 +85,8 @@ def transfer_loss(
     Raises:
         LoRKDError: if shapes differ, ``valid`` or ``has_teacher`` do not fit them, or an option is out of range.
 
-    Source: the transfer term of LoRKD (arXiv 2404.17184), Hinton's T² (arXiv 1503.02531).
+    Source: the transfer term of LoRKD (arXiv 2404.17184), Hinton's T² (arXiv 1503.02531). ``"by_class"`` is this
+    project's; docs/results.md says what it does.
 
     Example:
         >>> student = torch.tensor([[0.0, 0.0, float("-inf")]], requires_grad=True)
@@ -82,7 +96,7 @@ def transfer_loss(
         >>> round(loss.item(), 4), [round(g, 4) for g in student.grad[0].tolist()]
         (0.3278, [-0.3808, 0.3808, 0.0])
     """
-    check_transfer_options(temperature, mode, reduction)
+    check_transfer_options(temperature, mode, reduction, positions)
     if student_logits.ndim < 2 or student_logits.shape != teacher_logits.shape:
         raise LoRKDError(
             "transfer_loss: expected student and teacher logits of one shape B×C[×spatial], got "
@@ -98,6 +112,8 @@ def transfer_loss(
 
     divergence = _softmax_divergence if mode == "softmax" else _sigmoid_divergence
     per_position = divergence(student / temperature, teacher / temperature, own) * temperature**2
+    if positions == "by_class" and per_position.ndim > 1:
+        per_position = per_position * _class_shares(teacher, own, mode)
     per_sample = per_position.flatten(1).mean(1) if per_position.ndim > 1 else per_position
     per_sample = torch.where(known, per_sample, torch.zeros_like(per_sample))
     if reduction == "none":
@@ -124,6 +140,23 @@ def _sigmoid_divergence(student: Tensor, teacher: Tensor, own: Tensor) -> Tensor
     s, t = student.masked_fill(outside, 0.0), teacher.masked_fill(outside, 0.0)
     p = t.sigmoid()
     return (p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))).sum(1)
+
+
+def _class_shares(teacher: Tensor, own: Tensor, mode: str) -> Tensor:
+    """Weights of the positions with which the teacher's classes have equal shares in a mean; B×C×… -> B×…."""
+    if mode == "softmax":
+        classes = own
+        p = teacher.masked_fill(~own, float("-inf")).softmax(1)
+    else:
+        outside = ~own | teacher.isnan() | teacher.isneginf()
+        p = teacher.masked_fill(outside, float("-inf")).sigmoid()
+        p = torch.cat([p, (1 - p).prod(1, keepdim=True)], 1)  # where none of the classes is
+        known = ~outside.flatten(2).all(2)
+        classes = torch.cat([known, known.new_ones(len(known), 1)], 1)
+    classes = classes.flatten(1)
+    mean = p.flatten(2).mean(2) + _SEEN
+    weights = classes / (mean * classes.sum(1, keepdim=True))
+    return (p * weights.reshape(*weights.shape, *[1] * (p.ndim - 2))).sum(1)
 
 
 def _own_channels(student: Tensor, valid: Tensor | None) -> Tensor:
@@ -158,16 +191,19 @@ class TransferLoss(nn.Module):
     """`transfer_loss` with its options fixed.
 
     Args:
-        temperature, mode, reduction: see `transfer_loss`.
+        temperature, mode, reduction, positions: see `transfer_loss`.
 
     Raises:
         LoRKDError: if an option is out of its range.
     """
 
-    def __init__(self, temperature: float = 4.0, mode: str = "softmax", reduction: str = "mean") -> None:
+    def __init__(
+        self, temperature: float = 4.0, mode: str = "softmax", reduction: str = "mean", positions: str = "equal"
+    ) -> None:
         super().__init__()
-        check_transfer_options(temperature, mode, reduction)
+        check_transfer_options(temperature, mode, reduction, positions)
         self.temperature, self.mode, self.reduction = float(temperature), mode, reduction
+        self.positions = positions
 
     def forward(
         self,
@@ -184,11 +220,13 @@ class TransferLoss(nn.Module):
             temperature=self.temperature,
             mode=self.mode,
             reduction=self.reduction,
+            positions=self.positions,
             has_teacher=has_teacher,
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, mode={self.mode!r}, reduction={self.reduction!r}"
+        options = f"mode={self.mode!r}, reduction={self.reduction!r}, positions={self.positions!r}"
+        return f"temperature={self.temperature}, {options}"
 
 
 class FeatureTransferLoss(nn.Module):

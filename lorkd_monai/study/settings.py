@@ -38,6 +38,7 @@ class StudySettings:
         selection: ``"best"``: the epoch with the highest mean score on the validation images; ``"last"``.
         val_interval: epochs between two looks at the validation images.
         temperature, transfer_weight: of the transfer from the teacher.
+        transfer_positions: ``"equal"`` or ``"by_class"``, see `transfer_loss`; for segmentation.
         label_share: part of each task's draws that has labels, where most images have none.
         rank: of the experts, one for all or one for each task; ``"imbalanced"``: by the size of the task.
         alpha, layout, norm: see `LoRKDNet`.
@@ -75,6 +76,7 @@ class StudySettings:
     val_interval: int = 1
     temperature: float = 4.0
     transfer_weight: float = 1.0
+    transfer_positions: str = "by_class"
     label_share: float = 0.5
     rank: int | str | Mapping[str, int] = 4
     alpha: float = 16.0
@@ -164,6 +166,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layout": _choice(*LAYOUTS),
     "norm": _choice("shared", "task"),
     "init": _choice("random", "teacher"),
+    "transfer_positions": _choice("equal", "by_class"),
     "rank": (
         "a whole number of at least 1, 'imbalanced', or one number for each task",
         lambda v: v == "imbalanced" or isinstance(v, Mapping) or (type(v) is int and v >= 1),

@@ -101,8 +101,9 @@ def fit(
             training, settings.label_share, strategy=sampling[0], temperature=sampling[1], **options
         )
     loader = train_loader(training, sampler, settings.batch_size)
+    weight = settings.transfer_weight if teacher else 0.0
     objective = make_objective(
-        network, teacher, data, training, settings.transfer_weight if teacher else 0.0, settings.temperature
+        network, teacher, data, training, weight, settings.temperature, settings.transfer_positions
     )
     optimizer = AdamW(_groups(network, objective, settings), lr=settings.learning_rate)
     schedule = _schedule(optimizer, epochs, settings.expert_warmup)

@@ -68,9 +68,10 @@ def test_no_teacher_is_one_message(data, tmp_path):
 def test_teacher_of_all_tasks(data, items, network, write_teacher):
     teacher = engines.find_teacher(write_teacher(list(data.tasks.values())), data)
     assert teacher.has_logits(list(range(4))).all()
-    loss = engines.make_objective(network, teacher, data, items, 0.5, 3.0)
+    loss = engines.make_objective(network, teacher, data, items, 0.5, 3.0, "equal")
     assert loss.feature_transfer is None
-    assert (loss.transfer_weight, loss.transfer.temperature) == (0.5, 3.0)
+    assert (loss.transfer_weight, loss.transfer.temperature, loss.transfer.positions) == (0.5, 3.0, "equal")
+    assert engines.make_objective(network, teacher, data, items).transfer.positions == "by_class"
     assert list(loss.parameters()) == []
 
 

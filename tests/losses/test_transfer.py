@@ -82,6 +82,49 @@ def test_mean_over_positions():
     assert transfer_loss(student, teacher, temperature=3.0).item() == pytest.approx(sum(rows) / 40, rel=1e-12)
 
 
+def shares_by_hand(p: torch.Tensor) -> torch.Tensor:
+    """Weights of positions, p: classes × positions: the mean over classes of p_c(x) over p_c's mean."""
+    rows = p.tolist()
+    means = [sum(row) / len(row) + 1e-3 for row in rows]
+    return torch.tensor([sum(row[x] / m for row, m in zip(rows, means)) / len(rows) for x in range(len(rows[0]))])
+
+
+@pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
+def test_positions_by_class_are_weighted_by_hand(mode):
+    student, teacher = torch.randn(2, 3, 5, dtype=torch.float64), 3 * torch.randn(2, 3, 5, dtype=torch.float64)
+    student[1, 2], teacher[1, 2] = -INF, -INF
+    each = transfer_loss(student, teacher, temperature=2.0, mode=mode, reduction="none", positions="by_class")
+    for b, n in enumerate((3, 2)):
+        reference = by_hand if mode == "softmax" else by_hand_sigmoid
+        values = [reference(student[b, :n, x].tolist(), teacher[b, :n, x].tolist(), 2.0) for x in range(5)]
+        p = teacher[b, :n].softmax(0) if mode == "softmax" else teacher[b, :n].sigmoid()
+        if mode == "sigmoid":
+            p = torch.cat([p, (1 - p).prod(0, keepdim=True)])
+        expected = sum(w * v for w, v in zip(shares_by_hand(p).tolist(), values)) / 5
+        assert each[b].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_structure_of_few_positions_counts_by_class():
+    teacher = torch.full((1, 2, 100, 100), 8.0, dtype=torch.float64)
+    teacher[:, 1] = -8.0
+    teacher[0, :, 50, 20:60] *= -1  # 40 of 10 000
+    blind = teacher.abs() * torch.tensor([1.0, -1.0], dtype=torch.float64).view(1, 2, 1, 1)  # all background
+    equal = transfer_loss(blind, teacher, temperature=1.0)
+    by_class = transfer_loss(blind, teacher, temperature=1.0, positions="by_class")
+    assert equal.item() == pytest.approx(16 * 0.004, rel=1e-3)
+    assert by_class.item() == pytest.approx(16 * 0.5 * 0.8, rel=0.02)  # half of the weight; 0.004 / (0.004 + 0.001)
+    # What the teacher does not see anywhere does not make noise of where its logit happens to be highest.
+    assert transfer_loss(blind + 1, blind, temperature=1.0, positions="by_class").item() == pytest.approx(0, abs=1e-9)
+    noisy = blind + torch.randn(blind.shape, dtype=torch.float64)
+    ratio = transfer_loss(noisy, blind, positions="by_class") / transfer_loss(noisy, blind)
+    assert 0.3 < ratio < 1.2
+
+
+def test_by_class_without_positions_is_the_same():
+    plain, weighted = (transfer_loss(STUDENT, TEACHER, positions=own) for own in ("equal", "by_class"))
+    assert torch.equal(plain, weighted)
+
+
 def test_equal_logits_give_zero_and_no_gradient():
     student = STUDENT.clone().requires_grad_()
     loss = transfer_loss(student, STUDENT + 5.0)
@@ -175,6 +218,7 @@ def test_the_module_equals_the_function():
         ({"temperature": INF}, "temperature"),
         ({"mode": "tanh"}, "mode: expected one of"),
         ({"reduction": "median"}, "reduction: expected one of"),
+        ({"positions": "border"}, "positions: expected one of"),
     ],
 )
 def test_bad_options(options, message):
