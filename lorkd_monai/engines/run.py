@@ -27,8 +27,9 @@ from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.networks.checkpoint import load_weights
 from lorkd_monai.networks.teacher import Teacher
-from lorkd_monai.networks.teacher_bundle import channels_by_name, load_teacher, teacher_from_checkpoint
+from lorkd_monai.networks.teacher_bundle import load_teacher, teacher_from_checkpoint
 from lorkd_monai.networks.teacher_cache import CachedTeacher
+from lorkd_monai.networks.teacher_channels import channels_by_name
 from lorkd_monai.networks.weight_selection import select_weights
 from lorkd_monai.transforms import default_intensity
 

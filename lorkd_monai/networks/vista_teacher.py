@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.teacher import Teacher
+from lorkd_monai.networks.teacher_channels import channels_by_name
 
 __all__ = ["ClassPrompted", "vista_prompts", "vista_teacher"]
 
@@ -60,8 +61,6 @@ def vista_prompts(tasks: Mapping[str, object], names: Mapping[int, str] | None =
     Raises:
         LoRKDError: a class without a prompt, in a task that has others.
     """
-    from lorkd_monai.networks.teacher_bundle import channels_by_name
-
     labels = {task: getattr(spec, "labels", spec) for task, spec in tasks.items()}
     said = {task: getattr(spec, "vista3d_class", None) for task, spec in tasks.items()}
     open_tasks = {task: labels[task] for task in tasks if not said[task]}
