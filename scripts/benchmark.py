@@ -48,7 +48,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (64, 3, 64, 64),
     ),
     "unet3d": (lambda: UNet(3, 1, 3, (16, 32, 64, 128), (2, 2, 2), num_res_units=2), (4, 1, 48, 48, 48)),
-    "resnet50": (lambda: resnet50(spatial_dims=2, n_input_channels=3, num_classes=3), (16, 3, 224, 224)),
+    "resnet50": (
+        lambda: resnet50(spatial_dims=2, n_input_channels=3, num_classes=3, conv1_t_stride=2),
+        (16, 3, 224, 224),
+    ),
     "swin_unetr": (lambda: SwinUNETR(1, 3, feature_size=24, spatial_dims=3), (2, 1, 64, 64, 64)),
 }
 
