@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: resnet50(spatial_dims=2, n_input_channels=3, num_classes=3, conv1_t_stride=2),
         (16, 3, 224, 224),
     ),
-    "swin_unetr": (lambda: SwinUNETR(1, 3, feature_size=24, spatial_dims=3), (2, 1, 64, 64, 64)),
+    "swin_unetr": (lambda: SwinUNETR(1, 3, feature_size=24, spatial_dims=3), (2, 1, 64, 32, 32)),
 }
 
 
@@ -209,9 +209,9 @@ def run_memory(name: str, tasks: int, threads: int) -> dict[str, float]:
     return {**found, "ratio": found["auto"] / found["plain"]}
 
 
-def in_own_process(part: str, name: str, tasks: int, threads: int, **options: object) -> str:
+def in_own_process(part: str, name: str, tasks: int, threads: int, *flags: str, **options: object) -> str:
     """The last line that a part of this script prints for one case, untouched by what other cases left in memory."""
-    command = [sys.executable, "-W", "ignore", __file__, "--part", part, "--cases", name, "--tasks", str(tasks)]
+    command = [sys.executable, "-W", "ignore", __file__, "--part", part, "--cases", name, "--tasks", str(tasks), *flags]
     for key, value in {"threads": threads, **options}.items():
         command += [f"--{key}", str(value)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmark"))
+    parser.add_argument("--step_only", action="store_true", help="forward + backward alone, for the large cases")
     parser.add_argument("--part", choices=("times", "grown"), help=argparse.SUPPRESS)  # see in_own_process
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -243,15 +244,18 @@ def main() -> None:
         return
     if options.part == "times":
         found = run_case(options.cases, counts[0], options.rounds, ways, device)
-        print(json.dumps(found | run_eval(options.cases, counts[0], options.rounds, device)))
+        if not options.step_only:
+            found |= run_eval(options.cases, counts[0], options.rounds, device)
+        print(json.dumps(found))
         return
     results = {}
     for case in options.cases.split(","):
         for tasks in counts:
             name = f"{case}, T {tasks}"
             own = {"ways": options.ways, "rounds": options.rounds, "device": options.device}
-            results[name] = json.loads(in_own_process("times", case, tasks, options.threads, **own))
-            if device.type == "cpu" and Path("/proc/self/status").exists():
+            flags = ["--step_only"] if options.step_only else []
+            results[name] = json.loads(in_own_process("times", case, tasks, options.threads, *flags, **own))
+            if not options.step_only and device.type == "cpu" and Path("/proc/self/status").exists():
                 results[name]["memory"] = run_memory(case, tasks, options.threads)
             print(name, {way: round(r["ratio"], 2) for way, r in results[name].items()}, flush=True)
     facts = {
