@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.losses.transfer import POSITIONS
 
 __all__ = ["check_settings"]
 
@@ -51,7 +52,7 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
         lambda v: isinstance(v, bool) or _whole(v, 0),
     ),
     "init": ("'auto', 'teacher' or 'random'", lambda v: v in ("auto", "teacher", "random")),
-    "transfer_positions": ("'equal' or 'by_class'", lambda v: v in ("equal", "by_class")),
+    "transfer_positions": (" or ".join(map(repr, POSITIONS)), lambda v: v in POSITIONS),
     **dict.fromkeys(("amp", "overwrite", "nested"), ("True or False", lambda v: isinstance(v, bool))),
 }
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 
-__all__ = ["FeatureTransferLoss", "TransferLoss", "full_precision", "transfer_loss"]
+__all__ = ["POSITIONS", "FeatureTransferLoss", "TransferLoss", "full_precision", "transfer_loss"]
 
 _MODES = ("softmax", "sigmoid")
 _REDUCTIONS = ("mean", "sum", "none")
-_POSITIONS = ("equal", "by_class")
+POSITIONS = ("equal", "by_class")
 _SEEN = 1e-3  # share of the positions from which on a class counts in full
 
 
@@ -31,8 +31,8 @@ def check_transfer_options(
         raise LoRKDError(f"mode: expected one of {_MODES}, got {mode!r}")
     if reduction not in _REDUCTIONS:
         raise LoRKDError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
-    if positions not in _POSITIONS:
-        raise LoRKDError(f"positions: expected one of {_POSITIONS}, got {positions!r}")
+    if positions not in POSITIONS:
+        raise LoRKDError(f"positions: expected one of {POSITIONS}, got {positions!r}")
 
 
 def transfer_loss(

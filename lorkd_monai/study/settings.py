@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.losses.transfer import POSITIONS
 from lorkd_monai.networks.functional import LAYOUTS
 
 __all__ = ["StudySettings", "default_settings"]
@@ -166,7 +167,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layout": _choice(*LAYOUTS),
     "norm": _choice("shared", "task"),
     "init": _choice("random", "teacher"),
-    "transfer_positions": _choice("equal", "by_class"),
+    "transfer_positions": _choice(*POSITIONS),
     "rank": (
         "a whole number of at least 1, 'imbalanced', or one number for each task",
         lambda v: v == "imbalanced" or isinstance(v, Mapping) or (type(v) is int and v >= 1),
