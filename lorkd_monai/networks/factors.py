@@ -57,6 +57,8 @@ def fuse(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def _stack(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Factors of several experts in one tensor; those of lower rank are filled up with zeros."""
+    if len({f.shape for f in factors}) == 1:
+        return torch.stack(list(factors)).to(dtype)
     rows, columns = (max(f.shape[d] for f in factors) for d in (0, 1))
     return torch.stack(
         [
@@ -64,6 +66,12 @@ def _stack(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
             for f in factors
         ]
     ).to(dtype)
+
+
+def _unstack(stacked: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Undo :func:`_stack` for gradients of factors: parts of the shapes of ``like``."""
+    parts = stacked.unbind(0)
+    return [p if p.shape == f.shape else p[: len(f), : f.shape[1]] for p, f in zip(parts, like, strict=True)]
 
 
 class FusedWeights(NamedTuple):
@@ -98,12 +106,13 @@ class FusedWeights(NamedTuple):
             of_a = torch.bmm(b.transpose(1, 2), rows).mul_(alpha)
             of_b, alpha = self._scaled(torch.bmm(rows, a.transpose(1, 2)), run)
             of_b.mul_(alpha)
-            for i, p in enumerate(run):
-                at_a, at_b = 1 + p, 1 + len(self.scales) + p
-                if needs[at_a]:
-                    grads[at_a] = of_a[i, : len(tensors[at_a])].to(tensors[at_a].dtype)
-                if needs[at_b]:
-                    grads[at_b] = of_b[i, :, : tensors[at_b].shape[1]].to(tensors[at_b].dtype)
+            first = 1 + run.start
+            for at, found in (
+                (first, _unstack(of_a, factors_a)),
+                (first + len(self.scales), _unstack(of_b, factors_b)),
+            ):
+                for i, grad in enumerate(found, at):
+                    grads[i] = grad if needs[i] else None
             if needs[0]:
                 g = (g[0] if len(run) == 1 else g.sum(0)).reshape(weight.shape)
                 grads[0] = g if grads[0] is None else grads[0].add_(g)
@@ -149,9 +158,8 @@ class BranchFilters(NamedTuple):
     ) -> None:
         """Carry the gradient ``g`` of what :meth:`build` gave over to the factors."""
         of_a = g.reshape(len(run), self.blocks, self.rows, self.blocks, -1).diagonal(dim1=1, dim2=3).sum(-1)
-        for i, p in enumerate(run):
-            if needs[p]:
-                grads[p] = of_a[i, : len(tensors[p])].to(tensors[p].dtype)
+        for p, grad in zip(run, _unstack(of_a, tensors[run.start : run.stop]), strict=True):
+            grads[p] = grad if needs[p] else None
 
     def unfolded(self, factors_a: Sequence[Tensor], owner: Sequence[int], windows: Tensor) -> Tensor:
         """What the filters give, rows × (blocks · rows of A) × positions, without making them.

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -127,30 +127,11 @@ class _Call:
 
     @cached_property
     def _situation(self) -> dispatch.Situation:
-        x, shape = self.x, self.weight.shape
         sizes = tuple((stop - start) * self.rounds for start, stop in self.spans)
-        numbers = self.weight.numel()
-        rows = max(a.shape[0] for a in self.a)
-        branch = numbers // shape[0] * self._blocks * rows if self._can_factor else 0
-        slow, unfolded = "", 0
-        if isinstance(self.map, LinearMap):
-            positions, channels = x[0].numel() // x.shape[-1], min(shape)
-            moved = x.numel() // x.shape[-1] * (shape[0] + shape[1])
-        else:
-            positions = x[0, 0].numel()
-            stride = math.prod(self.map.stride)
-            outputs = positions * stride if self.map.transposed else max(1, positions // stride)
-            out_channels = shape[1] * self.map.groups if self.map.transposed else shape[0]
-            moved = x.numel() + len(x) * outputs * out_channels
-            if not self.map.transposed:
-                positions = outputs
-            channels = min(shape[0] // self.map.groups, shape[1])
-            kernel = tuple(shape[2:])
-            if len(kernel) == 2 and self._can_factor:
-                unfolded = len(x) * positions * numbers // shape[0]
-            if dispatch.left_to_slow_kernel(x.device.type, tuple(x.shape), kernel, self.map.groups):
-                slow = "strided" if stride > 1 or self.map.transposed else "plain"
-        return dispatch.Situation(x.device.type, sizes, positions, numbers, moved, branch, channels, unfolded, slow)
+        branch_rows = max(a.shape[0] for a in self.a) * self._blocks if self._can_factor else 0
+        return _situation(
+            self.map, self.x.device.type, tuple(self.x.shape), tuple(self.weight.shape), sizes, branch_rows
+        )
 
     def _factored(self) -> Tensor:
         x, dtype, channels_last = self.x, self.x.dtype, isinstance(self.map, LinearMap)
@@ -183,7 +164,7 @@ class _Call:
 
     def _measure(self) -> str:
         key = (
-            self.map if isinstance(self.map, ConvMap) else "linear",
+            self.map,
             tuple(self.weight.shape),
             tuple(self.x.shape),
             self.x.stride(),
@@ -212,3 +193,42 @@ class _Call:
         copy.present, copy.spans, copy.rounds, copy.scales = self.present, self.spans, self.rounds, self.scales
         copy.a, copy.b = [leaf(t) for t in self.a], [leaf(t) for t in self.b]
         return copy
+
+
+@lru_cache(maxsize=4096)
+def _situation(
+    layer_map: ConvMap | LinearMap,
+    device: str,
+    shape: tuple[int, ...],
+    weight: tuple[int, ...],
+    sizes: tuple[int, ...],
+    branch_rows: int,
+) -> dispatch.Situation:
+    """What the choice of a strategy depends on.
+
+    Args:
+        layer_map: the layer's map.
+        device: kind of device.
+        shape: of the input.
+        weight: shape of W0.
+        sizes: rows of each segment.
+        branch_rows: filters of the low-rank branch; 0 where ΔW can't be written as two maps.
+    """
+    numbers = math.prod(weight)
+    branch = numbers // weight[0] * branch_rows
+    slow, unfolded = "", 0
+    if isinstance(layer_map, LinearMap):
+        rows = math.prod(shape[:-1])
+        positions, channels, moved = rows // shape[0], min(weight), rows * (weight[0] + weight[1])
+    else:
+        inputs, stride, kernel = math.prod(shape[2:]), math.prod(layer_map.stride), weight[2:]
+        outputs = inputs * stride if layer_map.transposed else max(1, inputs // stride)
+        out_channels = weight[1] * layer_map.groups if layer_map.transposed else weight[0]
+        positions = inputs if layer_map.transposed else outputs
+        moved = math.prod(shape) + shape[0] * outputs * out_channels
+        channels = min(weight[0] // layer_map.groups, weight[1])
+        if len(kernel) == 2 and branch_rows:
+            unfolded = shape[0] * positions * numbers // weight[0]
+        if dispatch.left_to_slow_kernel(device, shape, kernel, layer_map.groups):
+            slow = "strided" if stride > 1 or layer_map.transposed else "plain"
+    return dispatch.Situation(device, sizes, positions, numbers, moved, branch, channels, unfolded, slow)

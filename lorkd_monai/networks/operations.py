@@ -133,6 +133,7 @@ class ConvMap(NamedTuple):
         return None if bias is None else bias.repeat(pieces)
 
 
+@dataclass(frozen=True)
 class LinearMap:
     """A linear map of the last dimension."""
 
