@@ -136,9 +136,13 @@ def test_checkpointing_of_a_single_layer_is_refused_outside_of_its_routing():
 # ---------------------------------------------------------------------- mixed precision
 
 
+LOW_PRECISION = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+@LOW_PRECISION
 @pytest.mark.parametrize("strategy", [*dispatch.STRATEGIES, "auto"])
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, padding=1), nn.Linear(6, 5)], ids=["conv", "linear"])
-def test_autocast(layer, strategy):
+def test_autocast(layer, strategy, dtype):
     wrapped = LowRankLayer(copy.deepcopy(layer), [2, 2, 2])
     for b in wrapped.lora_B:
         nn.init.normal_(b, std=0.1)
@@ -146,9 +150,9 @@ def test_autocast(layer, strategy):
     task = [0, 2, 2, 1]
     with route(task):
         exact = wrapped(x)
-        with torch.autocast("cpu", torch.bfloat16), eks_strategy(strategy):
+        with torch.autocast("cpu", dtype), eks_strategy(strategy):
             y = wrapped(x)
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == dtype
     assert (y - exact).abs().max() < 0.05 * exact.abs().max()
     expected = torch.autograd.grad(exact.square().sum(), [x, *wrapped.parameters()])
     found = torch.autograd.grad(y.float().square().sum(), [x, *wrapped.parameters()])
@@ -157,15 +161,18 @@ def test_autocast(layer, strategy):
         assert (grad - want).abs().max() < 0.05 * want.abs().max()
 
 
-def test_autocast_training_step_of_a_network():
+@LOW_PRECISION
+def test_autocast_training_step_of_a_network(dtype):
     net = made(narrow_resnet())
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3)
     before = [p.clone() for p in net.parameters()]
-    with torch.autocast("cpu", torch.bfloat16):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=dtype is torch.float16)
+    with torch.autocast("cpu", dtype):
         y = net(torch.rand(4, 1, 32, 32), [0, 2, 1, 0])
         loss = nn.functional.cross_entropy(y.float(), torch.zeros(4, dtype=torch.long))
-    loss.backward()
-    optimiser.step()
+    scaler.scale(loss).backward()
+    scaler.step(optimiser)
+    scaler.update()
     assert torch.isfinite(loss)
     assert all(p.isfinite().all() for p in net.parameters())
     assert any(not torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
