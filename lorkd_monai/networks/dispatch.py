@@ -36,6 +36,7 @@ class _Prices(NamedTuple):
     grouped_weight: float  # one number of the weights in a grouped call, up to _CACHED of them
     grouped_weight_beyond: float
     grouped_moved: float  # one number of the input or output, laid side by side for a grouped call
+    grouped_in_place: float  # one that lies so already, see Situation.in_place
     thin_operation: float  # what an operation costs more in a grouped call, where a group has fewer than 8 channels
     branch_call: float
     branch: float  # one operation of the low-rank branch
@@ -46,9 +47,9 @@ class _Prices(NamedTuple):
 
 
 _CACHED = 2 * 10**6  # numbers; about what the caches of a core hold
-_CPU = _Prices(560e3, 6.6, 2.1, 850e3, 7.0, 14.0, 3.8, 0.08, 1500e3, 0.08, 5.5, 13.0, 0.2, 0.07)
+_CPU = _Prices(900e3, 6.6, 2.1, 850e3, 8.0, 17.0, 3.8, 0.4, 0.08, 1500e3, 0.05, 5.5, 13.0, 0.2, 0.07)
 # Estimated, not measured: kernels are started in about 10 us each, and memory is a hundred times faster.
-_GPU = _Prices(150e3, 0.1, 0.02, 100e3, 0.15, 0.15, 0.03, 2e-4, 150e3, 2e-4, 0.03, 0.1, 0.0, 0.0)
+_GPU = _Prices(150e3, 0.1, 0.02, 100e3, 0.15, 0.15, 0.03, 0.0, 2e-4, 150e3, 2e-4, 0.03, 0.1, 0.0, 0.0)
 
 
 class Situation(NamedTuple):
@@ -63,11 +64,17 @@ class Situation(NamedTuple):
     channels: int  # the fewer of a group's input and output channels
     unfolded: int = 0  # numbers of the unfolded input; 0 where it can't be unfolded
     slow: str = ""  # "plain" or "strided" where segments of one sample are left to a slow kernel
+    rounds: int = 1  # of the batch, see Routing
 
     @property
     def pieces(self) -> int:
         """Equal pieces of the batch that never hold two tasks."""
         return sum(self.sizes) // math.gcd(*self.sizes)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the pieces lie side by side already: each has one row in each round."""
+        return math.gcd(*self.sizes) == self.rounds
 
 
 def _split(s: Situation, price: _Prices, numbers: int) -> float:
@@ -102,7 +109,7 @@ def costs(s: Situation) -> dict[str, float]:
     price = _prices(s)
     found = {
         "split": _split(s, price, s.weight) + price.moved * s.moved,
-        "group": _group(s, price, s.weight) + price.grouped_moved * s.moved,
+        "group": _group(s, price, s.weight) + (price.grouped_in_place if s.in_place else price.grouped_moved) * s.moved,
     }
     if s.branch:
         found["factored"] = price.branch_call + price.branch_moved * s.moved + min(_branch(s, price).values())

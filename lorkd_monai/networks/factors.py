@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -138,31 +139,44 @@ class BranchFilters(NamedTuple):
 
     ΔW_p consists of ``blocks`` row blocks, block q of a filter being B[o·blocks + q] A. So it is a convolution with
     blocks · rows filters, filter (q, j) being A[j] at block q and 0 elsewhere, followed by a 1×1 convolution with
-    B seen as o × (blocks · rows). Experts of lower rank than the highest are filled up with zero filters.
+    B seen as o × (blocks · rows). Experts of lower rank than the highest are filled up with zero filters, and so is the
+    number of filters, where a kernel wants a multiple of some number.
     """
 
     shape: tuple[int, ...]  # of W0
     blocks: int
     rows: int  # of A, the highest present
     dtype: torch.dtype
+    multiple: int = 1
+
+    @property
+    def count(self) -> int:
+        """Filters of each expert."""
+        return math.ceil(self.blocks * self.rows / self.multiple) * self.multiple
+
+    def _as_blocks(self, filters: Tensor) -> Tensor:
+        """The filters without those that only fill up, as a view: experts × blocks × rows × blocks × numbers."""
+        used = filters.view(len(filters), self.count, self.blocks, -1)[:, : self.blocks * self.rows]
+        return used.unflatten(1, (self.blocks, self.rows))
 
     def build(self, tensors: Sequence[Tensor], run: range) -> Tensor:
-        """Filters of the experts in ``run``: experts × (blocks · rows) × in × kernel."""
+        """Filters of the experts in ``run``: experts × filters × in × kernel."""
         a = _stack(tensors[run.start : run.stop], self.dtype)
-        filters = a.new_zeros(len(run), self.blocks, self.rows, self.blocks, a.shape[2])
-        filters[:, :, : a.shape[1]].diagonal(dim1=1, dim2=3).copy_(a.unsqueeze(-1))
-        return filters.view(len(run), self.blocks * self.rows, *self.shape[1:])
+        filters = a.new_zeros(len(run), self.count, *self.shape[1:])
+        self._as_blocks(filters)[:, :, : a.shape[1]].diagonal(dim1=1, dim2=3).copy_(a.unsqueeze(-1))
+        return filters
 
     def add_gradients(
         self, grads: list[Tensor | None], needs: Sequence[bool], tensors: Sequence[Tensor], run: range, g: Tensor
     ) -> None:
         """Carry the gradient ``g`` of what :meth:`build` gave over to the factors."""
-        of_a = g.reshape(len(run), self.blocks, self.rows, self.blocks, -1).diagonal(dim1=1, dim2=3).sum(-1)
+        g = g.reshape(len(run), self.count, *self.shape[1:])
+        of_a = self._as_blocks(g).diagonal(dim1=1, dim2=3).sum(-1)
         for p, grad in zip(run, _unstack(of_a, tensors[run.start : run.stop]), strict=True):
             grads[p] = grad if needs[p] else None
 
     def unfolded(self, factors_a: Sequence[Tensor], owner: Sequence[int], windows: Tensor) -> Tensor:
-        """What the filters give, rows × (blocks · rows of A) × positions, without making them.
+        """What the filters give, rows × filters × positions, without making them.
 
         Args:
             factors_a: every A_p.
@@ -175,7 +189,8 @@ class BranchFilters(NamedTuple):
         return torch.stack(parts, 1).flatten(1, 2)
 
     def second(self, factors_b: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-        """scale_p · B_p of every expert as experts × o × (blocks · rows)."""
+        """scale_p · B_p of every expert as experts × o × filters."""
         b = _stack(factors_b, self.dtype) * factors_b[0].new_tensor(scales, dtype=self.dtype).view(-1, 1, 1)
         b = b.view(len(b), self.shape[0], self.blocks, -1)
-        return torch.nn.functional.pad(b, (0, self.rows - b.shape[-1])).flatten(2)
+        b = torch.nn.functional.pad(b, (0, self.rows - b.shape[-1])).flatten(2)
+        return torch.nn.functional.pad(b, (0, self.count - b.shape[-1]))

@@ -33,6 +33,8 @@ from lorkd_monai.networks.task_map import TaskMap
 
 __all__ = ["LAYOUTS", "LayerOp", "delta_weight", "eks", "eks_strategy", "factor_shapes", "fuse"]
 
+_GROUP_MULTIPLE = 16  # filters of a group; other numbers make a grouped convolution on the CPU up to twice as slow
+
 
 def eks(
     op: LayerOp,
@@ -130,13 +132,15 @@ class _Call:
         sizes = tuple((stop - start) * self.rounds for start, stop in self.spans)
         branch_rows = max(a.shape[0] for a in self.a) * self._blocks if self._can_factor else 0
         return _situation(
-            self.map, self.x.device.type, tuple(self.x.shape), tuple(self.weight.shape), sizes, branch_rows
+            self.map, self.x.device.type, tuple(self.x.shape), tuple(self.weight.shape), sizes, self.rounds, branch_rows
         )
 
     def _factored(self) -> Tensor:
         x, dtype, channels_last = self.x, self.x.dtype, isinstance(self.map, LinearMap)
-        filters = BranchFilters(tuple(self.weight.shape), self._blocks, max(a.shape[0] for a in self.a), dtype)
         form = dispatch.branch_form(self._situation)
+        multiple = _GROUP_MULTIPLE if form == "group" and not channels_last else 1
+        rows = max(a.shape[0] for a in self.a)
+        filters = BranchFilters(tuple(self.weight.shape), self._blocks, rows, dtype, multiple)
         owner = owners(self.spans, self.rounds)
         if form == "unfold":
             h = filters.unfolded(self.a, owner, self.map.unfold(x, tuple(self.weight.shape[2:])))
@@ -202,6 +206,7 @@ def _situation(
     shape: tuple[int, ...],
     weight: tuple[int, ...],
     sizes: tuple[int, ...],
+    rounds: int,
     branch_rows: int,
 ) -> dispatch.Situation:
     """What the choice of a strategy depends on.
@@ -211,7 +216,8 @@ def _situation(
         device: kind of device.
         shape: of the input.
         weight: shape of W0.
-        sizes: rows of each segment.
+        sizes: rows of each segment, in all rounds.
+        rounds: of the batch.
         branch_rows: filters of the low-rank branch; 0 where ΔW can't be written as two maps.
     """
     numbers = math.prod(weight)
@@ -231,4 +237,4 @@ def _situation(
             unfolded = shape[0] * positions * numbers // weight[0]
         if dispatch.left_to_slow_kernel(device, shape, kernel, layer_map.groups):
             slow = "strided" if stride > 1 or layer_map.transposed else "plain"
-    return dispatch.Situation(device, sizes, positions, numbers, moved, branch, channels, unfolded, slow)
+    return dispatch.Situation(device, sizes, positions, numbers, moved, branch, channels, unfolded, slow, rounds)
