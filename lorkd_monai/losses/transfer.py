@@ -109,6 +109,8 @@ def transfer_loss(
     known = _known_samples(teacher, has_teacher)
     # A missing teacher's NaN would survive a multiplication by 0.
     teacher = teacher.masked_fill(~_spread(known, teacher), 0.0)
+    if mode == "sigmoid":  # the classes that the teacher knows
+        own = own & ~(teacher.isnan() | teacher.isneginf())
 
     divergence = _softmax_divergence if mode == "softmax" else _sigmoid_divergence
     per_position = divergence(student / temperature, teacher / temperature, own) * temperature**2
@@ -136,24 +138,20 @@ def _softmax_divergence(student: Tensor, teacher: Tensor, own: Tensor) -> Tensor
 
 def _sigmoid_divergence(student: Tensor, teacher: Tensor, own: Tensor) -> Tensor:
     """Sum over the own channels of the divergences of two-valued distributions; B×C×… -> B×…."""
-    outside = ~own | teacher.isnan() | teacher.isneginf()
-    s, t = student.masked_fill(outside, 0.0), teacher.masked_fill(outside, 0.0)
+    s, t = student.masked_fill(~own, 0.0), teacher.masked_fill(~own, 0.0)
     p = t.sigmoid()
     return (p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))).sum(1)
 
 
 def _class_shares(teacher: Tensor, own: Tensor, mode: str) -> Tensor:
     """Weights of the positions with which the teacher's classes have equal shares in a mean; B×C×… -> B×…."""
+    teacher, classes = teacher.masked_fill(~own, float("-inf")), own.flatten(2).any(2)
     if mode == "softmax":
-        classes = own
-        p = teacher.masked_fill(~own, float("-inf")).softmax(1)
+        p = teacher.softmax(1)
     else:
-        outside = ~own | teacher.isnan() | teacher.isneginf()
-        p = teacher.masked_fill(outside, float("-inf")).sigmoid()
+        p = teacher.sigmoid()
         p = torch.cat([p, (1 - p).prod(1, keepdim=True)], 1)  # where none of the classes is
-        known = ~outside.flatten(2).all(2)
-        classes = torch.cat([known, known.new_ones(len(known), 1)], 1)
-    classes = classes.flatten(1)
+        classes = torch.cat([classes, classes.new_ones(len(classes), 1)], 1)
     mean = p.flatten(2).mean(2) + _SEEN
     weights = classes / (mean * classes.sum(1, keepdim=True))
     return (p * weights.reshape(*weights.shape, *[1] * (p.ndim - 2))).sum(1)
