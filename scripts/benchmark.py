@@ -5,7 +5,8 @@
 writes ``<out>.json`` and ``<out>.md``. ``--tasks`` may be a list (``8,64``). For each case:
 
 * forward + backward: median, fastest and slowest time, and the ratio of the medians to the plain network's. Rounds are
-  interleaved, so that whatever else the machine does hits all ways alike, and each case has a process of its own.
+  interleaved, those of all numbers of tasks too, so that whatever else the machine does hits all ways alike, and each
+  case has a process of its own.
   ``papers`` is the form of arXiv 2404.17184: one weight for each sample, of all tasks' ΔW under a one-hot mask, in a
   convolution with B groups;
 * ``forward``: a mixed batch without gradients in evaluation mode, against the plain network; ``forward_peft``: the same
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -122,25 +124,36 @@ def summary(times: dict[str, list[float]], limit: str) -> dict[str, dict[str, fl
     }
 
 
-def run_case(name: str, tasks: int, rounds: int, ways: list[str], device: torch.device) -> dict:
-    """Times of one case, by way."""
-    plain, net, x, task = build_case(name, tasks, device)
-
-    def separate() -> Tensor:
-        return torch.cat([net(x[task == t], int(t)) for t in task.unique()])
-
-    calls = {way: {"plain": lambda: plain(x), "separate": separate}.get(way, lambda: net(x, task)) for way in ways}
-    times: dict[str, list[float]] = {way: [] for way in ways}
+def run_case(name: str, counts: list[int], rounds: int, ways: list[str], device: torch.device) -> dict[str, dict]:
+    """Times of one case, by number of tasks and way; the rounds of all are interleaved."""
+    built = {tasks: build_case(name, tasks, device) for tasks in counts}
+    plain, _, x, _ = built[counts[0]]
+    calls: dict[tuple[int, str], Callable[[], Tensor]] = {(0, "plain"): lambda: plain(x)}
+    for tasks, (_, net, _, task) in built.items():
+        for way in ways[1:]:
+            own = _separate if way == "separate" else _together
+            calls[tasks, way] = functools.partial(own, net, x, task)
+    times: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
     for round_ in range(rounds + 1):  # the first warms up
-        for way, call in calls.items():
+        for (tasks, way), call in calls.items():
             strategy = way if way in ("auto", "split", "group", "factored", "measure") else "auto"
             with eks_strategy(strategy), PapersForm() if way == "papers" else nullcontext():
                 took = seconds(call, device)
             if round_:
-                times[way].append(took)
-            plain.zero_grad()
-            net.zero_grad()
-    return summary(times, "plain")
+                times[tasks, way].append(took)
+            (built[tasks][1] if tasks else plain).zero_grad()
+    return {
+        str(tasks): summary({way: times[0 if way == "plain" else tasks, way] for way in ways}, "plain")
+        for tasks in counts
+    }
+
+
+def _together(net: LoRKDNet, x: Tensor, task: Tensor) -> Tensor:
+    return net(x, task)
+
+
+def _separate(net: LoRKDNet, x: Tensor, task: Tensor) -> Tensor:
+    return torch.cat([net(x[task == t], int(t)) for t in task.unique()])
 
 
 @torch.no_grad()
@@ -209,7 +222,7 @@ def run_memory(name: str, tasks: int, threads: int) -> dict[str, float]:
     return {**found, "ratio": found["auto"] / found["plain"]}
 
 
-def in_own_process(part: str, name: str, tasks: int, threads: int, *flags: str, **options: object) -> str:
+def in_own_process(part: str, name: str, tasks: int | str, threads: int, *flags: str, **options: object) -> str:
     """The last line that a part of this script prints for one case, untouched by what other cases left in memory."""
     command = [sys.executable, "-W", "ignore", __file__, "--part", part, "--cases", name, "--tasks", str(tasks), *flags]
     for key, value in {"threads": threads, **options}.items():
@@ -243,18 +256,20 @@ def main() -> None:
         print(grown(options.cases, counts[0], ways[0]))
         return
     if options.part == "times":
-        found = run_case(options.cases, counts[0], options.rounds, ways, device)
+        found = run_case(options.cases, counts, options.rounds, ways, device)
         if not options.step_only:
-            found |= run_eval(options.cases, counts[0], options.rounds, device)
+            for tasks in counts:
+                found[str(tasks)] |= run_eval(options.cases, tasks, options.rounds, device)
         print(json.dumps(found))
         return
     results = {}
     for case in options.cases.split(","):
+        own = {"ways": options.ways, "rounds": options.rounds, "device": options.device}
+        flags = ["--step_only"] if options.step_only else []
+        times = json.loads(in_own_process("times", case, options.tasks, options.threads, *flags, **own))
         for tasks in counts:
             name = f"{case}, T {tasks}"
-            own = {"ways": options.ways, "rounds": options.rounds, "device": options.device}
-            flags = ["--step_only"] if options.step_only else []
-            results[name] = json.loads(in_own_process("times", case, tasks, options.threads, *flags, **own))
+            results[name] = times[str(tasks)]
             if not options.step_only and device.type == "cpu" and Path("/proc/self/status").exists():
                 results[name]["memory"] = run_memory(case, tasks, options.threads)
             print(name, {way: round(r["ratio"], 2) for way, r in results[name].items()}, flush=True)

@@ -47,7 +47,7 @@ class _Prices(NamedTuple):
 
 
 _CACHED = 2 * 10**6  # numbers; about what the caches of a core hold
-_CPU = _Prices(900e3, 6.6, 2.1, 850e3, 8.0, 17.0, 3.8, 0.4, 0.08, 1500e3, 0.05, 5.5, 13.0, 0.2, 0.07)
+_CPU = _Prices(560e3, 6.6, 2.1, 850e3, 8.0, 17.0, 3.8, 0.4, 0.14, 1500e3, 0.05, 5.5, 13.0, 0.2, 0.07)
 # Estimated, not measured: kernels are started in about 10 us each, and memory is a hundred times faster.
 _GPU = _Prices(150e3, 0.1, 0.02, 100e3, 0.15, 0.15, 0.03, 0.0, 2e-4, 150e3, 2e-4, 0.03, 0.1, 0.0, 0.0)
 

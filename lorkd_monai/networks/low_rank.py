@@ -120,7 +120,8 @@ class LowRankLayer(RoutedModule):
         kwargs = {} if output_size is None else {"output_size": output_size}
         routing = self.routing(x)
         self._refuse_unbatched(x, routing)
-        factors_a, factors_b = self.lora_A, self.lora_B
+        # Not by index, which costs a ParameterList more than a small layer's arithmetic where there are many tasks.
+        factors_a, factors_b = (list(factors._parameters.values()) for factors in (self.lora_A, self.lora_B))
         if routing.ranks is not None:
             cut = [self.factors(t, routing.ranks.get(t)) for t in range(self.num_tasks)]
             factors_a, factors_b = zip(*cut, strict=True)

@@ -179,5 +179,8 @@ class _Rebuilding(torch.autograd.Function):
             grads = dict(zip(wanted, found, strict=True))
             return (None, *(grads.get(i) for i in range(len(inputs))))
         gx, of_bias, grads = task_map.backward(g, x, tensors, built, (need_x, need_bias, needs))
-        grads = [None if grad is None else grad.to(t.dtype) for grad, t in zip(grads, tensors, strict=True)]
+        grads = [
+            grad if grad is None or grad.dtype == t.dtype else grad.to(t.dtype)
+            for grad, t in zip(grads, tensors, strict=True)
+        ]
         return (None, gx, None if of_bias is None else of_bias.to(bias.dtype), *grads)
