@@ -13,7 +13,8 @@ from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LowRankLayer, dispatch, route
-from lorkd_monai.networks.functional import eks_strategy
+from lorkd_monai.networks.factors import BranchFilters
+from lorkd_monai.networks.functional import delta_weight, eks_strategy, factor_shapes
 
 STRATEGIES = (*dispatch.STRATEGIES, "auto", "measure")
 
@@ -229,6 +230,36 @@ def test_default_choice_depends_on_shapes_and_routing_alone():
     assert dispatch.choose(thin) == "split"
     narrow = base._replace(sizes=(1,) * 4, positions=24**3, weight=16 * 16 * 27, branch=36 * 16 * 27, channels=16)
     assert dispatch.choose(narrow._replace(moved=32 * 4 * 24**3, slow="plain")) == "group"
+
+
+def test_grouping_is_cheaper_where_a_batch_lies_in_rounds():
+    moved = 2 * 32 * 64 * 32**2
+    rounds = dispatch.Situation("cpu", (4,) * 8, 32**2, 64 * 64 * 9, moved, 36 * 64 * 9, 64, rounds=4)
+    assert rounds.in_place and dispatch.choose(rounds) == "group"
+    sorted_ = rounds._replace(rounds=1)
+    assert not sorted_.in_place and dispatch.choose(sorted_) == "split"
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+@pytest.mark.parametrize("ranks", [(2, 2), (1, 3)])
+def test_branch_filters_are_the_first_half_of_the_delta(multiple, ranks):
+    shape, scales = (5, 4, 3, 3), (0.5, 2.0)
+    sizes = [factor_shapes(shape, rank) for rank in ranks]
+    a = [torch.randn(s[0], dtype=torch.float64, requires_grad=True) for s in sizes]
+    b = [torch.randn(s[1], dtype=torch.float64, requires_grad=True) for s in sizes]
+    filters = BranchFilters(shape, 3, max(len(f) for f in a), torch.float64, multiple)
+    assert filters.count % multiple == 0
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    built, second = filters.build(a, range(2)), filters.second(b, scales)
+    assert built.shape == (2, filters.count, 4, 3, 3)
+    y = torch.stack([torch.conv2d(torch.conv2d(x, built[p]), second[p][..., None, None]) for p in range(2)])
+    expected = torch.stack([torch.conv2d(x, delta_weight(a[p], b[p], scales[p], shape)) for p in range(2)])
+    assert (y - expected).abs().max() < 1e-12
+    g = torch.randn_like(built)
+    grads = [None, None]
+    filters.add_gradients(grads, [True, True], a, range(2), g)
+    for found, want in zip(grads, torch.autograd.grad(built, a, g), strict=True):
+        assert torch.equal(found, want)
 
 
 def test_slow_kernel_of_one_3d_sample():
