@@ -131,8 +131,8 @@ def run_case(name: str, counts: list[int], rounds: int, ways: list[str], device:
     calls: dict[tuple[int, str], Callable[[], Tensor]] = {(0, "plain"): lambda: plain(x)}
     for tasks, (_, net, _, task) in built.items():
         for way in ways[1:]:
-            own = _separate if way == "separate" else _together
-            calls[tasks, way] = functools.partial(own, net, x, task)
+            own = functools.partial(_separate, net) if way == "separate" else net
+            calls[tasks, way] = functools.partial(own, x, task)
     times: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
     for round_ in range(rounds + 1):  # the first warms up
         for (tasks, way), call in calls.items():
@@ -146,10 +146,6 @@ def run_case(name: str, counts: list[int], rounds: int, ways: list[str], device:
         str(tasks): summary({way: times[0 if way == "plain" else tasks, way] for way in ways}, "plain")
         for tasks in counts
     }
-
-
-def _together(net: LoRKDNet, x: Tensor, task: Tensor) -> Tensor:
-    return net(x, task)
 
 
 def _separate(net: LoRKDNet, x: Tensor, task: Tensor) -> Tensor:
