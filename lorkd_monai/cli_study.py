@@ -45,7 +45,7 @@ def study(
         plan_only: list the runs and do none.
         unseen: hold out these tasks ("all", or names separated by commas), one after the other, and train on each from
             a student, an expert and the teacher of the others, in place of the comparison. The one decomposition
-            among the methods gives the experts, lorkd by default.
+            among the methods gives the experts, lorkd_init by default.
         changes: settings of all runs, such as --epochs 20 --ema 0.98.
     """
     import torch

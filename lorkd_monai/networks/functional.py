@@ -128,9 +128,13 @@ class _Call:
         return self.b[0].shape[0] // self.weight.shape[0]
 
     @cached_property
+    def _rows(self) -> int:
+        return max(a.shape[0] for a in self.a)
+
+    @cached_property
     def _situation(self) -> dispatch.Situation:
         sizes = tuple((stop - start) * self.rounds for start, stop in self.spans)
-        branch_rows = max(a.shape[0] for a in self.a) * self._blocks if self._can_factor else 0
+        branch_rows = self._rows * self._blocks if self._can_factor else 0
         return _situation(
             self.map, self.x.device.type, tuple(self.x.shape), tuple(self.weight.shape), sizes, self.rounds, branch_rows
         )
@@ -139,8 +143,7 @@ class _Call:
         x, dtype, channels_last = self.x, self.x.dtype, isinstance(self.map, LinearMap)
         form = dispatch.branch_form(self._situation)
         multiple = _GROUP_MULTIPLE if form == "group" and not channels_last else 1
-        rows = max(a.shape[0] for a in self.a)
-        filters = BranchFilters(tuple(self.weight.shape), self._blocks, rows, dtype, multiple)
+        filters = BranchFilters(tuple(self.weight.shape), self._blocks, self._rows, dtype, multiple)
         owner = owners(self.spans, self.rounds)
         if form == "unfold":
             h = filters.unfolded(self.a, owner, self.map.unfold(x, tuple(self.weight.shape[2:])))

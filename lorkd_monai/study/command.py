@@ -61,7 +61,7 @@ def run_from_arguments(
         methods, seeds = methods or QUICK_METHODS, list(seeds)[:1]
     common = common.changed(changes)
     if unseen and methods is None:
-        methods = ["lorkd"]
+        methods = ["lorkd_init"]
     names = list(METHODS) if methods is not None and list(methods) == ["all"] else methods or MAIN_METHODS
     chosen = methods_named(names, variants)
     runs = plan_runs(chosen, settings, seeds)

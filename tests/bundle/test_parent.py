@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from small_networks import SMALL_RESNET
 
 from lorkd_monai.bundle import network_info, write_teacher_bundle
 from lorkd_monai.bundle.export import export_experts
@@ -16,9 +17,6 @@ from lorkd_monai.handlers import ExpertExport
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import save_weights
 
-SMALL = {"_target_": "ResNet", "block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 4, 8, 8],
-         "spatial_dims": 2, "n_input_channels": 3, "conv1_t_size": 3}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -29,7 +27,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def teacher(data, tmp_path):
-    config = {**SMALL, "block_inplanes": [8, 8, 16, 16], "num_classes": sum(data.num_classes.values())}
+    config = {**SMALL_RESNET, "block_inplanes": [8, 8, 16, 16], "num_classes": sum(data.num_classes.values())}
     return write_teacher_bundle(
         tmp_path / "teacher", network=build_network(config), network_config=config, tasks=list(data.tasks.values()),
         kind="classification", spatial_dims=2, in_channels=3, image_size=16,
@@ -54,7 +52,7 @@ def test_what_cannot_be_measured_has_its_name_only(teacher, tmp_path, caplog):
 
 
 def test_the_page_shows_expert_and_teacher_beside_each_other_also_when_exported_again(data, teacher, tmp_path):
-    network = LoRKDNet(SMALL, data.num_classes, rank=1, info=network_info(data, 3, 16))
+    network = LoRKDNet(SMALL_RESNET, data.num_classes, rank=1, info=network_info(data, 3, 16))
     weights = tmp_path / "training" / "model.pt"
     weights.parent.mkdir()
     save_weights(weights, network.state_dict())

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from small_networks import SMALL_RESNET
 
 from lorkd_monai.bundle import network_info
 from lorkd_monai.data import TaskDataset, TaskSampler, load_data_list, make_phantoms
@@ -21,11 +22,6 @@ from lorkd_monai.losses import LoRKDLoss
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import load_decomposition, save_weights
 
-BACKBONE = {
-    "_target_": "ResNet", "block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 4, 8, 8],
-    "spatial_dims": 2, "n_input_channels": 3, "conv1_t_size": 3,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -37,7 +33,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(data, tmp_path_factory):
     first = dataclasses.replace(data, tasks={n: t for n, t in data.tasks.items() if n in ("ct", "ultrasound")})
-    net = LoRKDNet(BACKBONE, first.num_classes, rank=2, info=network_info(first, 3, 24))
+    net = LoRKDNet(SMALL_RESNET, first.num_classes, rank=2, info=network_info(first, 3, 24))
     for layer in net.expert_layers.values():
         for b in layer.lora_B:
             torch.nn.init.normal_(b, std=0.1)
@@ -50,7 +46,7 @@ def checkpoint(data, tmp_path_factory):
 def test_training_new_tasks_changes_nothing_of_the_old_ones(data, checkpoint, tmp_path, norm):
     if norm == "task":
         net = load_decomposition(checkpoint)
-        other = LoRKDNet(BACKBONE, net.num_classes, rank=2, norm="task", info=net.info)
+        other = LoRKDNet(SMALL_RESNET, net.num_classes, rank=2, norm="task", info=net.info)
         checkpoint = tmp_path / "task_norms.pt"
         save_weights(checkpoint, other.state_dict())
     before = load_decomposition(checkpoint).eval()
@@ -147,7 +143,7 @@ def test_a_backbone_is_given_where_the_checkpoint_names_none(data, checkpoint, t
     save_weights(tmp_path / "net.pt", net.state_dict())
     with pytest.raises(LoRKDError, match="was made from a network object"):
         network_with_new_tasks(tmp_path / "net.pt", data, new_tasks=["mr"])
-    more = network_with_new_tasks(tmp_path / "net.pt", data, new_tasks=["mr"], backbone=BACKBONE)
+    more = network_with_new_tasks(tmp_path / "net.pt", data, new_tasks=["mr"], backbone=SMALL_RESNET)
     assert more.tasks == ["ct", "ultrasound", "mr"]
 
 
@@ -171,6 +167,6 @@ def test_what_is_no_trained_decomposition(data, tmp_path):
     save_weights(tmp_path / "plain.pt", {"weight": torch.zeros(2)})
     with pytest.raises(LoRKDError, match="holds no decomposition"):
         trained_info(tmp_path / "plain.pt")
-    save_weights(tmp_path / "bare.pt", LoRKDNet(BACKBONE, {"a": 2}).state_dict())
+    save_weights(tmp_path / "bare.pt", LoRKDNet(SMALL_RESNET, {"a": 2}).state_dict())
     with pytest.raises(LoRKDError, match="does not say what its tasks are"):
         network_with_new_tasks(tmp_path / "bare.pt", data)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from small_networks import SMALL_RESNET
 
 from lorkd_monai import cli
 from lorkd_monai.bundle import check_bundle, network_info
@@ -15,10 +16,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import load_weights, save_weights
 
-RESNET = {
-    "_target_": "ResNet", "block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 4, 8, 8], "spatial_dims": 2,
-    "n_input_channels": 3, "conv1_t_size": 3, "conv1_t_stride": 1,
-}  # fmt: skip
+RESNET = {**SMALL_RESNET, "conv1_t_stride": 1}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from monai.networks.nets import ResNet
+from small_networks import SMALL_RESNET
 
 from lorkd_monai import engines
 from lorkd_monai.bundle import network_info
@@ -18,11 +19,6 @@ from lorkd_monai.engines.evaluation import figures_table
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.networks.checkpoint import save_weights
-
-SMALL = {
-    "_target_": "ResNet", "block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 4, 8, 8],
-    "spatial_dims": 2, "n_input_channels": 3, "conv1_t_size": 3,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +36,7 @@ def items(data):
 @pytest.fixture(scope="module")
 def network(data):
     torch.manual_seed(0)
-    return LoRKDNet(SMALL, data.num_classes, rank=1, info=network_info(data, 3, 16))
+    return LoRKDNet(SMALL_RESNET, data.num_classes, rank=1, info=network_info(data, 3, 16))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +46,7 @@ def write_teacher(data, tmp_path_factory):
             block="basic", layers=[1, 1, 1, 1], block_inplanes=[4, 4, 8, 12], spatial_dims=2, n_input_channels=3,
             conv1_t_size=3, num_classes=sum(len(task.labels) for task in tasks),
         )  # fmt: skip
-        config = {**SMALL, "block_inplanes": [4, 4, 8, 12], "num_classes": network.fc.out_features}
+        config = {**SMALL_RESNET, "block_inplanes": [4, 4, 8, 12], "num_classes": network.fc.out_features}
         return write_teacher_bundle(
             tmp_path_factory.mktemp("teachers") / "teacher", network=network, network_config=config, tasks=tasks,
             kind="classification", spatial_dims=2, in_channels=3, image_size=16,
@@ -77,13 +73,13 @@ def test_teacher_of_all_tasks(data, items, network, write_teacher):
 
 def test_teacher_from_a_weights_file_and_a_config(data, write_teacher, tmp_path):
     bundle = write_teacher(list(data.tasks.values()))
-    config = {**SMALL, "block_inplanes": [4, 4, 8, 12]}
+    config = {**SMALL_RESNET, "block_inplanes": [4, 4, 8, 12]}
     config.pop("num_classes", None)
     teacher = engines.find_teacher(bundle / "models" / "model.pt", data, backbone=config)
     x, task = torch.rand(4, 3, 16, 16), torch.arange(4)
     assert torch.equal(teacher(x, task), engines.find_teacher(bundle, data)(x, task))
     with pytest.raises(LoRKDError, match="does not fit the network ResNet"):
-        engines.find_teacher(bundle / "models" / "model.pt", data, backbone=SMALL)
+        engines.find_teacher(bundle / "models" / "model.pt", data, backbone=SMALL_RESNET)
     with pytest.raises(LoRKDError, match="no teacher at .* a weights file of teacher_backbone"):
         engines.find_teacher(tmp_path / "model.pt", data, backbone=config)
 
@@ -192,7 +188,7 @@ def test_report(data, network, write_teacher, tmp_path, capsys):
     assert figures.keys() == {"experts", "teacher"}
     said = capsys.readouterr().out
     assert "| task | n | experts | teacher |" in said
-    other = LoRKDNet(SMALL, data.num_classes, rank=2)
+    other = LoRKDNet(SMALL_RESNET, data.num_classes, rank=2)
     save_weights(weights, other.state_dict())
     with pytest.raises(LoRKDError, match="rank"):
         engines.report_figures(network, weights, loader, data, "cpu", path, tmp_path / "none")
@@ -220,7 +216,7 @@ def test_facts_for_the_experts_readme(data, network, tmp_path):
 
 
 def test_a_network_of_all_tasks_seen_task_by_task(data):
-    network = TaskChannels.build(SMALL, data.num_classes).eval()
+    network = TaskChannels.build(SMALL_RESNET, data.num_classes).eval()
     x, task = torch.rand(4, 3, 16, 16), torch.tensor([3, 0, 2, 1])
     with torch.no_grad():
         y, plain = network(x, task), network.network(x)

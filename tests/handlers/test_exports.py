@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from ignite.engine import Engine
+from small_networks import SMALL_RESNET
 
 from lorkd_monai.bundle import network_info
 from lorkd_monai.data import load_data_list, make_phantoms
@@ -14,11 +15,6 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.handlers import ExpertExport, TeacherExport
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.networks.checkpoint import load_weights, save_weights
-
-SMALL = {
-    "_target_": "ResNet", "block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 4, 8, 8],
-    "spatial_dims": 2, "n_input_channels": 3, "conv1_t_size": 3,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +27,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def network(data):
     torch.manual_seed(0)
-    return LoRKDNet(SMALL, data.num_classes, rank=1, info=network_info(data, 3, 16))
+    return LoRKDNet(SMALL_RESNET, data.num_classes, rank=1, info=network_info(data, 3, 16))
 
 
 def trainer(handler, steps):
@@ -109,7 +105,7 @@ def test_killed_export_is_written_again(network, tmp_path, monkeypatch):
 
 
 def test_teacher_bundle(data, tmp_path):
-    network = TaskChannels.build(SMALL, data.num_classes)
+    network = TaskChannels.build(SMALL_RESNET, data.num_classes)
     save_weights(tmp_path / "model.pt", network.state_dict())
     figures = {"ct": {"accuracy": {"value": 0.75, "n": 4}}}
     folder = tmp_path / "teacher"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_networks import SMALL_RESNET
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
@@ -22,10 +23,7 @@ LAYERS = {
     "transposed3d": (lambda: nn.ConvTranspose3d(4, 6, 2, stride=2), (4, 3, 3, 3)),
     "linear": (lambda: nn.Linear(7, 5), (7,)),
 }
-BACKBONE = {
-    "_target_": "ResNet", "block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 4, 8, 8],
-    "spatial_dims": 2, "n_input_channels": 1, "conv1_t_size": 3,
-}  # fmt: skip
+BACKBONE = {**SMALL_RESNET, "n_input_channels": 1}
 
 
 def with_experts(module):

@@ -5,15 +5,13 @@ import copy
 import pytest
 import safetensors.torch
 import torch
+from small_networks import SMALL_RESNET
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.packs import fingerprint, load_expert, load_pack, save_expert, save_pack
 
-BACKBONE = {
-    "_target_": "ResNet", "block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 4, 8, 8],
-    "spatial_dims": 2, "n_input_channels": 1, "conv1_t_size": 3,
-}  # fmt: skip
+BACKBONE = {**SMALL_RESNET, "n_input_channels": 1}
 
 
 def decomposition(seed=0, tasks=None, **options):
