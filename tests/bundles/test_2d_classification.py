@@ -136,11 +136,11 @@ def test_experts_alone_give_the_decomposition_s_probabilities(task, trained, as_
 
 
 OVERRIDES = {
-    "ranks, layout, task norms": {
+    "ranks, layout, shared norms": {
         "rank": "{'ct': 1, 'ultrasound': 2, 'mr': 3, 'cells': 4}",
         "alpha": 2.5,
         "layout": "conv",
-        "norm": "task",
+        "norm": "shared",
         "rank_pattern": "{'*layer4*': 2}",
         "exclude": "['conv1']",
         "image_size": 20,
@@ -172,7 +172,7 @@ def test_overrides(name, bundle_run, phantoms, trained, tmp_path):
     spec = network.spec()
     if name.startswith("ranks"):
         assert spec["rank"] == {"ct": 1, "ultrasound": 2, "mr": 3, "cells": 4}
-        assert (spec["layout"], spec["norm"], spec["alpha"]) == ("conv", "task", 2.5)
+        assert (spec["layout"], spec["norm"], spec["alpha"]) == ("conv", "shared", 2.5)
         assert "conv1" not in network.expert_layers
         assert spec["info"]["image_size"] == 20
     elif name.startswith("no teacher"):
