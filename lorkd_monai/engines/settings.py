@@ -47,6 +47,7 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     ),
     "sampling_temperature": ("a number of at least 1", lambda v: _real(v) and v >= 1),
     "alpha": ("a number", _real),
+    "ema": ("a number from 0 to below 1", lambda v: _real(v) and 0 <= v < 1),
     "cache_teacher": (
         "True, False, or the number of fixed views of each image",
         lambda v: isinstance(v, bool) or _whole(v, 0),

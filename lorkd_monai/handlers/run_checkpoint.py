@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 class RunCheckpoint:
     """Save a run after each epoch so that it can be killed at any moment, and resume it.
 
-    ``last.pt`` holds everything that the run needs to go on; ``model.pt`` the network's weights of the epoch with the
+    ``last.pt`` holds everything that the run needs to go on; ``model.pt`` the weights of the epoch with the
     best score on the validation images (the first of equals), as a flat state dict. Both are written beside their
     place and moved there, so that a killed run leaves the former file whole.
 
@@ -35,11 +35,12 @@ class RunCheckpoint:
 
     Args:
         folder: where the two files are.
-        network: the network to save.
+        network: the network that is trained.
         objects: further objects with ``state_dict`` and ``load_state_dict`` by name: optimizer, scheduler, ….
         settings: what must be the same for a run to go on, as plain data: seed, batch size, ….
         evaluator: gives the score, in ``state.metrics[state.key_metric_name]``; None: the last epoch counts as best.
             Epochs that are not evaluated only count as long as none was.
+        kept: the network whose weights go to ``model.pt``, such as a `WeightAverage`'s; None: the trained one.
 
     Raises:
         LoRKDError: at the start of the run, where ``last.pt`` can't be read or belongs to another run.
@@ -52,9 +53,11 @@ class RunCheckpoint:
         objects: Mapping[str, Any],
         settings: Mapping[str, Any],
         evaluator: Engine | None = None,
+        kept: nn.Module | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.network = network
+        self.kept = kept
         self.objects = dict(objects)
         self.settings = dict(settings)
         self.evaluator = evaluator
@@ -123,12 +126,11 @@ class RunCheckpoint:
             self.best = {"epoch": engine.state.epoch, **({} if score is None else {"score": score})}
         if idist.get_rank() != 0:
             return
-        network = self._unwrapped().state_dict()
         self.folder.mkdir(parents=True, exist_ok=True)
         if better:
-            _write(network, self.model)
+            _write((self._unwrapped() if self.kept is None else self.kept).state_dict(), self.model)
         state = {
-            "network": network,
+            "network": self._unwrapped().state_dict(),
             "objects": {name: item.state_dict() for name, item in self._all_objects(engine).items()},
             "epoch": engine.state.epoch,
             "best": self.best,

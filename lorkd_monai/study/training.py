@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import EMAHandler
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import nn
 from torch.optim import AdamW
@@ -21,7 +20,7 @@ from lorkd_monai.data import DataList
 from lorkd_monai.data.samplers import TaskSampler
 from lorkd_monai.engines import DecompositionTrainer, TaskEvaluator, make_objective, test_loader, train_loader
 from lorkd_monai.engines.run import cosine_schedule
-from lorkd_monai.handlers import TaskMetric
+from lorkd_monai.handlers import TaskMetric, WeightAverage
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.study.settings import StudySettings
@@ -114,12 +113,9 @@ def fit(
         ),
         seed=seed, amp=settings.amp,
     )  # fmt: skip
-    watched = network
-    if ema:
-        average = EMAHandler(network, momentum=1 - ema, momentum_warmup=0.5, warmup_iters=min(100, 10 * len(loader)))
-        average.attach(trainer)
-        watched = average.ema_model
-    watch = _Watch(watched, data, validation, settings, epochs, device, progress)
+    average = WeightAverage(network, ema)
+    average.attach(trainer)
+    watch = _Watch(average.network, data, validation, settings, epochs, device, progress)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, watch)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: schedule.step())
     started, cpu = time.perf_counter(), time.process_time()

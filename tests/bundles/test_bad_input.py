@@ -86,6 +86,7 @@ SETTINGS = {
     "learning_rate": (-1, "fast"),
     "temperature": (0,),
     "transfer_weight": (-1, "much"),
+    "ema": (1, "much"),
     "alpha": ("x",),
     "seed": (-1, "abc"),
     "accumulation_steps": (0,),

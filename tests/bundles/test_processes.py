@@ -19,7 +19,8 @@ from lorkd_monai.networks.checkpoint import load_decomposition
 
 pytestmark = pytest.mark.slow
 KIND = "2d_classification"
-NETWORK = {"backbone__block_inplanes": "[8,16,16,16]", "learning_rate": 0.004}
+# Norms for each task would see two images of a task in a step of two processes.
+NETWORK = {"backbone__block_inplanes": "[8,16,16,16]", "learning_rate": 0.004, "norm": "shared"}
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
