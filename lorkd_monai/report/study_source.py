@@ -13,7 +13,7 @@ import numpy as np
 from lorkd_monai.report.content import Content, Curve, Matrix, Point, Segmentation, Table
 from lorkd_monai.report.transfer_source import add_transfer, held_out_folders
 from lorkd_monai.study.files import RunFile, read_runs
-from lorkd_monai.study.statistics import Difference, Summary, compare, summarise
+from lorkd_monai.study.statistics import Difference, Summary, compare, other_means, summarise
 from lorkd_monai.study.tables import difference_pairs
 
 __all__ = ["confusion_matrix", "content_of_study", "is_study", "spectrum_content"]
@@ -182,14 +182,10 @@ def _task_points(rows: Sequence[Summary], task: str) -> list[Point]:
 
 def _table(rows: Sequence[Summary]) -> Table:
     tasks = list(rows[0].tasks)
-    other = [f for f in ("auroc", "nsd") if f in rows[0].runs[0]["figures"][tasks[0]]]
+    other = other_means(rows)
     header = ["method", "what it is", "seeds", "mean", "± sd", *tasks, *(f"mean {f}" for f in other)]
     lines = []
-    for row in rows:
-        extra = [
-            float(np.mean([run["figures"][t][f]["value"] for run in row.runs for t in tasks if f in run["figures"][t]]))
-            for f in other
-        ]
+    for i, row in enumerate(rows):
         lines.append(
             [
                 row.method,
@@ -198,7 +194,7 @@ def _table(rows: Sequence[Summary]) -> Table:
                 f"{row.mean:.3f}",
                 "" if row.sd is None else f"{row.sd:.3f}",
                 *(f"{row.tasks[t][0]:.3f}" for t in tasks),
-                *(f"{value:.3f}" for value in extra),
+                *(f"{values[i]:.3f}" for values in other.values()),
             ]
         )
     note = "Mean over the scored tasks on the test images; ± is the sample standard deviation over seeds."

@@ -20,7 +20,7 @@ from lorkd_monai.metrics.bootstrap import resampling_weights
 from lorkd_monai.metrics.classification import balanced_accuracy
 from lorkd_monai.study.files import RunFile, read_runs
 
-__all__ = ["Difference", "Summary", "compare", "scores_under", "summarise"]
+__all__ = ["Difference", "Summary", "compare", "other_means", "scores_under", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,19 @@ def summarise(folder: str | os.PathLike, resamples: int = 2000) -> list[Summary]
             )
         )  # fmt: skip
     return sorted(rows, key=lambda row: (row.setting != "full", row.setting, -row.mean))
+
+
+def other_means(rows: Sequence[Summary]) -> dict[str, list[float]]:
+    """Means over tasks and seeds of ``auroc`` or ``nsd`` where all rows have it; a value for each row."""
+    found = {}
+    for name in ("auroc", "nsd"):
+        values = [
+            [run["figures"][task].get(name, {}).get("value") for run in row.runs for task in row.tasks] for row in rows
+        ]
+        known = [[v for v in own if v is not None] for own in values]
+        if known and all(known):
+            found[name] = [float(np.mean(own)) for own in known]
+    return found
 
 
 def compare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from lorkd_monai.study.statistics import Difference, Summary, compare, summarise
+from lorkd_monai.study.statistics import Difference, Summary, compare, other_means, summarise
 
 __all__ = ["difference_pairs", "difference_table", "main_table", "study_tables"]
 
@@ -33,16 +33,19 @@ def _one_expert(row: Summary, key: str) -> float:
 def main_table(rows: Sequence[Summary]) -> str:
     """Mean over tasks with its interval, each task, and what it costs: a row for each method of one setting."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
+    others = other_means(rows)
     header = ["method", "seeds", "mean of tasks (± sd over seeds)", "95 % interval", *tasks]
+    header += [f"mean {name}" for name in others]
     header += ["parameters for one task", "of all tasks", "M multiply-adds", "training, CPU min"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in rows:
+    for i, row in enumerate(rows):
         cells = [
             row.method,
             str(len(row.seeds)),
             _with_sd(row.mean, row.sd),
             f"{row.low:.3f}–{row.high:.3f}",
             *(_with_sd(*row.tasks[task]) if task in row.tasks else "" for task in tasks),
+            *(f"{values[i]:.3f}" for values in others.values()),
             f"{_one_expert(row, 'parameters'):,.0f}",
             f"{_mean_of(row, 'cost', 'parameters'):,.0f}",
             f"{_one_expert(row, 'multiply_adds') / 1e6:.1f}",

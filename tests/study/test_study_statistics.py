@@ -10,7 +10,7 @@ import torch
 from hand_made_study import LABELS, one_hot, write_run
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.study.statistics import compare, scores_under, summarise
+from lorkd_monai.study.statistics import compare, other_means, scores_under, summarise
 from lorkd_monai.study.tables import difference_pairs, difference_table, main_table, study_tables
 
 
@@ -43,6 +43,19 @@ def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     row = summarise(tmp_path, 50)[0]
     assert row.sd is None and row.mean == row.low == row.high == 1.0
     assert "±" not in main_table([row]).splitlines()[2]
+
+
+def test_the_area_under_the_curve_stands_beside_the_score(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, "mtl", seed, [[0, 0, 1, 1], [0, 0, 1, 1]])
+    rows = summarise(tmp_path, 20)
+    assert other_means(rows) == {} and "auroc" not in main_table(rows)
+    for value, run in zip((0.5, 0.75), rows[0].runs, strict=True):
+        run["figures"]["a"]["auroc"] = {"value": value}
+        run["figures"]["b"]["auroc"] = {"value": None}  # of images of one class
+    assert other_means(rows) == {"auroc": [0.625]}
+    header, _, line = main_table(rows).splitlines()
+    assert dict(zip(header.split(" | "), line.split(" | "), strict=True))["mean auroc"] == "0.625"
 
 
 def test_difference_is_paired(tmp_path: Path) -> None:
