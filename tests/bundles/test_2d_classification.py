@@ -51,6 +51,11 @@ def test_what_a_run_leaves(trained, phantoms):
     assert {"last.pt", "model.pt", "figures.json"} <= {path.name for path in (trained / "training").iterdir()}
     assert {"last.pt", "model.pt", "figures.json"} <= {path.name for path in (trained / "pretraining").iterdir()}
     assert sorted(path.name for path in (trained / "experts").iterdir()) == sorted(f"{t}_classification" for t in TASKS)
+    state = torch.load(trained / "training" / "last.pt", weights_only=True)
+    steps = {int(own["step"]) for own in state["objects"]["optimizer"]["state"].values()}
+    assert int(state["objects"]["average"]["n_averaged"]) == max(steps) > 1
+    averaged = state["objects"]["average"]
+    assert any(not torch.equal(value, averaged[f"module.{key}"]) for key, value in state["network"].items())
     for expert in (trained / "experts").iterdir():
         assert check_bundle(expert, thorough=False) == []
         weights = torch.load(expert / "models" / "model.pt", weights_only=True)
