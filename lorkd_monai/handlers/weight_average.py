@@ -72,6 +72,6 @@ class WeightAverage:
             own.copy_(trained)
 
     @torch.no_grad()
-    def _step(self, average: Sequence[Tensor], trained: Sequence[Tensor], steps: Tensor) -> None:
-        n = int(steps)
+    def _step(self, average: Sequence[Tensor], trained: Sequence[Tensor], _: Tensor) -> None:
+        n = int(self._average.n_averaged)  # the count itself lies in host memory: its copy would wait for the GPU
         torch._foreach_lerp_(list(average), list(trained), 1 - min(self.share, (1 + n) / (10 + n)))

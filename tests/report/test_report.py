@@ -81,6 +81,16 @@ def test_study_report_is_complete_and_alone(study_folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_one_lucky_seed_is_no_headline(study_folder: Path) -> None:
+    lucky = write_run(study_folder, "lorkd_lucky", 0, [[0, 0, 1, 1]] * 2, family="lorkd")
+    content = lucky.read()
+    content["fits"]["all tasks"]["validation"] = 0.99
+    lucky.write(content, lucky.read_arrays())
+    text = Page(Path(report(str(study_folder))).read_text(encoding="utf-8")).text
+    assert "Setting full, 2 seeds" in text and "validation images prefer lorkd, with" in text
+
+
+@pytest.mark.slow
 def test_markdown_has_its_pictures(study_folder: Path) -> None:
     folder = Path(report(str(study_folder))).parent
     text = (folder / "report.md").read_text(encoding="utf-8")
