@@ -52,8 +52,9 @@ def study(
 
     from lorkd_monai.study.command import run_from_arguments
 
-    if not isinstance(output, (str, Path)):
-        raise LoRKDError(f"output: expected a path, got {output!r}")
+    for name, value in (("output", output), ("dataset_dir", dataset_dir)):
+        if not isinstance(value, (str, Path)) and not (name == "dataset_dir" and value is None):
+            raise LoRKDError(f"{name}: expected a path, got {value!r}; write ./{value} for a folder of this name")
     folder = run_from_arguments(
         output,
         dataset_dir,

@@ -31,6 +31,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.titlesize": 10,
 }
+_drawn = matplotlib.rc_context(_STYLE)
 
 
 def _png(figure: Figure) -> bytes:
@@ -39,24 +40,24 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
-    with matplotlib.rc_context(_STYLE):
-        return Figure(figsize=(width, height), layout="constrained")
+def _figure(width: float, height: float) -> tuple[Figure, matplotlib.axes.Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
-def _axes(figure: Figure) -> matplotlib.axes.Axes:
-    with matplotlib.rc_context(_STYLE):
-        return figure.add_subplot()
+def _plain(text: str) -> str:
+    """Names of tasks and classes may hold a $, which is no formula."""
+    return text.replace("$", r"\$")
 
 
 def _colour(group: str) -> str:
     return GROUPS.get(group, _COLOURS[0])
 
 
+@_drawn
 def dots(points: Sequence[Point], axis: str, zero: bool = False, width: float = 5) -> bytes:
     """A dot for each row with its interval as a line; ticks are single seeds. ``zero`` marks no difference."""
-    figure = _figure(width, 0.9 + 0.27 * len(points))
-    axes = _axes(figure)
+    figure, axes = _figure(width, 0.9 + 0.27 * len(points))
     for row, point in enumerate(reversed(points)):
         colour = _colour(point.group)
         if point.low is not None and point.high is not None:
@@ -64,9 +65,9 @@ def dots(points: Sequence[Point], axis: str, zero: bool = False, width: float = 
         if point.dots:
             axes.plot(point.dots, [row] * len(point.dots), "|", color=colour, markersize=7, alpha=0.6)
         axes.plot([point.value], [row], "o", color=colour, markersize=5)
-    axes.set_yticks(range(len(points)), [point.label for point in reversed(points)])
+    axes.set_yticks(range(len(points)), [_plain(point.label) for point in reversed(points)])
     axes.set_ylim(-0.7, len(points) - 0.3)
-    axes.set_xlabel(axis)
+    axes.set_xlabel(_plain(axis))
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     if zero:
@@ -74,17 +75,17 @@ def dots(points: Sequence[Point], axis: str, zero: bool = False, width: float = 
     return _png(figure)
 
 
+@_drawn
 def scatter(points: Sequence[tuple[str, str, float, float]], axis: str) -> bytes:
     """(label, group, parameters, score): score against parameters, on a logarithmic axis; methods by number."""
-    figure = _figure(5, 3.4)
-    axes = _axes(figure)
+    figure, axes = _figure(5, 3.4)
     ordered = sorted(points, key=lambda p: -p[3])
     for number, (label, group, size, score) in enumerate(ordered, 1):
-        axes.plot([size], [score], "o", color=_colour(group), markersize=5, label=f"{number} {label}")
+        axes.plot([size], [score], "o", color=_colour(group), markersize=5, label=f"{number} {_plain(label)}")
         axes.annotate(str(number), (size, score), textcoords="offset points", xytext=(5, 3), fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("parameters of all that was trained")
-    axes.set_ylabel(axis)
+    axes.set_ylabel(_plain(axis))
     axes.grid(color="#eeeeee", linewidth=0.6)
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False, handlelength=0.8)
@@ -92,16 +93,23 @@ def scatter(points: Sequence[tuple[str, str, float, float]], axis: str) -> bytes
     return _png(figure)
 
 
+@_drawn
 def curves(lines: Sequence[Curve], axis: str, across: str = "epoch", logarithmic: bool = False) -> bytes:
     """Lines over epochs, or over ``across``."""
-    figure = _figure(4, 3 + 0.14 * math.ceil(len(lines) / 2))
-    axes = _axes(figure)
+    figure, axes = _figure(4, 3 + 0.14 * math.ceil(len(lines) / 2))
     for number, line in enumerate(lines):
         style = {"linestyle": ("-", "--", ":")[number // len(_COLOURS) % 3], "linewidth": 1.4}
         marker = {"marker": "o", "markersize": 3} if len(line.values) < 3 else {}
-        axes.plot(line.epochs, line.values, color=_COLOURS[number % len(_COLOURS)], label=line.label, **style, **marker)
+        axes.plot(
+            line.epochs,
+            line.values,
+            color=_COLOURS[number % len(_COLOURS)],
+            label=_plain(line.label),
+            **style,
+            **marker,
+        )
     axes.set_xlabel(across)
-    axes.set_ylabel(axis)
+    axes.set_ylabel(_plain(axis))
     if logarithmic:
         axes.set_yscale("log")
     axes.grid(color="#eeeeee", linewidth=0.6)
@@ -111,17 +119,19 @@ def curves(lines: Sequence[Curve], axis: str, across: str = "epoch", logarithmic
     return _png(figure)
 
 
+@_drawn
 def heat_map(matrix: Matrix) -> bytes:
     """A matrix in colours, with its values where there is room for them."""
     rows, columns = matrix.values.shape
     beside, below = (0.07 * max(map(len, names)) for names in (matrix.rows, matrix.columns))
-    figure = _figure(max(3.2, 1.2 + beside + 0.45 * columns), max(2.4, 0.8 + 0.7 * below + 0.3 * rows))
-    axes = _axes(figure)
+    figure, axes = _figure(max(3.2, 1.2 + beside + 0.45 * columns), max(2.4, 0.8 + 0.7 * below + 0.3 * rows))
     colours = "RdBu_r" if matrix.diverging else "viridis"
     image = axes.imshow(matrix.values, cmap=colours, vmin=matrix.low, vmax=matrix.high, aspect="auto")
-    axes.set_xticks(range(columns), matrix.columns, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(rows), matrix.rows, fontsize=8 if rows < 16 else 6)
-    axes.set_title(matrix.title)
+    axes.set_xticks(
+        range(columns), [_plain(n) for n in matrix.columns], rotation=40, ha="right", rotation_mode="anchor"
+    )
+    axes.set_yticks(range(rows), [_plain(n) for n in matrix.rows], fontsize=8 if rows < 16 else 6)
+    axes.set_title(_plain(matrix.title))
     if rows * columns <= 150:
         middle = (matrix.low + matrix.high) / 2
         for i in range(rows):
@@ -139,18 +149,20 @@ def heat_map(matrix: Matrix) -> bytes:
     return _png(figure)
 
 
+@_drawn
 def confusion(matrix: Matrix) -> bytes:
     """Rows: what the images are; columns: what they were called; share of each row in colour, numbers of images."""
     rows = len(matrix.rows)
     beside = 0.065 * max(map(len, matrix.rows))
-    figure = _figure(1.0 + beside + 0.52 * rows, 0.9 + 0.7 * beside + 0.45 * rows)
-    axes = _axes(figure)
+    figure, axes = _figure(1.0 + beside + 0.52 * rows, 0.9 + 0.7 * beside + 0.45 * rows)
     axes.imshow(matrix.values, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(rows), matrix.columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
-    axes.set_yticks(range(rows), matrix.rows, fontsize=8)
+    axes.set_xticks(
+        range(rows), [_plain(n) for n in matrix.columns], rotation=40, ha="right", rotation_mode="anchor", fontsize=8
+    )
+    axes.set_yticks(range(rows), [_plain(n) for n in matrix.rows], fontsize=8)
     axes.set_xlabel("called", fontsize=8)
     axes.set_ylabel("is", fontsize=8)
-    axes.set_title(matrix.title, fontsize=9)
+    axes.set_title(_plain(matrix.title), fontsize=9)
     counts = matrix.values if matrix.counts is None else matrix.counts
     for i in range(rows):
         for j in range(rows):
@@ -159,11 +171,11 @@ def confusion(matrix: Matrix) -> bytes:
     return _png(figure)
 
 
+@_drawn
 def segmentation(example: Segmentation, task: str) -> bytes:
     """An image with contours: the label's solid, the prediction's dashed."""
     height, width = example.image.shape
-    figure = _figure(2.6, 2.6 * min(1.6, max(0.6, height / width)) + 0.35)
-    axes = _axes(figure)
+    figure, axes = _figure(2.6, 2.6 * min(1.6, max(0.6, height / width)) + 0.35)
     axes.imshow(example.image, cmap="gray", vmin=0, vmax=255)
     for c in range(1, int(max(example.label.max(), example.prediction.max())) + 1):
         for drawn, colour, style in ((example.label, "#E69F00", "solid"), (example.prediction, "#56B4E9", "dashed")):
@@ -171,5 +183,5 @@ def segmentation(example: Segmentation, task: str) -> bytes:
             if mask.any() and not mask.all():
                 axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.1, linestyles=style)
     axes.set_axis_off()
-    axes.set_title(f"{task}, {example.title}", fontsize=7)
+    axes.set_title(_plain(f"{task}, {example.title}"), fontsize=7)
     return _png(figure)

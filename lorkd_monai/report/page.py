@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import os
 from pathlib import Path
@@ -37,8 +38,8 @@ def write_report(folder: str | os.PathLike, output: str | os.PathLike | None = N
 
     content = content_of_study(folder, resamples) if is_study(folder) else content_of_run(folder)
     output = folder / "report" if output is None else Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    sections = Sections(output).of(content)
+    drawing = Sections()
+    sections = drawing.of(content)
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("lorkd_monai.report", "templates"),
         autoescape=lambda name: name is not None and name.endswith("html.j2"),
@@ -46,9 +47,18 @@ def write_report(folder: str | os.PathLike, output: str | os.PathLike | None = N
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    templates.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    templates.filters["cell"] = lambda text: html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", " ")
+    files = dict(drawing.files)
     for name in ("report.md", "report.html"):
         text = templates.get_template(f"{name}.j2").render(content=content, sections=sections)
-        with atomic_file(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        files[name] = text.encode("utf-8")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            with atomic_file(output / name) as temporary:
+                temporary.write_bytes(data)
+    except OSError as error:
+        raise LoRKDError(
+            f"the report can't be written to {output}: {error}. Name another folder by --output"
+        ) from error
     return output / "report.html"

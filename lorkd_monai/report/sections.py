@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from lorkd_monai.files import atomic_file
 from lorkd_monai.report import figures
 from lorkd_monai.report.content import Content, Table
 
@@ -36,22 +34,23 @@ class Section:
 
 
 class Sections:
-    """Draws the figures of a content, and puts them into sections."""
+    """Draws the figures of a content, and puts them into sections.
 
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.used: set[str] = set()
+    Attributes:
+        files: the pictures as PNG, by the names under which the sections speak of them.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
 
     def _drawn(self, name: str, text: str, png: bytes) -> Picture:
         # Names of tasks and methods come from files: only harmless letters get into a file's name.
         stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:60] or "figure"
         file, number = f"{stem}.png", 1
-        while file in self.used:
+        while file in self.files:
             number += 1
             file = f"{stem}_{number}.png"
-        self.used.add(file)
-        with atomic_file(self.output / file) as temporary:
-            temporary.write_bytes(png)
+        self.files[file] = png
         return Picture(file, text, "data:image/png;base64," + base64.b64encode(png).decode())
 
     def of(self, content: Content) -> list[Section]:

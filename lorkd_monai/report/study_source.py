@@ -57,14 +57,12 @@ def content_of_study(folder: str | os.PathLike, resamples: int = 2000) -> Conten
         content.against_size[setting] = [
             (row.method, row.runs[0]["family"], float(row.runs[0]["cost"]["parameters"]), row.mean) for row in own
         ]
-    for setting in content.comparison:
-        if setting in best:
-            content.differences[setting] = [
-                Point(f"{d.first} − {d.second}", d.value, d.low, d.high, "difference")
-                for d in differences
-                if d.setting == setting and d.first == best[setting].method
-            ]
-    shown = best.get("full") or next(iter(best.values()), None)
+    for (setting, _), row in best.items():
+        content.differences.setdefault(setting, []).extend(
+            Point(f"{d.first} − {d.second}{_seeds_of(d, row)}", d.value, d.low, d.high, "difference")
+            for d in _beside(rows, row, differences)
+        )
+    shown = next(iter(best.values()), None)  # summaries begin with the setting "full"
     _curves(content, rows, shown)
     _conflicts(content, rows, shown)
     if shown is not None and "spectra" in shown.runs[0]:
@@ -76,22 +74,31 @@ def content_of_study(folder: str | os.PathLike, resamples: int = 2000) -> Conten
     return content
 
 
-def _best_lorkd(rows: Sequence[Summary]) -> dict[str, Summary]:
-    """The decomposition with the best mean on the validation images, by setting: no test figure chooses.
+def _budget(row: Summary) -> str:
+    """What a method may spend, and how its epoch is chosen: figures of one budget stand beside each other."""
+    settings = row.runs[0]["settings"]
+    draws = settings["images_per_epoch"]
+    chosen = "the last taken" if settings["selection"] == "last" else "the best by the validation images taken"
+    return f"{settings['epochs']} epochs{'' if draws is None else f' of {draws} images'}, {chosen}"
 
-    Only those with the most seeds take part: one lucky seed is not set against the mean of several.
+
+def _best_lorkd(rows: Sequence[Summary]) -> dict[tuple[str, str], Summary]:
+    """The decomposition that the validation images prefer, by setting and budget; the budget of most methods first.
+
+    No test figure chooses, and only those with the most seeds take part: one lucky seed is not set against the mean of
+    several.
     """
-    best: dict[str, Summary] = {}
+    groups: dict[tuple[str, str], list[Summary]] = {}
     for row in rows:
-        if row.runs[0]["family"] != "lorkd":
-            continue
-        if row.setting not in best or _preference(row) > _preference(best[row.setting]):
-            best[row.setting] = row
+        if row.runs[0]["family"] != "teacher":
+            groups.setdefault((row.setting, _budget(row)), []).append(row)
+    settings = list(dict.fromkeys(row.setting for row in rows))
+    best = {}
+    for key in sorted(groups, key=lambda key: (settings.index(key[0]), -len(groups[key]))):
+        experts = [row for row in groups[key] if row.runs[0]["family"] == "lorkd"]
+        if experts:
+            best[key] = max(experts, key=lambda row: (len(row.seeds), _validation(row)))
     return best
-
-
-def _preference(row: Summary) -> tuple[int, float]:
-    return len(row.seeds), _validation(row)
 
 
 def _validation(row: Summary) -> float:
@@ -99,22 +106,40 @@ def _validation(row: Summary) -> float:
     return float(np.mean(values)) if values else float("-inf")
 
 
+def _beside(rows: Sequence[Summary], row: Summary, differences: Sequence[Difference]) -> list[Difference]:
+    """The differences between a decomposition and what is none, of its own budget; teachers have one of their own."""
+    peers = {
+        other.method
+        for other in rows
+        if other.setting == row.setting
+        and (other.runs[0]["family"] == "teacher" or (other is not row and _budget(other) == _budget(row)))
+    }
+    return [d for d in differences if (d.setting, d.first) == (row.setting, row.method) and d.second in peers]
+
+
+def _seeds_of(d: Difference, row: Summary) -> str:
+    """Said where a difference rests on fewer seeds than the decomposition has."""
+    return "" if len(d.seeds) == len(row.seeds) else f", {len(d.seeds)} of {len(row.seeds)} seeds"
+
+
 def _findings(
-    rows: Sequence[Summary], differences: Sequence[Difference], best: Mapping[str, Summary], score: str
+    rows: Sequence[Summary],
+    differences: Sequence[Difference],
+    best: Mapping[tuple[str, str], Summary],
+    score: str,
 ) -> list[tuple[str, list[str]]]:
     lines = []
-    for setting, row in best.items():
-        seeds = f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
+    for (setting, budget), row in best.items():
         found = []
-        for d in differences:
-            if d.setting == setting and d.first == row.method:
-                word = "above" if d.low > 0 else "below" if d.high < 0 else "not told apart from"
-                found.append(f"{word} {d.second}: {d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})")
+        for d in _beside(rows, row, differences):
+            word = "above" if d.low > 0 else "below" if d.high < 0 else "not told apart from"
+            found.append(f"{word} {d.second}: {d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f}){_seeds_of(d, row)}")
+        seeds = f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
         lines.append(
             (
-                f"Setting {setting}, {seeds}: of the decompositions with most seeds the validation images prefer "
-                f"{row.method}, with a mean {score} over tasks of {row.mean:.3f} (95 % interval {row.low:.3f} to "
-                f"{row.high:.3f}) on the test images.",
+                f"Setting {setting}, {budget}, {seeds}: of the decompositions with most seeds the validation images "
+                f"prefer {row.method}, with a mean {score} over tasks of {row.mean:.3f} (95 % interval {row.low:.3f} "
+                f"to {row.high:.3f}) on the test images.",
                 found,
             )
         )
@@ -126,16 +151,19 @@ def _name_of(config: Mapping[str, Any]) -> str:
     return f"{config.get('_target_', '?')} ({options})"
 
 
-def _facts(rows: Sequence[Summary], best: Mapping[str, Summary]) -> list[tuple[str, str]]:
+def _facts(rows: Sequence[Summary], best: Mapping[tuple[str, str], Summary]) -> list[tuple[str, str]]:
     run = (next(iter(best.values()), rows[0])).runs[0]
     settings = run["settings"]
     common = ("image_size", "epochs", "images_per_epoch", "batch_size", "learning_rate", "ema", "selection")
+    bundle = settings.get("teacher_bundle")
     facts = [
-        ("Foundation model", _name_of(settings["teacher_backbone"])),
+        ("Foundation model", f"the bundle {Path(bundle).name}" if bundle else _name_of(settings["teacher_backbone"])),
         ("Student", _name_of(settings["backbone"])),
         ("Budget and selection", ", ".join(f"{k.replace('_', ' ')} {settings[k]}" for k in common)),
-        ("Foundation model's budget", f"{settings['teacher_members']} network(s), {settings['teacher_epochs']} epochs"),
     ]
+    if not bundle:
+        own = f"{settings['teacher_members']} network(s), {settings['teacher_epochs']} epochs"
+        facts.append(("Foundation model's budget", own))
     if "ranks" in run:
         ranks = ", ".join(f"{task} {rank}" for task, rank in run["ranks"].items())
         said = f"{run['method']}: ranks {ranks}; layout {settings['layout']}, norms {settings['norm']}"
@@ -180,16 +208,16 @@ def _point(row: Summary) -> Point:
 def _task_points(rows: Sequence[Summary], task: str) -> list[Point]:
     points = []
     for row in rows:
-        figures = [run["figures"][task][run["score"]] for run in row.runs]
-        low, high = (float(np.mean([f[k] for f in figures])) if all(k in f for f in figures) else None
-                     for k in ("low", "high"))  # fmt: skip
-        seeds = tuple(f["value"] for f in figures) if len(figures) > 1 else ()
-        points.append(Point(row.method, row.tasks[task][0], low, high, row.runs[0]["family"], seeds))
+        if task in row.tasks:
+            found = [run["figures"][task][run["score"]]["value"] for run in row.runs]
+            seeds = tuple(found) if len(found) > 1 else ()
+            value, interval = row.tasks[task][0], row.task_intervals[task]
+            points.append(Point(row.method, value, *interval, row.runs[0]["family"], seeds))
     return points
 
 
 def _table(rows: Sequence[Summary]) -> Table:
-    tasks = list(rows[0].tasks)
+    tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
     other = other_means(rows)
     header = ["method", "what it is", "seeds", "mean", "± sd", *tasks, *(f"mean {f}" for f in other)]
     lines = []
@@ -201,7 +229,7 @@ def _table(rows: Sequence[Summary]) -> Table:
                 str(len(row.seeds)),
                 f"{row.mean:.3f}",
                 "" if row.sd is None else f"{row.sd:.3f}",
-                *(f"{row.tasks[t][0]:.3f}" for t in tasks),
+                *(f"{row.tasks[t][0]:.3f}" if t in row.tasks else "" for t in tasks),
                 *(f"{values[i]:.3f}" for values in other.values()),
             ]
         )
@@ -212,7 +240,7 @@ def _table(rows: Sequence[Summary]) -> Table:
 def _curves(content: Content, rows: Sequence[Summary], shown: Summary | None) -> None:
     """Validation scores of each task over the epochs, averaged over seeds, and the loss terms of one decomposition."""
     setting = rows[0].setting if shown is None else shown.setting
-    names = ("mtl", "mtl_norms", "stl", "mtl_kd", "stl_kd", *([shown.method] if shown else []))
+    names = ["stl", "mtl", "stl_kd", "mtl_kd", "stl_kd_init", "mtl_kd_init", *([shown.method] if shown else [])]
     for row in rows:
         if row.setting != setting or row.method not in names:
             continue

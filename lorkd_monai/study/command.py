@@ -58,12 +58,14 @@ def run_from_arguments(
     common = default_settings(kind, spatial_dims)
     if quick:
         common = common.changed(_QUICK[kind, spatial_dims])
-        methods, seeds = methods or QUICK_METHODS, list(seeds)[:1]
+        seeds = list(seeds)[:1]
     common = common.changed(changes)
-    if unseen and methods is None:
-        methods = ["lorkd_init"]
-    names = list(METHODS) if methods is not None and list(methods) == ["all"] else methods or MAIN_METHODS
+    if methods is None:
+        methods = ["lorkd_init"] if unseen else QUICK_METHODS if quick else MAIN_METHODS
+    names = list(METHODS) if list(methods) == ["all"] else methods
     chosen = methods_named(names, variants)
+    for method in chosen:
+        method.settings(common)
     runs = plan_runs(chosen, settings, seeds)
     if plan_only:
         for run in runs:
@@ -80,7 +82,7 @@ def run_from_arguments(
         experts = [method for method in chosen if method.family == "lorkd"]
         if len(experts) != 1:
             raise LoRKDError(f"unseen: expected one decomposition among the methods, got {len(experts)}")
-        held_out = list(data.tasks) if list(unseen) == ["all"] else unseen
+        held_out = data.scored if list(unseen) == ["all"] else unseen
         for folder in run_transfer(output, data, common, experts[0], held_out, settings, seeds, device, say):
             say("\n" + study_tables(folder, common.resamples))
         return Path(output)

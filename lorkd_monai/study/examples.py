@@ -41,11 +41,12 @@ def example_arrays(
     for name, kept in predictions.items():
         number = dataset.data.tasks[name].index
         items = [i for i, task in enumerate(dataset.task_of_item) if task == number]
-        dice = kept["dice"].double().nanmean(1).nan_to_num(0.0)
-        order = dice.argsort(descending=True, stable=True).tolist()
+        dice = kept["dice"].double().nanmean(1)
+        known = (~dice.isnan()).nonzero()[:, 0]  # an image without a label, rightly left empty, has no Dice
+        order = known[dice[known].argsort(descending=True, stable=True)].tolist()
         shown_before: set[int] = set()
         for rank, place in zip(_RANKS, (0, len(order) - 1, len(order) // 2), strict=True):
-            if place in shown_before:  # of one or two images
+            if not order or place in shown_before:  # of one or two images
                 continue
             shown_before.add(place)
             item = dataset[items[order[place]]]

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,7 @@ class RunFile:
         try:
             with np.load(self.arrays, allow_pickle=False) as file:
                 return {key: file[key] for key in file.files}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise LoRKDError(f"{self.arrays} can't be read: {error}. Delete it and run the study again") from error
 
 

@@ -14,6 +14,7 @@ from lorkd_monai.study.settings import StudySettings
 __all__ = ["METHODS", "Method", "label_share_of", "methods_named"]
 
 FAMILIES = ("teacher", "stl", "mtl", "separate", "lorkd")
+_FIXED = ("image_size", "in_channels", "teacher_backbone", "teacher_bundle", "resamples")
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,18 @@ class Method:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self, common: StudySettings) -> StudySettings:
-        """The settings of its runs."""
-        return common.changed(self.changes)
+        """The settings of its runs.
+
+        Raises:
+            LoRKDError: it changes what all runs must share, or what is no setting, or to a value that does not fit.
+        """
+        fixed = [name for name in _FIXED if name in self.changes]
+        if fixed:
+            raise LoRKDError(f"method {self.name!r} changes {fixed[0]}, which all runs of a study share")
+        try:
+            return common.changed(self.changes)
+        except LoRKDError as error:
+            raise LoRKDError(f"method {self.name!r}: {error}") from error
 
 
 _ALL = [

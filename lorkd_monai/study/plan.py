@@ -7,19 +7,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lorkd_monai.data import DataList
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.files import read_json
-from lorkd_monai.study.files import FORMAT, RunFile, write_json
+from lorkd_monai.study.agreement import agree_on_settings, check_finished
+from lorkd_monai.study.files import RunFile
 from lorkd_monai.study.methods import Method, label_share_of
-from lorkd_monai.study.runs import Workbench
+from lorkd_monai.study.models import build_student
+from lorkd_monai.study.runs import Workbench, check_teacher
 from lorkd_monai.study.settings import StudySettings
 
-__all__ = ["PlannedRun", "agree_on_settings", "plan_runs", "run_study"]
+__all__ = ["PlannedRun", "plan_runs", "run_study"]
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,28 @@ def run_study(
         The folder.
 
     Raises:
-        LoRKDError: a folder of a study with other settings; a task that counts has no validation or test images.
+        LoRKDError: before anything is trained: a folder of a study with other settings or data, or with a finished run
+            of another method of the same name; a method whose settings or network do not fit, or whose teacher is
+            missing; no task that counts, or one without validation or test images.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise LoRKDError(f"{folder} is a file, expected a folder for the study")
+    if not data.scored:
+        raise LoRKDError(f'the data list {data.name!r} has no task that counts: each says "score": false')
     for split in ("validation", "test"):
-        without = [name for name in data.scored or data.tasks if not data.counts()[name][split]]
+        without = [name for name in data.scored if not data.counts()[name][split]]
         if without:
             raise LoRKDError(
                 f"the data list {data.name!r} has no {split} images of task {without[0]!r}, which a study needs; a "
                 'task that is there to try things out says "score": false in the list'
             )
+    for method in {run.method.name: run.method for run in runs}.values():
+        settings = method.settings(common)
+        if method.family != "teacher":
+            build_student(settings, data, method.family == "lorkd", 0)
     agree_on_settings(folder, data, common)
+    _check_files(folder, common, runs)
     missing = [run for run in runs if not _file(folder, run).done]
     say(f"{len(runs)} runs, {len(runs) - len(missing)} done already")
     if not missing:
@@ -109,33 +120,19 @@ def run_study(
     return folder
 
 
+def _check_files(folder: Path, common: StudySettings, runs: Sequence[PlannedRun]) -> None:
+    """Finished runs must be of these methods, and runs to do must find their teacher."""
+    taught = {run.seed for run in runs if run.method.name == "teacher"}
+    for run in runs:
+        file = _file(folder, run)
+        if file.done:
+            check_finished(file, run.method, common)
+        needs = run.method.distilled or run.method.settings(common).init == "teacher"
+        if common.teacher_bundle is None and run.method.family != "teacher" and needs and not file.done:
+            teacher = RunFile(folder, "full", "teacher", run.seed)
+            if teacher.done or run.seed not in taught:
+                check_teacher(teacher)
+
+
 def _file(folder: Path, run: PlannedRun) -> RunFile:
     return RunFile(folder, run.setting, run.method.name, run.seed)
-
-
-def agree_on_settings(folder: Path, data: DataList, common: StudySettings) -> None:
-    """Write what the runs of this folder have in common, or refuse to mix them with others.
-
-    Raises:
-        LoRKDError: the folder holds a study of other data or with other settings.
-    """
-    path = folder / "study.json"
-    now: dict[str, Any] = {
-        "format": FORMAT,
-        "data": {"name": data.name, "kind": data.kind, "spatial_dims": data.spatial_dims, "images": data.counts()},
-        "settings": common.as_data(),
-    }
-    if not path.exists():
-        write_json(path, now)
-        return
-    before = read_json(path)
-    differing = [
-        f"{key} was {before.get(part, {}).get(key)!r}, now {value!r}"
-        for part in ("data", "settings")
-        for key, value in now[part].items()
-        if before.get(part, {}).get(key) != value
-    ]
-    if differing:
-        raise LoRKDError(
-            f"{folder} holds a study with other settings: {'; '.join(differing)}. Give them again, or another folder"
-        )

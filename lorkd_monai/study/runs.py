@@ -28,15 +28,26 @@ from lorkd_monai.study.students import Students, Trained
 from lorkd_monai.study.subsets import Part, choose_labelled, only_tasks
 from lorkd_monai.study.training import Fitted, evaluation_loader, fit, inferer_of
 
-__all__ = ["Workbench", "score_name"]
+__all__ = ["Workbench", "check_teacher", "score_name"]
 
-_FIXED = ("image_size", "in_channels", "teacher_backbone", "teacher_bundle", "resamples")
 _TEACHER_MEMORY = 2**29  # bytes of answers of each set of tasks
 
 
 def score_name(kind: str) -> str:
     """The figure that methods are compared by."""
     return "balanced_accuracy" if kind == "classification" else "dice"
+
+
+def check_teacher(file: RunFile) -> None:
+    """Refuse a teacher that is not trained, or whose weights are gone.
+
+    Raises:
+        LoRKDError: it is one of these.
+    """
+    if not file.done:
+        raise LoRKDError(f"seed {file.seed} has no teacher yet: put 'teacher' among the methods")
+    if not file.weights.is_file():
+        raise LoRKDError(f"{file.weights} is missing: delete {file.json} to train this teacher again")
 
 
 class Workbench:
@@ -77,9 +88,6 @@ class Workbench:
         Raises:
             LoRKDError: a method that changes what all runs must share, or a distilled one whose teacher is missing.
         """
-        fixed = [name for name in _FIXED if name in method.changes]
-        if fixed:
-            raise LoRKDError(f"method {method.name!r} changes {fixed[0]}, which all runs of a study share")
         settings = method.settings(self.settings)
         if method.family == "teacher":
             bundle = settings.teacher_bundle is not None
@@ -190,8 +198,7 @@ class Workbench:
             return self._foundation[1]
         if self._foundation is None or self._foundation[0] != seed:
             file = RunFile(self.folder, "full", "teacher", seed)
-            if not (file.done and file.weights.is_file()):
-                raise LoRKDError(f"seed {seed} has no teacher yet: put 'teacher' among the methods")
+            check_teacher(file)
             state = load_weights(file.weights)
             count = 1 + max(int(key.split(".", 1)[0]) for key in state)
             states = [{k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{i}.")} for i in range(count)]

@@ -172,6 +172,18 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a whole number of at least 1, 'imbalanced', or one number for each task",
         lambda v: v == "imbalanced" or isinstance(v, Mapping) or (type(v) is int and v >= 1),
     ),
+    "amp": ("True or False", lambda v: isinstance(v, bool)),
+    "flip_axes": (
+        "axes of the image, such as (0, 1)",
+        lambda v: isinstance(v, tuple) and all(type(n) is int and 0 <= n <= 2 for n in v),
+    ),
+    **dict.fromkeys(
+        ("backbone", "teacher_backbone"),
+        (
+            "the MONAI config of a network, such as {_target_: UNet, spatial_dims: 2, …}",
+            lambda v: isinstance(v, Mapping) and isinstance(v.get("_target_"), str),
+        ),
+    ),
     "image_size": (
         "a whole number of at least 1, or one for each axis",
         lambda v: all(type(n) is int and n >= 1 for n in (v if isinstance(v, tuple) else (v,))),

@@ -28,7 +28,8 @@ class Summary:
     """One method in one setting over its seeds.
 
     ``mean`` and ``sd`` are of the mean over the scored tasks (sd: sample standard deviation over seeds, None for one
-    seed); ``tasks`` holds ``(mean, sd)`` of each task, ``low`` and ``high`` the bootstrap interval of ``mean``.
+    seed); ``tasks`` holds ``(mean, sd)`` of each task, ``low`` and ``high`` the bootstrap interval of ``mean``,
+    ``task_intervals`` that of each task's mean.
     """
 
     setting: str
@@ -39,6 +40,7 @@ class Summary:
     low: float
     high: float
     tasks: dict[str, tuple[float, float | None]]
+    task_intervals: dict[str, tuple[float, float]]
     runs: tuple[dict[str, Any], ...] = dataclasses.field(repr=False)
 
 
@@ -91,6 +93,7 @@ class _Scores:
     def __init__(self, resamples: int) -> None:
         self.resamples = resamples
         self._weights: dict[int, Tensor] = {}
+        self._labels: dict[int, np.ndarray | None] = {}
         self._known: dict[str, dict[str, Tensor]] = {}
 
     def of(self, run: RunFile, content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -102,9 +105,20 @@ class _Scores:
             for number, (name, task) in enumerate(data["tasks"].items()):
                 count = self._count(arrays, number)
                 if task["scored"] and count:
-                    found[name] = scores_under(arrays, data["kind"], self._rows(number, count), number)
+                    self._check_labels(run, number, arrays.get(f"{number}_label"))
+                    scores = scores_under(arrays, data["kind"], self._rows(number, count), number)
+                    if scores[0].isfinite():
+                        found[name] = scores
+            if not found:
+                raise LoRKDError(f"{run.json} has no score of any task")
             self._known[key] = found
         return self._known[key]
+
+    def _check_labels(self, run: RunFile, number: int, labels: np.ndarray | None) -> None:
+        """Test images in another order could not be paired."""
+        known = self._labels.setdefault(number, labels)
+        if labels is not None and not np.array_equal(known, labels):
+            raise LoRKDError(f"{run.json} was measured on other test images, or in another order, than the other runs")
 
     @staticmethod
     def _count(arrays: Mapping[str, np.ndarray], number: int) -> int:
@@ -154,7 +168,8 @@ class _Study:
     def mean_scores(self, setting: str, method: str, seeds: Sequence[int]) -> dict[str, Tensor]:
         """Task -> scores (as it is, then resampled), averaged over seeds."""
         found = [self.scores.of(*self.runs[setting, method][seed]) for seed in seeds]
-        return {task: torch.stack([one[task] for one in found]).mean(0) for task in found[0]}
+        common = [task for task in found[0] if all(task in one for one in found)]
+        return {task: torch.stack([one[task] for one in found]).mean(0) for task in common}
 
 
 def summarise(folder: str | os.PathLike, resamples: int = 2000) -> list[Summary]:
@@ -181,6 +196,7 @@ def summarise(folder: str | os.PathLike, resamples: int = 2000) -> list[Summary]
         rows.append(
             Summary(
                 setting, method, seeds, float(np.mean(means)), _sd(means), low, high, tasks,
+                {task: _interval(scores[1:]) for task, scores in by_task.items()},
                 tuple(place[seed][1] for seed in seeds),
             )
         )  # fmt: skip

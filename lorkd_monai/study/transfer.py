@@ -18,10 +18,11 @@ from lorkd_monai.data import DataList
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import load_decomposition
+from lorkd_monai.study.agreement import agree_on_settings
 from lorkd_monai.study.files import RunFile
 from lorkd_monai.study.methods import Method, label_share_of
 from lorkd_monai.study.models import build_student, members_of
-from lorkd_monai.study.plan import agree_on_settings, plan_runs, run_study
+from lorkd_monai.study.plan import plan_runs, run_study
 from lorkd_monai.study.runs import Workbench
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Trained, draws_of
@@ -100,7 +101,7 @@ def run_transfer(
         The folders of the held-out tasks' studies.
 
     Raises:
-        LoRKDError: an unknown task, fewer than two tasks left, a method that is no decomposition.
+        LoRKDError: an unknown task, one without a score, fewer than two tasks left, a method that is no decomposition.
     """
     if decomposition.family != "lorkd":
         raise LoRKDError(f"unseen: {decomposition.name!r} is no decomposition")
@@ -109,6 +110,9 @@ def run_transfer(
         raise LoRKDError(f"unseen: unknown task {unknown[0]!r}; the tasks are {', '.join(data.tasks)}")
     if len(data.tasks) < 3:
         raise LoRKDError(f"unseen: with one task held out two must be left, {data.name!r} has {len(data.tasks)}")
+    unscored = [name for name in held_out if name not in data.scored]
+    if unscored:
+        raise LoRKDError(f'unseen: task {unscored[0]!r} says "score": false in the data list, and has no figure')
     without = [name for name in held_out if not data.counts()[name]["test"]]
     if without:
         raise LoRKDError(f"unseen: task {without[0]!r} has no test images; name the tasks to hold out one by one")
@@ -128,7 +132,8 @@ def run_transfer(
         budget = common.changed(
             {"images_per_epoch": draws_of(data, common, [name]), "batch_size": common.single_batch_size}
         )
-        agree_on_settings(place, own, budget)
+        origin = {"decomposition": decomposition.name, "settings of the decomposition": dict(decomposition.changes)}
+        agree_on_settings(place, own, budget, origin)
         _HeldOut(place, own, rest, budget, common, decomposition, device, say).run(settings, seeds)
         folders.append(place)
     return folders

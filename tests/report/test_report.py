@@ -87,7 +87,7 @@ def test_one_lucky_seed_is_no_headline(study_folder: Path) -> None:
     content["fits"]["all tasks"]["validation"] = 0.99
     lucky.write(content, lucky.read_arrays())
     text = Page(Path(report(str(study_folder))).read_text(encoding="utf-8")).text
-    assert "Setting full, 2 seeds" in text and "validation images prefer lorkd, with" in text
+    assert "2 seeds: of the decompositions" in text and "validation images prefer lorkd, with" in text
 
 
 @pytest.mark.slow

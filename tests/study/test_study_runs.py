@@ -77,8 +77,23 @@ def test_classification_study(tmp_path: Path) -> None:
     assert again[0] == "9 runs, 8 done already"
     assert lost.read()["figures"] == before
 
-    with pytest.raises(LoRKDError, match="holds a study with other settings: epochs was 2, now 3"):
+    with pytest.raises(LoRKDError, match="holds a study with other data or settings: epochs was 2, now 3"):
         run_study(folder, data, settings.changed({"epochs": 3}), runs)
+
+    # One name, one method; one order of the images.
+    renamed = methods_named(["stl"])[0]
+    other = dataclasses.replace(renamed, changes={"learning_rate": 0.1})
+    with pytest.raises(LoRKDError, match="made by another 'stl': settings learning_rate was 0.002, now 0.1"):
+        run_study(folder, data, settings, plan_runs([other], ["full"], [0]), say=again.append)
+    turned = dataclasses.replace(data, test=data.test[::-1])
+    with pytest.raises(LoRKDError, match="holds a study with other data or settings: digest was"):
+        run_study(folder, turned, settings, runs, say=again.append)
+    teacher = next(r for r in read_runs(folder) if r.method == "teacher")
+    teacher.weights.unlink()
+    with pytest.raises(LoRKDError, match=r"seed0.pt is missing: delete .*seed0.json to train this teacher again"):
+        run_study(
+            folder, data, settings, plan_runs(methods_named(["mtl_kd", "lorkd"]), ["full"], [0]), say=again.append
+        )
 
 
 @pytest.mark.slow
@@ -109,6 +124,26 @@ def test_methods_must_share_the_images(tmp_path: Path) -> None:
         run_study(tmp_path / "out", data, settings, plan_runs(methods, ["full"], [0]), say=lambda _: None)
 
 
+def test_what_can_not_work_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    data, settings = prepared(tmp_path / "data", "classification", 2)
+    folder = tmp_path / "out"
+    runs = plan_runs(methods_named(["mtl"]), ["full"], [0])
+    unknown = settings.changed({"backbone": {"_target_": "NoSuchNet"}})
+    with pytest.raises(LoRKDError, match="NoSuchNet"):
+        run_study(folder, data, unknown, runs, say=lambda _: None)
+    unscored = dataclasses.replace(
+        data, tasks={name: dataclasses.replace(task, score=False) for name, task in data.tasks.items()}
+    )
+    with pytest.raises(LoRKDError, match="has no task that counts"):
+        run_study(folder, unscored, settings, runs, say=lambda _: None)
+    with pytest.raises(LoRKDError, match='"score": false in the data list'):
+        run_transfer(folder, unscored, settings, methods_named(["lorkd"])[0], ["ct"], ["full"], [0])
+    assert not folder.exists()
+    folder.write_text("a file")
+    with pytest.raises(LoRKDError, match="is a file, expected a folder"):
+        run_study(folder, data, settings, runs, say=lambda _: None)
+
+
 def test_the_command_lists_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     study(str(tmp_path), methods="mtl", settings=("full", "few10"), seeds=1, plan_only=True)
     assert capsys.readouterr().out.splitlines() == [
@@ -126,6 +161,13 @@ def test_the_command_lists_its_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"methods": "nothing"}, "unknown method 'nothing'"),
         ({"eposch": 3}, "unknown setting 'eposch'"),
         ({}, "dataset_dir: expected the folder of a data list"),
+        ({"dataset_dir": 2024}, r"dataset_dir: expected a path, got 2024; write \./2024"),
+        ({"amp": "false"}, "amp must be True or False, got 'false'"),
+        ({"flip_axes": "0"}, "flip_axes must be axes of the image"),
+        ({"backbone": "foo"}, "backbone must be the MONAI config of a network"),
+        ({"methods": "a", "variants": "{a: {base: mtl, temprature: 8}}"}, "method 'a': unknown setting 'temprature'"),
+        ({"methods": "a", "variants": "{a: {base: mtl, image_size: 8}}"}, "method 'a' changes image_size"),
+        ({"methods": "a", "variants": "{a: {base: mtl, epochs: 0}}", "plan_only": True}, "method 'a': epochs must be"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, arguments: dict, message: str) -> None:

@@ -1,0 +1,118 @@
+"""What the runs of one folder must have in common, so that their figures can stand beside each other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorkd_monai.data import DataList
+from lorkd_monai.data.checks import SPLITS
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import read_json
+from lorkd_monai.study.files import FORMAT, RunFile, write_json
+from lorkd_monai.study.methods import Method
+from lorkd_monai.study.settings import StudySettings
+
+__all__ = ["agree_on_settings", "check_finished", "digest_of"]
+
+
+def digest_of(data: DataList) -> str:
+    """A digest of which images are in which split, in their order, with their labels, and of the classes.
+
+    Images in files stand for their paths within the data list's folder: another copy of the folder is the same data.
+    """
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            digest.update(np.ascontiguousarray(value).tobytes())
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                add(one)
+        elif isinstance(value, (int, np.integer)):
+            digest.update(f"{int(value)}\n".encode())
+        else:
+            path = Path(value)
+            inside = path.is_relative_to(data.folder)
+            digest.update(f"{path.relative_to(data.folder).as_posix() if inside else path}\n".encode())
+
+    for name, task in data.tasks.items():
+        digest.update(f"{name} {task.labels}\n".encode())
+    for split in SPLITS:
+        for item in data.split(split):
+            digest.update(f"{split} {item['task']}\n".encode())
+            add(item["image"])
+            add(item["label"])
+    return digest.hexdigest()[:16]
+
+
+def agree_on_settings(
+    folder: Path, data: DataList, common: StudySettings, more: Mapping[str, Any] | None = None
+) -> None:
+    """Write what the runs of this folder have in common, or refuse to mix them with others.
+
+    Args:
+        folder: of the study.
+        data: the data list.
+        common: settings of all runs.
+        more: what else they must have in common.
+
+    Raises:
+        LoRKDError: the folder holds a study of other data or with other settings, or is none.
+    """
+    path = folder / "study.json"
+    now: dict[str, Any] = {
+        "format": FORMAT,
+        "data": {
+            "name": data.name, "kind": data.kind, "spatial_dims": data.spatial_dims, "images": data.counts(),
+            "digest": digest_of(data),
+        },
+        "settings": common.as_data(),
+        **({"more": dict(more)} if more else {}),
+    }  # fmt: skip
+    if not path.exists():
+        write_json(path, now)
+        return
+    before = read_json(path)
+    differing = [
+        f"{key} was {before.get(part, {}).get(key)!r}, now {value!r}"
+        for part in ("data", "settings", *(["more"] if more else []))
+        for key, value in now[part].items()
+        if before.get(part, {}).get(key) != value
+    ]
+    if differing:
+        raise LoRKDError(
+            f"{folder} holds a study with other data or settings: {'; '.join(differing)}. Give them again, or another "
+            "folder"
+        )
+
+
+def check_finished(file: RunFile, method: Method, common: StudySettings) -> None:
+    """Refuse a finished run that was made as something else than the method of its name is now.
+
+    Raises:
+        LoRKDError: it was, or its file can't be read.
+    """
+    kept = file.read()
+    expected = {
+        "family": method.family,
+        "distilled": method.distilled,
+        **{f"settings {key}": value for key, value in method.settings(common).as_data().items()},
+    }
+    found = {
+        **{key: kept.get(key) for key in ("family", "distilled")},
+        **{f"settings {key}": value for key, value in kept.get("settings", {}).items()},
+    }
+    # A setting that the file does not know came to this package later.
+    differing = [
+        f"{key} was {found[key]!r}, now {value!r}" for key, value in expected.items() if found.get(key, value) != value
+    ]
+    if differing:
+        raise LoRKDError(
+            f"{file.json} was made by another {method.name!r}: {'; '.join(differing)}. Give the variant another name, "
+            f"or delete {file.json.parent} to do its runs again"
+        )
