@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import fire
 
 from lorkd_monai.cli_study import report, study
 from lorkd_monai.errors import LoRKDError, show_errors_plainly
+from lorkd_monai.files import read_json
 
 __all__ = ["COMMANDS", "main"]
 
@@ -19,7 +24,8 @@ __all__ = ["COMMANDS", "main"]
 
 def _path(value: Any, name: str) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
-        raise LoRKDError(f"{name}: expected a path, got {value!r}")
+        number = f"; write ./{value} for a file or folder of this name" if type(value) in (int, float) else ""
+        raise LoRKDError(f"{name}: expected a path, got {value!r}{number}")
     return Path(value)
 
 
@@ -119,11 +125,11 @@ def export(
     from lorkd_monai.networks.checkpoint import load_decomposition
 
     file = _checkpoint(checkpoint)
-    measured = Path(figures) if figures is not None else file.with_name("figures.json")
+    measured = _path(figures, "figures") if figures is not None else file.with_name("figures.json")
     if figures is not None and not measured.is_file():
         raise LoRKDError(f"figures: there is no file {measured}")
     usable = measured.is_file() and (rank is None or figures is not None)  # those beside the file are at full rank
-    known = json.loads(measured.read_text(encoding="utf-8")) if usable else {}
+    known = read_json(measured) if usable else {}
     known = known.get("experts", known)
     net = load_decomposition(file, _backbone(backbone))
     written = export_experts(
@@ -189,7 +195,7 @@ def check(bundle: str, schema: str | None = None) -> str:
     """
     from lorkd_monai.bundle import check_bundle
 
-    problems = check_bundle(_path(bundle, "bundle"), schema=schema)
+    problems = check_bundle(_path(bundle, "bundle"), schema=None if schema is None else _path(schema, "schema"))
     if problems:
         print("\n".join(map(str, problems)))
         raise SystemExit(1)
@@ -206,7 +212,8 @@ def pack(bundle: str, output: str | None = None, overwrite: bool = False) -> str
     """
     from lorkd_monai.bundle import pack_bundle
 
-    return str(pack_bundle(_path(bundle, "bundle"), output, overwrite=overwrite))
+    target = None if output is None else _path(output, "output")
+    return str(pack_bundle(_path(bundle, "bundle"), target, overwrite=overwrite))
 
 
 def push(bundle: str, repo: str, token: str | None = None, private: bool = True, version: str | None = None) -> str:
@@ -404,8 +411,8 @@ def _names(value: Any) -> list[str] | None:
     """Names given as "a,b", which fire may have read as a tuple."""
     if value is None:
         return None
-    names = value.split(",") if isinstance(value, str) else [str(v) for v in value]
-    return [n.strip() for n in names if n.strip()]
+    names = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    return [str(n).strip() for n in names if str(n).strip()]
 
 
 def _data_commands() -> dict[str, Any]:
@@ -441,6 +448,18 @@ COMMANDS: dict[str, Any] = {
 }
 
 
+def _noted(command: Any, calls: list[Callable[[], Any]]) -> Any:
+    """The command, or the commands of a group, with the call put off: fire notices a surplus word after it only."""
+    if isinstance(command, dict):
+        return {name: _noted(one, calls) for name, one in command.items()}
+
+    @functools.wraps(command)
+    def note(*args: Any, **kwargs: Any) -> None:
+        calls.append(functools.partial(command, *args, **kwargs))
+
+    return note
+
+
 def main() -> None:
     """Run the command line."""
     show_errors_plainly()
@@ -451,4 +470,24 @@ def main() -> None:
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments) and "--" not in arguments:  # with arguments, fire would run the command first
         arguments = [*arguments[: 2 if arguments[0] == "data" else 1], "--help"]
-    fire.Fire(commands, command=arguments, name="lorkd")
+    calls: list[Callable[[], Any]] = []
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            fire.Fire(_noted(commands, calls), command=arguments, name="lorkd")
+    except fire.core.FireExit as end:
+        if not end.code:
+            print(said.getvalue(), file=sys.stderr, end="")
+            raise
+        known, words = commands, ["lorkd"]
+        for word in arguments:
+            if not isinstance(known, dict) or word not in known:
+                break
+            known, words = known[word], [*words, word]
+        raise LoRKDError(
+            f"{end.trace.elements[-1].ErrorAsStr()}. `{' '.join(words)} --help` says what there is"
+        ) from None
+    for call in calls:
+        result = call()
+        if result is not None:
+            print(result)

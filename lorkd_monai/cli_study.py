@@ -88,7 +88,7 @@ def report(folder: str, output: str | None = None) -> str:
 
     for name, value in (("folder", folder), ("output", output)):
         if not isinstance(value, (str, Path)) and not (name == "output" and value is None):
-            raise LoRKDError(f"{name}: expected a path, got {value!r}")
+            raise LoRKDError(f"{name}: expected a path, got {value!r}; write ./{value} for a folder of this name")
     return str(write_report(folder, output))
 
 
@@ -102,7 +102,7 @@ def _words(value: Any) -> list[str] | None:
 
 def _numbers(value: Any) -> list[int]:
     words = _words(value) or []
-    if not all(word.isdigit() for word in words):
+    if not all(word.isascii() and word.isdigit() for word in words):
         raise LoRKDError(f"seeds: expected whole numbers separated by commas, got {value!r}")
     return [int(word) for word in words]
 

@@ -29,7 +29,9 @@ def find_lorkd_error(error: BaseException | None) -> LoRKDError | None:
 
 
 def _print_plainly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    ours = find_lorkd_error(error) if isinstance(error, Exception) else None
+    ours: object = find_lorkd_error(error) if isinstance(error, Exception) else None
+    if ours is None and isinstance(error, OSError) and error.filename is not None:
+        ours = f"{error.strerror}: {error.filename}. LORKD_TRACEBACK=1 shows where it came from"
     if ours is None or os.environ.get("LORKD_TRACEBACK"):
         sys.__excepthook__(kind, error, trace)
     else:
@@ -38,6 +40,8 @@ def _print_plainly(kind: type[BaseException], error: BaseException, trace: Trace
 
 def show_errors_plainly() -> None:
     """Print an uncaught `LoRKDError` as one message ``error: …`` in place of a traceback; the exit code stays 1.
+
+    So is an uncaught error of a file that can't be read or written.
 
     Called by the command line and by the ``initialize`` section of our bundles. Other errors keep their
     traceback. With the environment variable ``LORKD_TRACEBACK=1`` ours keep theirs too.

@@ -21,6 +21,7 @@ from lorkd_monai.bundle.problem import BundleFiles, Problem
 from lorkd_monai.bundle.readme import SECTIONS
 from lorkd_monai.bundle.text import is_inert
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import read_json
 
 __all__ = ["Problem", "check_bundle"]
 
@@ -123,7 +124,9 @@ def _schema(bundle: BundleFiles, schema: str | Path | None) -> Iterator[Problem]
         raise LoRKDError(
             "checking against a schema file needs the package jsonschema: pip install 'lorkd-monai[schema]'"
         ) from None
-    rules = json.loads(Path(schema).read_text(encoding="utf-8"))
+    rules = read_json(schema, "expected a copy of MONAI's metadata schema")
+    if "properties" not in rules:
+        raise LoRKDError(f"{schema} is no JSON schema: it has no 'properties'")
     for error in jsonschema.validators.validator_for(rules)(rules).iter_errors(bundle.metadata):
         where = "#".join(map(str, error.absolute_path)) or "the file"
         yield Problem("schema", "configs/metadata.json", f"{where}: {error.message[:200]}", "do as the schema says")

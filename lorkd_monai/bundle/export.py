@@ -21,6 +21,7 @@ from lorkd_monai.transforms import postprocessing, preprocessing
 
 __all__ = ["describe_expert", "export_experts", "network_info", "refuse_existing_experts", "tasks_of_info"]
 
+_STATISTICS = ("running_mean", "running_var")  # of norms: no parameters
 _log = logging.getLogger(__name__)
 
 _EVERY_EXPERT = ("kind", "spatial_dims", "in_channels", "image_size")
@@ -168,5 +169,7 @@ def describe_expert(folder: str | Path) -> dict[str, Any]:
         "version": metadata.get("version"),
         "task": metadata.get("task"),
         "classes": [channels[key] for key in sorted(channels, key=int)],
-        "parameters": sum(t.numel() for t in weights.values() if t.is_floating_point()),
+        "parameters": sum(
+            t.numel() for key, t in weights.items() if t.is_floating_point() and not key.endswith(_STATISTICS)
+        ),
     }

@@ -43,7 +43,7 @@ def _checked(folder: str | Path, check: bool) -> Path:
     problems = check_bundle(folder, thorough=False, for_zoo=False) if check else []
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise LoRKDError(f"{folder.name} is not fit to be shared; mend this first, or set check=False:\n{listed}")
+        raise LoRKDError(f"{folder.name} is not fit to be shared; mend this first:\n{listed}")
     return folder
 
 
@@ -67,7 +67,7 @@ def pack_bundle(
     target = Path(out_zip) if out_zip is not None else folder.parent
     target = (target if target.suffix == ".zip" else target / f"{folder.name}.zip").absolute()
     if target.exists() and not overwrite:
-        raise LoRKDError(f"{target} exists already: delete it, name another file, or set overwrite=True")
+        raise LoRKDError(f"{target} exists already: delete it, name another file, or set overwrite=True (--overwrite)")
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in _shared_files(folder):

@@ -80,14 +80,20 @@ def _remove_stale(folder: Path) -> None:
 
 
 @contextmanager
-def bundle_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def bundle_folder(folder: str | Path, overwrite: bool = False, mark: str = "configs/metadata.json") -> Iterator[Path]:
     """Give a temporary folder beside ``folder`` to write into, and move it into place when the block has ended.
 
     Where the block raises, nothing of it stays and an existing ``folder`` is as it was. What a killed process left
     (``.NAME.export-PID-…``) is removed by the next export of the same folder.
 
+    Args:
+        folder: to be made.
+        overwrite: replace ``folder``, provided that it holds the file ``mark``, or nothing: a folder of images that is
+            named by mistake stays.
+        mark: a file that tells what kind of folder it is.
+
     Raises:
-        LoRKDError: ``folder`` exists and ``overwrite`` is not set.
+        LoRKDError: ``folder`` exists and ``overwrite`` is not set, or it is something else.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +101,10 @@ def bundle_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
     if folder.exists() and not overwrite:
         raise LoRKDError(
             f"{folder} exists already: expected a folder that is still to be made; delete it, name another, or set "
-            "overwrite=True"
+            "overwrite=True (--overwrite)"
         )
+    if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise LoRKDError(f"{folder} is not replaced: it holds no {mark}, so it is something else. Name another folder")
     token = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
     temporary = folder.with_name(f".{folder.name}.export-{token}")
     temporary.mkdir()

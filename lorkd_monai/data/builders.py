@@ -19,7 +19,7 @@ import yaml
 
 from lorkd_monai.data.checks import SPLITS, check_task_name
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
-from lorkd_monai.data.writing import refuse_existing, write_data_list
+from lorkd_monai.data.writing import as_path, refuse_existing, write_data_list
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.preprocessing import check_kind
 
@@ -49,7 +49,8 @@ def from_class_folders(
 ) -> Path:
     """Write a classification list from folders that have a sub-folder for each class.
 
-    A task folder may hold ``train``, ``val`` and ``test`` first, with the class folders in them: these splits are
+    One folder is a single task where its sub-folders hold no folders, or are named as splits. A task folder may hold
+    ``train``, ``val`` and ``test`` first, with the class folders in them: these splits are
     kept. In 3D, a class holds volume files, or a folder of DICOM slices for each image.
 
     Args:
@@ -71,7 +72,7 @@ def from_class_folders(
         from_class_folders({"breast": "~/ultrasound", "chest": "~/xray"}, "my_list", patient_regex=r"^(P\\d+)_")
     """
     check_kind("classification", spatial_dims)
-    output = Path(output)
+    output = as_path(output, "output")
     refuse_existing(output, overwrite)
     tasks: dict[str, dict[str, Any]] = {}
     rows: list[Row] = []
@@ -81,7 +82,8 @@ def from_class_folders(
         if len(classes) < 2:
             raise LoRKDError(
                 f"{folder} must have a sub-folder with {'/'.join(_SUFFIXES[spatial_dims])} images for each of two or "
-                f"more classes; found images of {len(classes)}."
+                f"more classes; found images of {len(classes)}. Where it is a class of one task, give the task's "
+                f"folder in a list: '[{folder.parent}]'"
             )
         tasks[task] = {"labels": {str(i): name for i, name in enumerate(classes)}}
         rows += [Row(task, image, classes.index(name), split) for split, name, image in found]
@@ -112,7 +114,7 @@ def from_medmnist(
         LoRKDError: for a file that is missing or not in this form.
     """
     check_kind("classification", spatial_dims)
-    output = Path(output)
+    output = as_path(output, "output")
     refuse_existing(output, overwrite)
     tasks: dict[str, dict[str, Any]] = {}
     for task, file in task_folders(sources, parent=False).items():
@@ -156,7 +158,7 @@ def fetch_medmnist(
     """
     from monai.apps import download_url
 
-    output = Path(output)
+    output = as_path(output, "output")
     refuse_existing(output, overwrite)
     names = [names] if isinstance(names, str) else list(names)
     files = {}
@@ -188,7 +190,7 @@ def fetch_mednist(
     """
     from monai.apps import MedNISTDataset
 
-    output = Path(output)
+    output = as_path(output, "output")
     refuse_existing(output, overwrite)
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -208,7 +210,7 @@ def combine(
         LoRKDError: where two lists have a task of one name, or what `load_data_list` refuses.
     """
     check_kind(kind, spatial_dims)
-    output = Path(output)
+    output = as_path(output, "output")
     refuse_existing(output, overwrite)
     tasks: dict[str, Any] = {}
     rows: list[Row] = []
@@ -242,15 +244,16 @@ def task_folders(sources: Sources, parent: bool) -> dict[str, Path]:
     sources = _listed(sources)
     if isinstance(sources, (str, os.PathLike)):
         root = Path(sources).expanduser()
-        sources = (
-            sorted(str(p) for p in root.iterdir() if p.is_dir() and p.name[0] not in "._")
-            if (parent and root.is_dir())
-            else [str(root)]
-        )
+        inside = _subfolders(root) if parent and root.is_dir() else []
+        # Folders with no folder in them are the classes of one task, and folders named as splits hold those of one.
+        several = any(map(_subfolders, inside)) and not all(p.name.lower() in _SPLIT_FOLDERS for p in inside)
+        sources = [str(p) for p in inside] if several else [str(root)]
+    if not isinstance(sources, (Mapping, Sequence)):
+        raise LoRKDError(f"sources: expected a path, several as '[path,path]', or '{{task: path}}', got {sources!r}")
     pairs = list(sources.items()) if isinstance(sources, Mapping) else [(None, source) for source in sources]
     found: dict[str, Path] = {}
     for name, source in pairs:
-        path = Path(source).expanduser().resolve()
+        path = as_path(source, "sources").expanduser().resolve()
         if not path.exists():
             raise LoRKDError(f"expected a task's images at {path}, and there is nothing.")
         task = _task_name(path) if name is None else name
@@ -275,6 +278,8 @@ def finish(
     overwrite: bool,
 ) -> Path:
     """Write the list of the tasks and rows with paths relative to ``output``, and return its path."""
+    if facts is not None and not (isinstance(facts, Mapping) and all(isinstance(m, Mapping) for m in facts.values())):
+        raise LoRKDError(f'facts: expected {{task: {{"modality": "US", …}}}}, got {facts!r}')
     for name, more in (facts or {}).items():
         if name not in tasks:
             raise LoRKDError(f"facts of an unknown task {name!r}; the tasks are {', '.join(tasks)}.")

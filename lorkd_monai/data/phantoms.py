@@ -55,9 +55,11 @@ def make_phantoms(
     """
     check_kind(kind, spatial_dims)
     size = image_size or (64 if spatial_dims == 2 else 24)
-    if num_images < 10 or size < 16 or seed < 0:
+    whole = all(type(number) is int for number in (num_images, size, seed))
+    if not whole or num_images < 10 or size < 16 or seed < 0:
         raise LoRKDError(
-            f"expected num_images >= 10, image_size >= 16 and seed >= 0, got {num_images}, {image_size} and {seed}."
+            "expected whole numbers, num_images >= 10, image_size >= 16 and seed >= 0, "
+            f"got {num_images!r}, {image_size!r} and {seed!r}."
         )
     folder = Path(folder)
     refuse_existing(folder, overwrite)

@@ -12,7 +12,7 @@ from typing import Any
 from lorkd_monai.data.builders import Sources, finish, task_folders
 from lorkd_monai.data.checks import SPLITS
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
-from lorkd_monai.data.writing import refuse_existing
+from lorkd_monai.data.writing import as_path, refuse_existing
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.preprocessing import check_kind
 
@@ -56,7 +56,7 @@ def from_segmentation_folders(
         from_segmentation_folders(["Task04_Hippocampus", "Dataset009_Spleen"], "my_list")
     """
     check_kind("segmentation", spatial_dims)
-    output = Path(output)
+    output = as_path(output, "output")
     refuse_existing(output, overwrite)
     tasks: dict[str, dict[str, Any]] = {}
     rows: list[Row] = []

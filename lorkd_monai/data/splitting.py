@@ -61,7 +61,7 @@ def read_patients(
         return images
     try:
         pattern = re.compile(patient_regex)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise LoRKDError(f"the patient pattern {patient_regex!r} is no regular expression: {error}") from error
     found = [pattern.search(os.path.basename(image)) for image in images]
     for match, image in zip(found, images, strict=True):
@@ -88,10 +88,13 @@ def assign_splits(
     Raises:
         LoRKDError: for fractions that do not fit, or a patient whose images stand in two splits already.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] == 0:
+    numbers = isinstance(fractions, Sequence) and all(type(share) in (int, float) for share in fractions)
+    if not numbers or len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] == 0:
         raise LoRKDError(
             f"fractions must be three shares (training, validation, test) that add up to 1, got {fractions}."
         )
+    if type(seed) is not int or seed < 0:
+        raise LoRKDError(f"seed: expected a whole number of at least 0, got {seed!r}")
     members: dict[str, list[Row]] = {}
     for row, patient in zip(rows, patients, strict=True):
         members.setdefault(patient, []).append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from lorkd_monai.data.datalist import load_data_list
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 
-__all__ = ["refuse_existing", "write_data_list"]
+__all__ = ["as_path", "refuse_existing", "write_data_list"]
+
+
+def as_path(value: Any, name: str) -> Path:
+    """The path that an argument gives; raise a `LoRKDError` where it is none, such as a number from a command line."""
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise LoRKDError(f"{name}: expected a path, got {value!r}; write ./{value} for one of this name")
+    return Path(value)
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> Path:
@@ -19,7 +27,9 @@ def refuse_existing(folder: Path, overwrite: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise LoRKDError(f"expected a folder to write the data list into, and {folder} is a file.")
     if file.exists() and not overwrite:
-        raise LoRKDError(f"{file} already exists. Choose another folder, or allow it to be replaced: overwrite=True.")
+        raise LoRKDError(
+            f"{file} already exists. Choose another folder, or allow it to be replaced: overwrite=True (--overwrite)."
+        )
     return file
 
 
@@ -38,12 +48,15 @@ def write_data_list(
         LoRKDError: where one is there already and ``overwrite`` is False, or the check finds problems.
     """
     file = refuse_existing(folder, overwrite)
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        try:
+    try:
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             if check is not None:
                 load_data_list(temporary, *check)
-        except LoRKDError as error:
-            raise LoRKDError(str(error).replace(str(temporary), str(file))) from error
+    except LoRKDError as error:
+        if new:
+            folder.rmdir()
+        raise LoRKDError(str(error).replace(str(temporary), str(file))) from error
     return file

@@ -74,6 +74,8 @@ def renorm_experts(
         LoRKDError: networks without batch norms that keep statistics, an unknown task, bundles that exist, a data
             list of other tasks.
     """
+    if type(batch_size) is not int or batch_size < 1:
+        raise LoRKDError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
     network = load_decomposition(checkpoint).eval()
     info = network.info
     if "kind" not in info:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorkd_monai.data import load_data_list, make_phantoms
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.study.methods import METHODS, methods_named
-from lorkd_monai.study.plan import plan_runs, run_study
+from lorkd_monai.study.plan import PlannedRun, plan_runs, run_study
 from lorkd_monai.study.settings import default_settings
 from lorkd_monai.study.tables import study_tables
-from lorkd_monai.study.transfer import run_transfer
+from lorkd_monai.study.transfer import STARTS, run_transfer
 
 __all__ = ["MAIN_METHODS", "QUICK_METHODS", "run_from_arguments"]
 
@@ -67,9 +67,16 @@ def run_from_arguments(
     for method in chosen:
         method.settings(common)
     runs = plan_runs(chosen, settings, seeds)
+    if unseen is not None and not unseen:
+        raise LoRKDError("unseen: expected 'all', or names of tasks")
+    experts = [method for method in chosen if method.family == "lorkd"]
+    if unseen and len(experts) != 1:
+        raise LoRKDError(f"unseen: expected one decomposition among the methods, got {len(experts)}")
     if plan_only:
-        for run in runs:
-            say(f"{run.setting} {run.method.name} seed {run.seed}: {run.method.about}")
+        if dataset_dir is not None:
+            load_data_list(dataset_dir, kind, spatial_dims)
+        for line in _transfer_plan(unseen, experts[0].name, settings, seeds) if unseen else map(_planned, runs):
+            say(line)
         return Path(output)
     if dataset_dir is None:
         if not quick:
@@ -79,9 +86,6 @@ def run_from_arguments(
             make_phantoms(dataset_dir, kind, spatial_dims, num_images=60)
     data = load_data_list(dataset_dir, kind, spatial_dims)
     if unseen:
-        experts = [method for method in chosen if method.family == "lorkd"]
-        if len(experts) != 1:
-            raise LoRKDError(f"unseen: expected one decomposition among the methods, got {len(experts)}")
         held_out = data.scored if list(unseen) == ["all"] else unseen
         for folder in run_transfer(output, data, common, experts[0], held_out, settings, seeds, device, say):
             say("\n" + study_tables(folder, common.resamples))
@@ -90,3 +94,18 @@ def run_from_arguments(
     say("")
     say(study_tables(folder, common.resamples))
     return folder
+
+
+def _planned(run: PlannedRun) -> str:
+    return f"{run.setting} {run.method.name} seed {run.seed}: {run.method.about}"
+
+
+def _transfer_plan(
+    unseen: Sequence[str], decomposition: str, settings: Sequence[str], seeds: Sequence[int]
+) -> Iterator[str]:
+    for task in unseen:
+        who = "each task held out in turn" if task == "all" else f"{task} held out"
+        for seed in seeds:
+            yield f"{who}: full teacher and {decomposition} seed {seed} on the other tasks"
+            for setting in settings:
+                yield f"{who}: {setting} {', '.join(STARTS)} seed {seed}"

@@ -118,7 +118,7 @@ def methods_named(names: Sequence[str], variants: Mapping[str, Mapping[str, Any]
     for name, changes in (variants or {}).items():
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name in METHODS:
             raise LoRKDError(f"a variant's name is made of a-z, 0-9 and _, and is not taken yet, got {name!r}")
-        base = known.get(changes.get("base")) if isinstance(changes, Mapping) else None
+        base = known.get(str(changes.get("base"))) if isinstance(changes, Mapping) else None
         if base is None:
             raise LoRKDError(f"variant {name!r}: expected {{'base': one of {', '.join(known)}, …}}, got {changes!r}")
         own = {k: v for k, v in changes.items() if k not in ("base", "distilled")}

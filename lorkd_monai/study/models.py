@@ -33,9 +33,17 @@ def choose_ranks(settings: StudySettings, counts: Mapping[str, int]) -> int | di
     Args:
         settings: with ``rank``.
         counts: training images of each task.
+
+    Raises:
+        LoRKDError: no rank for a task.
     """
     if isinstance(settings.rank, Mapping):
-        return {name: settings.rank[name] for name in counts if name in settings.rank}
+        missing = [name for name in counts if name not in settings.rank]
+        if missing:
+            raise LoRKDError(
+                f"rank: expected one for each of {', '.join(counts)}, got {dict(settings.rank)}, without {missing[0]!r}"
+            )
+        return {name: settings.rank[name] for name in counts}
     if settings.rank != "imbalanced":
         return settings.rank
     order = sorted(counts, key=lambda name: counts[name])

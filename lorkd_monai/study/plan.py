@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lorkd_monai.data import DataList
+from lorkd_monai.engines.run import find_teacher
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.study.agreement import agree_on_settings, check_finished
 from lorkd_monai.study.files import RunFile
@@ -41,8 +42,8 @@ def plan_runs(methods: Sequence[Method], settings: Sequence[str], seeds: Sequenc
         if not given:
             raise LoRKDError(f"{what}: expected at least one")
     for seed in seeds:
-        if type(seed) is not int or seed < 0:
-            raise LoRKDError(f"seeds are whole numbers of at least 0, got {seed!r}")
+        if type(seed) is not int or not 0 <= seed < 2**31:
+            raise LoRKDError(f"seeds are whole numbers from 0 to 2147483647, got {seed!r}")
     for setting in settings:
         label_share_of(setting)
     ordered = sorted(methods, key=lambda m: m.family != "teacher")
@@ -82,7 +83,7 @@ def run_study(
     Raises:
         LoRKDError: before anything is trained: a folder of a study with other settings or data, or with a finished run
             of another method of the same name; a method whose settings or network do not fit, or whose teacher is
-            missing; no task that counts, or one without validation or test images.
+            missing; a device that is not there; no task that counts, or one without validation or test images.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -96,10 +97,7 @@ def run_study(
                 f"the data list {data.name!r} has no {split} images of task {without[0]!r}, which a study needs; a "
                 'task that is there to try things out says "score": false in the list'
             )
-    for method in {run.method.name: run.method for run in runs}.values():
-        settings = method.settings(common)
-        if method.family != "teacher":
-            build_student(settings, data, method.family == "lorkd", 0)
+    _check_networks(data, common, [run.method for run in runs], device)
     agree_on_settings(folder, data, common)
     _check_files(folder, common, runs)
     missing = [run for run in runs if not _file(folder, run).done]
@@ -118,6 +116,39 @@ def run_study(
         shown = "no score" if mean is None else f"test {mean:.3f}"
         say(f"{label}: {shown}, {time.perf_counter() - started:.0f} s")
     return folder
+
+
+def _check_networks(
+    data: DataList, common: StudySettings, methods: Sequence[Method], device: str | torch.device
+) -> None:
+    """The device must be there, the foundation model readable, and each student must take an image."""
+    size, dims = common.image_size, data.spatial_dims
+    if isinstance(size, tuple) and len(size) != dims:
+        raise LoRKDError(f"image_size must be a whole number, or {dims} of them, got {size}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise LoRKDError(f"device: {str(device)!r} can't be used here: {str(error).splitlines()[0]}") from error
+    if common.teacher_bundle is not None:
+        find_teacher(common.teacher_bundle, data)
+    image = torch.zeros(1, common.in_channels, *((size,) * dims if isinstance(size, int) else size))
+    tried = []
+    for method in {method.name: method for method in methods}.values():
+        settings = method.settings(common)
+        if method.family == "teacher":
+            continue
+        student = build_student(settings, data, method.family == "lorkd", 0).eval()
+        if settings.backbone in tried:
+            continue
+        tried.append(settings.backbone)
+        try:
+            with torch.inference_mode():
+                student(image, 0)
+        except (RuntimeError, ValueError) as error:
+            raise LoRKDError(
+                f"method {method.name!r}: its backbone does not take images of {' × '.join(map(str, image.shape[1:]))} "
+                f"(in_channels, image_size): {str(error).splitlines()[0]}"
+            ) from error
 
 
 def _check_files(folder: Path, common: StudySettings, runs: Sequence[PlannedRun]) -> None:

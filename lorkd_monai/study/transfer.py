@@ -124,15 +124,17 @@ def run_transfer(
         place = Path(folder) / f"unseen_{data.tasks[name].index}"
         rest = only_tasks(data, [task for task in data.tasks if task != name])
         said = f"{name} held out"
-        run_study(
-            place / "before", rest, common, plan_runs([teacher, decomposition], ["full"], seeds), device,
-            keep_weights=True, say=lambda line, said=said: say(f"{said}: {line}"),
-        )  # fmt: skip
         own = only_tasks(data, [name])
         budget = common.changed(
             {"images_per_epoch": draws_of(data, common, [name]), "batch_size": common.single_batch_size}
         )
         origin = {"decomposition": decomposition.name, "settings of the decomposition": dict(decomposition.changes)}
+        if place.exists():  # refused before anything is trained
+            agree_on_settings(place, own, budget, origin)
+        run_study(
+            place / "before", rest, common, plan_runs([teacher, decomposition], ["full"], seeds), device,
+            keep_weights=True, say=lambda line, said=said: say(f"{said}: {line}"),
+        )  # fmt: skip
         agree_on_settings(place, own, budget, origin)
         _HeldOut(place, own, rest, budget, common, decomposition, device, say).run(settings, seeds)
         folders.append(place)

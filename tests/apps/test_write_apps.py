@@ -78,6 +78,9 @@ def test_a_broken_bundle_and_an_existing_folder_are_refused(write, experts: Path
         write(tmp_path / "app", [experts / "lung_classification"])
     write(tmp_path / "app", [experts / "skin_segmentation"], overwrite=True)
     assert not list(tmp_path.glob("app/model*/lung_classification"))
+    with pytest.raises(LoRKDError, match="lung_classification is not replaced: it holds no"):
+        write(broken, [experts / "skin_segmentation"], overwrite=True)
+    assert (broken / "models").is_dir()
 
 
 def test_label_refuses_two_classes_of_one_name(experts: Path, tmp_path: Path) -> None:

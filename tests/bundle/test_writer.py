@@ -160,7 +160,12 @@ def test_an_existing_folder_is_kept(make_case, tmp_path):
     (folder / "mine.txt").write_text("keep")
     with pytest.raises(LoRKDError, match="exists already.*overwrite=True"):
         case.write(folder, formats=("pt",))
+    with pytest.raises(LoRKDError, match="is not replaced: it holds no configs/metadata.json"):
+        case.write(folder, formats=("pt",), overwrite=True)
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    (folder / "mine.txt").unlink()
+    case.write(folder, formats=("pt",), overwrite=True)
+    (folder / "mine.txt").touch()
     case.write(folder, formats=("pt",), overwrite=True)
     assert not (folder / "mine.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["task_2d_classification"]

@@ -60,7 +60,7 @@ def write_deploy_app(folder: str | Path, experts: Sequence[str | Path], overwrit
     found = read_experts(experts)
     code = resources.files("lorkd_monai.apps.deploy.runtime")
     pins = found[0].metadata
-    with bundle_folder(folder, overwrite) as temporary:
+    with bundle_folder(folder, overwrite, mark="routing.yaml") as temporary:
         (temporary / "lorkd_deploy").mkdir()
         for name in _MODULES:
             text = code.joinpath(f"{name}.py").read_text(encoding="utf-8")

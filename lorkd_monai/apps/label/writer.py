@@ -46,7 +46,7 @@ def write_label_app(folder: str | Path, experts: Sequence[str | Path], overwrite
     for expert in found:
         _check_names(expert)
     main = resources.files("lorkd_monai.apps.label").joinpath("server_app.py").read_text(encoding="utf-8")
-    with bundle_folder(folder, overwrite) as temporary:
+    with bundle_folder(folder, overwrite, mark="main.py") as temporary:
         (temporary / "main.py").write_text(main, encoding="utf-8")
         for expert in found:
             copy_expert(expert, temporary / "model")
