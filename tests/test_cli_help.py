@@ -27,7 +27,10 @@ def test_help_runs_nothing(tmp_path, arguments, shown):
     ("arguments", "message"),
     [
         (["phantoms", "out", "--kinds", "x"], "error: Could not consume arg: --kinds. `lorkd phantoms --help`"),
-        (["phantoms", "out", "classification", "2", "20", "0", "False", "upper"], "error: Could not consume arg: upper"),
+        (
+            ["phantoms", "out", "classification", "2", "20", "0", "False", "upper"],
+            "error: Could not consume arg: upper",
+        ),
         (["data", "folders", "[a]", "out", "--patients_regex", "x"], "error: Could not consume arg: --patients_regex"),
         (["phantoms"], "error: The function received no value for the required argument: output"),
         (["phantom", "out"], "error: Cannot find key: phantom. `lorkd --help`"),

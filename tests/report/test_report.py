@@ -91,6 +91,35 @@ def test_one_lucky_seed_is_no_headline(study_folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_budgets_are_compared_by_themselves(study_folder: Path) -> None:
+    for method, family in (("lorkd_long", "lorkd"), ("mtl_long", "mtl")):
+        for seed in (0, 1):
+            run = write_run(study_folder, method, seed, [[0, 0, 1, 1]] * 2, family=family)
+            content = run.read()
+            content["settings"]["epochs"] = 30
+            run.write(content, run.read_arrays())
+    write_run(study_folder, "stl", 0, [[0, 0, 1, 1]] * 2, family="stl")
+    text = Page(Path(report(str(study_folder))).read_text(encoding="utf-8")).text
+    short, long = text.index("Setting full, 1 epochs"), text.index("Setting full, 30 epochs")
+    assert short < long < text.index("What was decomposed")
+    assert "mtl:" in text[short:long] and "mtl_long:" not in text[short:long]
+    assert "mtl_long:" in text[long:] and "teacher:" in text[long:]
+    assert ", 1 of 2 seeds" in text[short:long]  # stl has one
+
+
+@pytest.mark.slow
+def test_names_are_no_formulas_and_nothing_is_half_written(study_folder: Path, tmp_path: Path) -> None:
+    for path in study_folder.rglob("seed*.json"):
+        path.write_text(path.read_text(encoding="utf-8").replace("<b>yes</b>", r"$\\bad{ $5"), encoding="utf-8")
+    target = tmp_path / "file"
+    target.touch()
+    with pytest.raises(LoRKDError, match="can't be written to .*file.* Name another folder by --output"):
+        report(str(study_folder), str(target))
+    assert target.is_file() and not (study_folder / "report").exists()
+    assert "$\\bad{ $5" in Page(Path(report(str(study_folder))).read_text(encoding="utf-8")).text
+
+
+@pytest.mark.slow
 def test_markdown_has_its_pictures(study_folder: Path) -> None:
     folder = Path(report(str(study_folder))).parent
     text = (folder / "report.md").read_text(encoding="utf-8")

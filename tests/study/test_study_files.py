@@ -53,6 +53,16 @@ def test_a_broken_file_is_an_error(tmp_path: Path, text: str) -> None:
         read_json(path)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.97])
+def test_arrays_that_are_cut_off_are_an_error(tmp_path: Path, share: float) -> None:
+    run = RunFile(tmp_path, "full", "mtl", 3)
+    run.write(CONTENT, {"0_label": np.random.default_rng(0).random(1000)})
+    data = run.arrays.read_bytes()
+    run.arrays.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(LoRKDError, match="can't be read"):
+        run.read_arrays()
+
+
 def test_broken_arrays_are_an_error(tmp_path: Path) -> None:
     run = RunFile(tmp_path, "full", "mtl", 3)
     run.write(CONTENT, {})

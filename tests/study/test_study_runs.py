@@ -234,6 +234,11 @@ def test_transfer_to_a_task_held_out(tmp_path: Path) -> None:
     size = {m: found["full", m]["cost"]["plain"]["mr"]["parameters"] for m in STARTS}
     assert size["from_scratch"] == size["from_expert"] < size["from_teacher"]
     assert {row.method for row in summarise(folder, 10)} == set(STARTS)
+    other = methods_named(["lorkd_r8"])[0]
+    said: list[str] = []
+    with pytest.raises(LoRKDError, match="decomposition was 'lorkd', now 'lorkd_r8'"):
+        run_transfer(tmp_path / "out", data, settings, other, ["mr"], ["full"], [0], say=said.append)
+    assert said == []
     text = Path(report(str(tmp_path / "out"))).read_text(encoding="utf-8")
     assert "Transfer to a task that none has seen" in text and "mr (nearest: " in text
 

@@ -102,6 +102,25 @@ def test_runs_with_other_test_images_are_refused() -> None:
         scores_under(arrays, "classification", torch.ones(1, 4, dtype=torch.float64), 0)
 
 
+def test_test_images_in_another_order_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "mtl", 0, [[0, 0, 1, 1]] * 2)
+    run = write_run(tmp_path, "stl", 0, [[0, 0, 1, 1]] * 2)
+    arrays = run.read_arrays()
+    run.write(run.read(), {key: value[::-1] for key, value in arrays.items()})
+    with pytest.raises(LoRKDError, match="measured on other test images, or in another order"):
+        summarise(tmp_path, 10)
+
+
+def test_the_interval_of_a_task_is_that_of_its_mean_over_seeds(tmp_path: Path) -> None:
+    write_run(tmp_path, "mtl", 0, [[0, 1, 1, 1], [0, 0, 1, 1]])
+    write_run(tmp_path, "mtl", 1, [[1, 0, 1, 1], [0, 0, 1, 1]])
+    (row,) = summarise(tmp_path, 2000)
+    low, high = row.task_intervals["a"]
+    # b is always right, so that the mean over both tasks moves half as far as a.
+    assert (row.low, row.high) == ((low + 1) / 2, (high + 1) / 2) and low < row.tasks["a"][0] == 0.75
+    assert row.task_intervals["b"] == (1.0, 1.0)
+
+
 def test_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoRKDError, match="no finished runs in"):
         summarise(tmp_path)
