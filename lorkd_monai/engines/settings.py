@@ -52,6 +52,10 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
         "True, False, or the number of fixed views of each image",
         lambda v: isinstance(v, bool) or _whole(v, 0),
     ),
+    "flip_axes": (
+        "a list of axes of the image, such as [0, 1], or []",
+        lambda v: isinstance(v, (list, tuple)) and all(_whole(n, 0) and n <= 2 for n in v),
+    ),
     "init": ("'auto', 'teacher' or 'random'", lambda v: v in ("auto", "teacher", "random")),
     "transfer_positions": (" or ".join(map(repr, POSITIONS)), lambda v: v in POSITIONS),
     **dict.fromkeys(("amp", "overwrite", "nested"), ("True or False", lambda v: isinstance(v, bool))),
