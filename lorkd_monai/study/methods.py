@@ -122,7 +122,7 @@ def methods_named(names: Sequence[str], variants: Mapping[str, Mapping[str, Any]
         if base is None:
             raise LoRKDError(f"variant {name!r}: expected {{'base': one of {', '.join(known)}, …}}, got {changes!r}")
         own = {k: v for k, v in changes.items() if k not in ("base", "distilled")}
-        said = ", ".join(f"{k} {v}" for k, v in own.items())
+        said = ", ".join(f"{k} {v}" for k, v in changes.items() if k != "base")
         known[name] = dataclasses.replace(
             base,
             name=name,
