@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lorkd_monai.bundle.writer import expert_name, write_expert_bundle
+from lorkd_monai.bundle.writer import expert_name, refuse_foreign, write_expert_bundle
 from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
@@ -77,6 +77,8 @@ def refuse_existing_experts(folder: str | Path, names: Sequence[str], overwrite:
             f"{folder} already holds the experts {', '.join(existing)}: give another --output_dir, or say "
             "--overwrite True to replace them"
         )
+    for name in existing:
+        refuse_foreign(Path(folder) / name)
 
 
 def export_experts(

@@ -33,7 +33,7 @@ from lorkd_monai.bundle.readme import data_license_text, readme_text
 from lorkd_monai.bundle.text import check_task_name, inert_text
 from lorkd_monai.errors import LoRKDError
 
-__all__ = ["KINDS", "bundle_folder", "expert_name", "write_expert_bundle", "write_teacher_bundle"]
+__all__ = ["KINDS", "bundle_folder", "expert_name", "refuse_foreign", "write_expert_bundle", "write_teacher_bundle"]
 
 KINDS = ("classification", "segmentation")
 LARGE = 25 * 2**20
@@ -79,6 +79,13 @@ def _remove_stale(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def refuse_foreign(folder: str | Path, mark: str = "configs/metadata.json") -> None:
+    """Raise where something stands at ``folder`` that may not be replaced: it is not empty, and lacks its mark."""
+    folder = Path(folder)
+    if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise LoRKDError(f"{folder} is not replaced: it holds no {mark}, so it is something else. Name another folder")
+
+
 @contextmanager
 def bundle_folder(folder: str | Path, overwrite: bool = False, mark: str = "configs/metadata.json") -> Iterator[Path]:
     """Give a temporary folder beside ``folder`` to write into, and move it into place when the block has ended.
@@ -103,8 +110,7 @@ def bundle_folder(folder: str | Path, overwrite: bool = False, mark: str = "conf
             f"{folder} exists already: expected a folder that is still to be made; delete it, name another, or set "
             "overwrite=True (--overwrite)"
         )
-    if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise LoRKDError(f"{folder} is not replaced: it holds no {mark}, so it is something else. Name another folder")
+    refuse_foreign(folder, mark)
     token = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
     temporary = folder.with_name(f".{folder.name}.export-{token}")
     temporary.mkdir()

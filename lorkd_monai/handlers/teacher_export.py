@@ -11,7 +11,7 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
-from lorkd_monai.bundle.writer import write_teacher_bundle
+from lorkd_monai.bundle.writer import refuse_foreign, write_teacher_bundle
 from lorkd_monai.data import DataList
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import TaskChannels
@@ -36,7 +36,8 @@ class TeacherExport:
         overwrite: replace a bundle that exists.
 
     Raises:
-        LoRKDError: at the start of training, where the bundle exists and ``overwrite`` is not set.
+        LoRKDError: at the start of training, where the bundle exists and ``overwrite`` is not set, or what stands
+            there is none.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class TeacherExport:
                 f"{self.folder} exists already: it is this output folder's teacher. Run `training` with it, give "
                 "another --output_dir, or say --overwrite True to replace it"
             )
+        refuse_foreign(self.folder)
 
     def export(self, engine: Engine) -> None:
         """Write the bundle."""

@@ -73,7 +73,13 @@ def test_overwrite_and_foreign_folders(network, tmp_path):
     old = tmp_path / "experts" / "mr_classification" / "old.txt"
     old.parent.mkdir()
     old.touch()
-    trainer(ExpertExport(network, None, tmp_path / "experts", overwrite=True, formats=["pt"]), []).run([0])
+    export = ExpertExport(network, None, tmp_path / "experts", overwrite=True, formats=["pt"])
+    with pytest.raises(LoRKDError, match="mr_classification is not replaced: it holds no"):
+        export.check(trainer(export, []))
+    old.unlink()
+    trainer(export, []).run([0])
+    old.touch()
+    trainer(export, []).run([0])
     assert foreign.exists() and not old.exists()
 
 
