@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -250,9 +251,13 @@ def _properties(bundle: BundleFiles) -> Iterator[Problem]:
         sections = ["dataset"] if name == "inference" else ["train#dataset", "validate#dataset"]
         data = {f"{key}#data": data for key in sections if _has(content, key)}
         try:
-            workflow = ConfigWorkflow(str(path), str(meta), False, "_none_", workflow_type=workflow_type, **data)
-            workflow.initialize()
-            missing = workflow.check_properties() or []
+            # A handler may make its folder below the root: the working directory is not the place for it.
+            with tempfile.TemporaryDirectory() as root:
+                workflow = ConfigWorkflow(
+                    str(path), str(meta), False, "_none_", workflow_type=workflow_type, bundle_root=root, **data
+                )
+                workflow.initialize()
+                missing = workflow.check_properties() or []
         except (Exception, SystemExit) as error:  # a config may raise anything
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
             yield Problem("property", f"configs/{name}.json", f"it cannot be built ({reason})", "mend the config")

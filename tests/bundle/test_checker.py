@@ -45,9 +45,13 @@ def only(folder: Path, code: str, file: str, message: str, **options) -> Problem
 META, PRED = "configs/metadata.json", ("network_data_format", "outputs", "pred")
 
 
-def test_a_sound_bundle(bundle, shared):
+def test_a_sound_bundle(bundle, shared, tmp_path, monkeypatch):
     (schema,) = (shared / "schema").glob("meta_schema_*.json")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     assert check_bundle(bundle, schema=schema) == []
+    assert not list(here.iterdir())
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "docs/README.md", "docs/data_license.txt", "configs/logging.conf"])
