@@ -13,6 +13,7 @@ from typing import Any
 
 import fire
 
+from lorkd_monai.arguments import as_names, as_path
 from lorkd_monai.cli_study import report, study
 from lorkd_monai.errors import LoRKDError, show_errors_plainly
 from lorkd_monai.files import read_json
@@ -22,16 +23,9 @@ __all__ = ["COMMANDS", "main"]
 # Every command imports what it needs when it runs, so that `lorkd --help` answers at once.
 
 
-def _path(value: Any, name: str) -> Path:
-    if not isinstance(value, (str, Path)) or not str(value):
-        number = f"; write ./{value} for a file or folder of this name" if type(value) in (int, float) else ""
-        raise LoRKDError(f"{name}: expected a path, got {value!r}{number}")
-    return Path(value)
-
-
 def _checkpoint(path: Any) -> Path:
     """The checkpoint that a file, the output folder of a run, or a training bundle's folder means."""
-    path = _path(path, "checkpoint")
+    path = as_path(path, "checkpoint")
     if path.is_file():
         return path
     places = [path / p for p in ("training/model.pt", "model.pt", "output/training/model.pt")]
@@ -47,7 +41,7 @@ def _checkpoint(path: Any) -> Path:
 def _backbone(file: Any) -> dict[str, Any] | None:
     from lorkd_monai.bundle.imported import read_backbone
 
-    return None if file is None else read_backbone(_path(file, "backbone"))
+    return None if file is None else read_backbone(as_path(file, "backbone"))
 
 
 def tasks(path: str, backbone: str | None = None) -> str:
@@ -57,7 +51,7 @@ def tasks(path: str, backbone: str | None = None) -> str:
         path: checkpoint file, output folder of a run, training bundle, or expert bundle.
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
-    folder = _path(path, "path")
+    folder = as_path(path, "path")
     if (folder / "configs" / "metadata.json").is_file() and (folder / "models" / "model.pt").is_file():
         from lorkd_monai.bundle.export import describe_expert
 
@@ -125,7 +119,7 @@ def export(
     from lorkd_monai.networks.checkpoint import load_decomposition
 
     file = _checkpoint(checkpoint)
-    measured = _path(figures, "figures") if figures is not None else file.with_name("figures.json")
+    measured = as_path(figures, "figures") if figures is not None else file.with_name("figures.json")
     if figures is not None and not measured.is_file():
         raise LoRKDError(f"figures: there is no file {measured}")
     usable = measured.is_file() and (rank is None or figures is not None)  # those beside the file are at full rank
@@ -133,7 +127,14 @@ def export(
     known = known.get("experts", known)
     net = load_decomposition(file, _backbone(backbone))
     written = export_experts(
-        net, _path(output, "output"), _names(tasks), known, read_facts(file), overwrite, _names(formats), rank=rank
+        net,
+        as_path(output, "output"),
+        as_names(tasks),
+        known,
+        read_facts(file),
+        overwrite,
+        as_names(formats),
+        rank=rank,
     )
     return "\n".join(map(str, written))
 
@@ -160,8 +161,8 @@ def rank_curve(
     from lorkd_monai.networks.checkpoint import load_decomposition
 
     net = load_decomposition(_checkpoint(checkpoint), _backbone(backbone))
-    folder = _path(output, "output")
-    table = write_rank_curve(net, _path(dataset_dir, "dataset_dir"), folder, _names(tasks), split)
+    folder = as_path(output, "output")
+    table = write_rank_curve(net, as_path(dataset_dir, "dataset_dir"), folder, as_names(tasks), split)
     return f"{table}\n\n{folder / 'rank_curve.png'}\n{folder / 'rank_curve.json'}"
 
 
@@ -178,7 +179,7 @@ def remove_task(checkpoint: str, task: str, output: str, overwrite: bool = False
     from lorkd_monai.engines.adding import network_without_task
     from lorkd_monai.networks.checkpoint import save_weights
 
-    file = _path(output, "output")
+    file = as_path(output, "output")
     if file.exists() and not overwrite:
         raise LoRKDError(f"{file} exists already: name another file, or say --overwrite")
     net = network_without_task(_checkpoint(checkpoint), str(task), _backbone(backbone))
@@ -195,7 +196,7 @@ def check(bundle: str, schema: str | None = None) -> str:
     """
     from lorkd_monai.bundle import check_bundle
 
-    problems = check_bundle(_path(bundle, "bundle"), schema=None if schema is None else _path(schema, "schema"))
+    problems = check_bundle(as_path(bundle, "bundle"), schema=None if schema is None else as_path(schema, "schema"))
     if problems:
         print("\n".join(map(str, problems)))
         raise SystemExit(1)
@@ -212,8 +213,8 @@ def pack(bundle: str, output: str | None = None, overwrite: bool = False) -> str
     """
     from lorkd_monai.bundle import pack_bundle
 
-    target = None if output is None else _path(output, "output")
-    return str(pack_bundle(_path(bundle, "bundle"), target, overwrite=overwrite))
+    target = None if output is None else as_path(output, "output")
+    return str(pack_bundle(as_path(bundle, "bundle"), target, overwrite=overwrite))
 
 
 def push(bundle: str, repo: str, token: str | None = None, private: bool = True, version: str | None = None) -> str:
@@ -228,7 +229,7 @@ def push(bundle: str, repo: str, token: str | None = None, private: bool = True,
     """
     from lorkd_monai.bundle import push_bundle
 
-    return str(push_bundle(_path(bundle, "bundle"), repo, token=token, private=private, version=version))
+    return str(push_bundle(as_path(bundle, "bundle"), repo, token=token, private=private, version=version))
 
 
 def phantoms(
@@ -251,7 +252,7 @@ def phantoms(
     """
     from lorkd_monai.data import make_phantoms
 
-    return str(make_phantoms(_path(output, "output"), kind, spatial_dims, num_images, seed=seed, overwrite=overwrite))
+    return str(make_phantoms(as_path(output, "output"), kind, spatial_dims, num_images, seed=seed, overwrite=overwrite))
 
 
 def import_checkpoint(
@@ -290,9 +291,10 @@ def import_checkpoint(
     from lorkd_monai.bundle.imported import import_file
 
     net, report = import_file(
-        _path(checkpoint, "checkpoint"), _path(backbone, "backbone"), _names(tasks) or [], _path(output, "output"),
-        alpha=alpha, scale=scale, mapping=mapping, drop=_names(drop) or [], fresh=_names(fresh) or [],
-        head=_names(head), dataset_dir=dataset_dir, kind=kind, image_size=image_size,
+        as_path(checkpoint, "checkpoint"), as_path(backbone, "backbone"), as_names(tasks) or [],
+        as_path(output, "output"),
+        alpha=alpha, scale=scale, mapping=mapping, drop=as_names(drop) or [], fresh=as_names(fresh) or [],
+        head=as_names(head), dataset_dir=dataset_dir, kind=kind, image_size=image_size,
     )  # fmt: skip
     lines = [f"{output}: {len(report.placed)} keys taken over, tasks {', '.join(net.tasks)}"]
     for what, keys in (
@@ -329,8 +331,8 @@ def renorm(
     from lorkd_monai.engines.renorm import renorm_experts
 
     written, table = renorm_experts(
-        _checkpoint(checkpoint), _path(dataset_dir, "dataset_dir"), _path(output, "output"), _names(tasks), batch_size,
-        overwrite, _names(formats),
+        _checkpoint(checkpoint), as_path(dataset_dir, "dataset_dir"), as_path(output, "output"), as_names(tasks),
+        batch_size, overwrite, as_names(formats),
     )  # fmt: skip
     return "\n".join([*map(str, written), *(["", table] if table else [])])
 
@@ -355,7 +357,7 @@ def suggest_ranks(checkpoint: str, tuned: Any, budget: int | None = None, as_jso
         tuned = read_mapping(tuned)
     if not isinstance(tuned, dict):
         raise LoRKDError(f"tuned: expected '{{task: path, other: path}}', got {tuned!r}")
-    files = {str(name): _path(path, f"tuned: {name}") for name, path in tuned.items()}
+    files = {str(name): as_path(path, f"tuned: {name}") for name, path in tuned.items()}
     files = {name: path / "models" / "model.pt" if path.is_dir() else path for name, path in files.items()}
     states = {name: load_weights(path) for name, path in files.items()}
     rows = suggest(load_decomposition(_checkpoint(checkpoint)), states, budget)
@@ -384,7 +386,7 @@ def label_app(output: str, *more: str, experts: Any = None, overwrite: bool = Fa
     """
     from lorkd_monai.apps.label import write_label_app
 
-    return str(write_label_app(_path(output, "output"), [*(_names(experts) or []), *map(str, more)], overwrite))
+    return str(write_label_app(as_path(output, "output"), [*(as_names(experts) or []), *map(str, more)], overwrite))
 
 
 def deploy_app(output: str, *more: str, experts: Any = None, overwrite: bool = False) -> str:
@@ -400,19 +402,11 @@ def deploy_app(output: str, *more: str, experts: Any = None, overwrite: bool = F
     """
     from lorkd_monai.apps.deploy import write_deploy_app
 
-    return str(write_deploy_app(_path(output, "output"), [*(_names(experts) or []), *map(str, more)], overwrite))
+    return str(write_deploy_app(as_path(output, "output"), [*(as_names(experts) or []), *map(str, more)], overwrite))
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _names(value: Any) -> list[str] | None:
-    """Names given as "a,b", which fire may have read as a tuple."""
-    if value is None:
-        return None
-    names = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    return [str(n).strip() for n in names if str(n).strip()]
 
 
 def _data_commands() -> dict[str, Any]:
@@ -468,7 +462,8 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("data", "-h", "--help", "--"):
         commands["data"] = _data_commands()
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments) and "--" not in arguments:  # with arguments, fire would run the command first
+    # After other arguments, fire would run the command and show the help of what it returned.
+    if {"-h", "--help"} & set(arguments) and "--" not in arguments:
         arguments = [*arguments[: 2 if arguments[0] == "data" else 1], "--help"]
     calls: list[Callable[[], Any]] = []
     said = io.StringIO()

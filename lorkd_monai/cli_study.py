@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from lorkd_monai.arguments import as_names, as_path
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["report", "study"]
@@ -52,16 +52,13 @@ def study(
 
     from lorkd_monai.study.command import run_from_arguments
 
-    for name, value in (("output", output), ("dataset_dir", dataset_dir)):
-        if not isinstance(value, (str, Path)) and not (name == "dataset_dir" and value is None):
-            raise LoRKDError(f"{name}: expected a path, got {value!r}; write ./{value} for a folder of this name")
     folder = run_from_arguments(
-        output,
-        dataset_dir,
+        as_path(output, "output"),
+        None if dataset_dir is None else as_path(dataset_dir, "dataset_dir"),
         kind,
         spatial_dims,
-        _words(methods),
-        _words(settings) or [],
+        as_names(methods),
+        as_names(settings) or [],
         _numbers(seeds),
         _mapping(variants, "variants"),
         {name: _mapping(value, name) if isinstance(value, str) and value[:1] == "{" else value
@@ -70,7 +67,7 @@ def study(
         device or ("cuda:0" if torch.cuda.is_available() else "cpu"),
         keep_weights,
         plan_only,
-        _words(unseen),
+        as_names(unseen),
     )  # fmt: skip
     return str(folder)
 
@@ -86,22 +83,12 @@ def report(folder: str, output: str | None = None) -> str:
     """
     from lorkd_monai.report import write_report
 
-    for name, value in (("folder", folder), ("output", output)):
-        if not isinstance(value, (str, Path)) and not (name == "output" and value is None):
-            raise LoRKDError(f"{name}: expected a path, got {value!r}; write ./{value} for a folder of this name")
-    return str(write_report(folder, output))
-
-
-def _words(value: Any) -> list[str] | None:
-    """Words given as "a,b", which fire may have read as a tuple or a single one."""
-    if value is None:
-        return None
-    words = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    return [str(word).strip() for word in words if str(word).strip()]
+    target = None if output is None else as_path(output, "output")
+    return str(write_report(as_path(folder, "folder"), target))
 
 
 def _numbers(value: Any) -> list[int]:
-    words = _words(value) or []
+    words = as_names(value) or []
     if not all(word.isascii() and word.isdigit() for word in words):
         raise LoRKDError(f"seeds: expected whole numbers separated by commas, got {value!r}")
     return [int(word) for word in words]

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from lorkd_monai.arguments import as_path
 from lorkd_monai.data.checks import SPLITS, check_task_name
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
-from lorkd_monai.data.writing import as_path, refuse_existing, write_data_list
+from lorkd_monai.data.writing import refuse_existing, write_data_list
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.preprocessing import check_kind
 

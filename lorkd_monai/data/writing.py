@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,7 @@ from lorkd_monai.data.datalist import load_data_list
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 
-__all__ = ["as_path", "refuse_existing", "write_data_list"]
-
-
-def as_path(value: Any, name: str) -> Path:
-    """The path that an argument gives; raise a `LoRKDError` where it is none, such as a number from a command line."""
-    if not isinstance(value, (str, os.PathLike)) or not str(value):
-        raise LoRKDError(f"{name}: expected a path, got {value!r}; write ./{value} for one of this name")
-    return Path(value)
+__all__ = ["refuse_existing", "write_data_list"]
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> Path:
