@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from lorkd_monai.arguments import as_path
-from lorkd_monai.data.checks import SPLITS, check_task_name
+from lorkd_monai.data.checks import SPLITS, Problems, check_task_name, read_origin
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
 from lorkd_monai.data.writing import refuse_existing, write_data_list
 from lorkd_monai.errors import LoRKDError
@@ -221,6 +221,7 @@ def combine(
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             own, folder = dict(content["tasks"]), file.parent.resolve()
+            origin = read_origin(content, str(file), Problems(file))
             items = [(split, item) for split in SPLITS for item in content.get(split, [])]
             rows += [Row(i["task"], _absolute(i["image"], folder), _absolute(i["label"], folder), s) for s, i in items]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -228,7 +229,7 @@ def combine(
         for name, entry in own.items():
             if name in tasks:
                 raise LoRKDError(f"two of the lists have a task {name!r}; rename one of them.")
-            tasks[name] = dict(entry)
+            tasks[name] = {**{key: value for key, value in origin.items() if value is not None}, **entry}
             if "npz" in tasks[name]:
                 tasks[name]["npz"] = _relative(str(folder / tasks[name]["npz"]), output)
     return finish(output, kind, spatial_dims, tasks, rows, None, overwrite)

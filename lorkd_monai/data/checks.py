@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ import numpy as np
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.loading import ImageFacts
 
-__all__ = ["SPLITS", "Problems", "check_items", "check_masks", "check_task_name", "check_tasks", "read_npz_tasks"]
+__all__ = [
+    "SPLITS",
+    "Problems",
+    "check_items",
+    "check_masks",
+    "check_task_name",
+    "check_tasks",
+    "read_npz_tasks",
+    "read_origin",
+]
 
 SPLITS = ("training", "validation", "test")
 _NPZ_NAMES = {"training": "train", "validation": "val", "test": "test"}
@@ -69,8 +78,11 @@ def unique_keys(problems: Problems) -> Callable[[list[tuple[str, Any]]], dict[st
     return hook
 
 
-def check_tasks(tasks: Any, kind: str, problems: Problems) -> dict[str, dict[str, Any]]:
-    """Return the entries of ``"tasks"`` that can be used, and note what is wrong with them."""
+def check_tasks(tasks: Any, kind: str, problems: Problems, origin: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the entries of ``"tasks"`` that can be used, and note what is wrong with them.
+
+    ``origin`` is the list's own licence and authors, for the tasks that say none.
+    """
     if not isinstance(tasks, dict) or not tasks:
         problems.add('"tasks" must be an object with at least one task, such as {"spleen": {"labels": {…}}}')
         return {}
@@ -86,8 +98,24 @@ def check_tasks(tasks: Any, kind: str, problems: Problems) -> dict[str, dict[str
         for line in faults:
             problems.add(line)
         if isinstance(entry, dict):  # kept though faulty, so that its items are not reported as of an unknown task
-            entries[name] = entry
+            own = read_origin(entry, f"task {name!r}", problems)
+            entries[name] = {**entry, **{key: value or origin[key] for key, value in own.items()}}
     return entries
+
+
+def read_origin(content: dict[str, Any], where: str, problems: Problems) -> dict[str, Any]:
+    """Return ``{"licence": text or None, "authors": list of texts or None}`` of a list or of one of its tasks.
+
+    One author may stand without a list; ``license`` is read as ``licence``.
+    """
+    licence = content.get("licence", content.get("license"))
+    authors = content.get("authors")
+    authors = [authors] if isinstance(authors, str) else authors
+    if licence is not None and not _is_text(licence):
+        problems.add(f"{where}: 'licence' must be text, got {licence!r}")
+    if authors is not None and not (isinstance(authors, list) and authors and all(map(_is_text, authors))):
+        problems.add(f"{where}: 'authors' must be a list of names, got {authors!r}")
+    return {"licence": licence, "authors": authors}
 
 
 def check_items(
@@ -220,6 +248,10 @@ def _entry_faults(entry: dict[str, Any], kind: str) -> list[str]:
     if spacing is not None and not (_are_numbers(spacing) and len(spacing) in (2, 3) and min(spacing) > 0):
         faults.append(f"'spacing' must be a list of lengths in mm, each above 0, got {spacing!r}")
     return faults
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _is_intensity(value: Any) -> bool:

@@ -21,7 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorkd_monai.data.checks import SPLITS, Problems, check_items, check_masks, check_tasks, read_npz_tasks, unique_keys
+from lorkd_monai.data.checks import (
+    SPLITS,
+    Problems,
+    check_items,
+    check_masks,
+    check_tasks,
+    read_npz_tasks,
+    read_origin,
+    unique_keys,
+)
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.loading import ImageFacts, describe_image
 from lorkd_monai.transforms.preprocessing import check_kind
@@ -42,6 +51,7 @@ class TaskSpec:
     `lorkd_monai.transforms.default_intensity`). ``spacing`` (mm, axes of RAS) is what 3D segmentation resamples to.
     ``vista3d_class`` gives VISTA3D's index of each class id, for that teacher.
     ``score`` is False for a task that is there to try things out: its figures stand apart and count in no mean.
+    ``licence`` and ``authors`` of its images are the task's own, else those of the list.
     """
 
     name: str
@@ -55,6 +65,8 @@ class TaskSpec:
     spacing: tuple[float, ...] | None = None
     score: bool = True
     vista3d_class: dict[int, int] | None = None
+    licence: str | None = None
+    authors: list[str] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -68,7 +80,8 @@ class DataList:
 
     An item of ``training``, ``validation`` and ``test`` is ``{"image": …, "label": …, "task": name}``. An image is an
     absolute path (a list of paths: one file per channel) or an array H×W[×C] or H×W×D[×C]; a label is a class id or
-    the path of a mask.
+    the path of a mask. ``licence`` and ``authors`` are what the list says of all its images; see `TaskSpec` for one
+    task's.
     """
 
     name: str
@@ -79,6 +92,8 @@ class DataList:
     training: list[dict[str, Any]] = field(default_factory=list, repr=False)
     validation: list[dict[str, Any]] = field(default_factory=list, repr=False)
     test: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    licence: str | None = None
+    authors: list[str] | None = None
 
     @property
     def num_classes(self) -> dict[str, int]:
@@ -149,7 +164,8 @@ def load_data_list(
     if problems:
         problems.raise_all()
 
-    entries = check_tasks(content.get("tasks"), kind, problems)
+    origin = read_origin(content, "the list", problems)
+    entries = check_tasks(content.get("tasks"), kind, problems, origin)
     items = {split: check_items(content, split, entries, folder, kind, problems) for split in SPLITS}
     facts = read_npz_tasks(entries, items, folder, kind, spatial_dims, problems)
     _check_presence(entries, items, needs, problems)
@@ -158,12 +174,15 @@ def load_data_list(
         problems.raise_all()
 
     facts |= _first_images(entries, items, spatial_dims, problems)
-    tasks = {name: _task(name, i, entry, facts[name], spatial_dims) for i, (name, entry) in enumerate(entries.items())}
+    tasks = {
+        name: _task(name, i, entry, facts[name], spatial_dims, origin)
+        for i, (name, entry) in enumerate(entries.items())
+    }
     if check_labels and kind == "segmentation":
         check_masks(items, {name: task.num_classes for name, task in tasks.items()}, problems)
     if problems:
         problems.raise_all()
-    data = DataList(str(content.get("name", file.parent.name)), folder, kind, spatial_dims, tasks, **items)
+    data = DataList(str(content.get("name", file.parent.name)), folder, kind, spatial_dims, tasks, **items, **origin)
     return measure_spacing(data) if kind == "segmentation" and spatial_dims == 3 else data
 
 
@@ -284,4 +303,6 @@ def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims:
         spacing=None if spacing is None else tuple(map(float, spacing)),
         vista3d_class=_prompts(name, entry.get("vista3d_class")),
         score=entry.get("score", not _NO_SCORE.search(entry.get("note") or "")),
+        licence=entry["licence"],
+        authors=entry["authors"],
     )

@@ -117,7 +117,8 @@ def _entry(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         names = [str(name).strip() for name in channels.values()]
         entry["modality"] = ", ".join(dict.fromkeys("MR" if n.upper().startswith("MR") else n for n in names))
         entry["channels"] = len(names)
-    return entry
+    licence = content.get("licence", content.get("license"))
+    return entry | ({"licence": licence} if isinstance(licence, str) and licence.strip() else {})
 
 
 def _is_numbered(content: dict[str, Any], folder: Path) -> bool:

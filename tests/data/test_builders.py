@@ -338,6 +338,21 @@ def test_combining_lists(tmp_path):
         combine([tmp_path / "nowhere.json"], tmp_path / "d", "classification", 2)
 
 
+def test_licence_and_authors_stay_with_their_tasks(tmp_path):
+    for name, licence in (("a", "CC0-1.0"), ("b", None)):
+        png(tmp_path / f"{name}.png")
+        item = {"image": f"../{name}.png", "label": 0, "task": name}
+        content = {"tasks": {name: {"labels": {"0": "x", "1": "y"}}}, "training": [item]}
+        (tmp_path / f"list_{name}").mkdir()
+        own = {} if licence is None else {"licence": licence, "authors": ["A. Lee"]}
+        (tmp_path / f"list_{name}" / "dataset.json").write_text(json.dumps({**content, **own}))
+    lists = [tmp_path / "list_a", tmp_path / "list_b"]
+    data = load_data_list(combine(lists, tmp_path / "both", "classification", 2), "classification", 2)
+    assert (data.licence, data.authors) == (None, None)
+    assert (data.tasks["a"].licence, data.tasks["a"].authors) == ("CC0-1.0", ["A. Lee"])
+    assert (data.tasks["b"].licence, data.tasks["b"].authors) == (None, None)
+
+
 def test_lists_are_not_overwritten_unless_told_to(tmp_path):
     source = class_folders(tmp_path / "source")
     file = from_class_folders(source, tmp_path / "out")

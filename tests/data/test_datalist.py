@@ -267,3 +267,34 @@ def test_spacing_is_the_median_unless_given(tmp_path):
     assert load_data_list(write(tmp_path, content), "segmentation", 3).tasks["one"].spacing == (1, 1, 4)
     content["tasks"]["one"]["spacing"] = [2, 2, 2]
     assert load_data_list(write(tmp_path, content), "segmentation", 3).tasks["one"].spacing == (2, 2, 2)
+
+
+def test_licence_and_authors(folder):
+    content = {**good(), "licence": "CC-BY-4.0", "authors": ["A. Lee", "B. Ono"]}
+    content["tasks"]["two"] |= {"licence": "CC0-1.0", "authors": "C. Diaz"}
+    data = load_data_list(write(folder, content), "classification", 2)
+    assert (data.licence, data.authors) == ("CC-BY-4.0", ["A. Lee", "B. Ono"])
+    assert (data.tasks["one"].licence, data.tasks["one"].authors) == ("CC-BY-4.0", ["A. Lee", "B. Ono"])
+    assert (data.tasks["two"].licence, data.tasks["two"].authors) == ("CC0-1.0", ["C. Diaz"])
+    data = load_data_list(write(folder, good()), "classification", 2)
+    assert data.licence is data.authors is data.tasks["one"].licence is data.tasks["one"].authors is None
+    data = load_data_list(write(folder, {**good(), "license": "MIT"}), "classification", 2)
+    assert data.licence == data.tasks["two"].licence == "MIT"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("licence", 4, "'licence' must be text, got 4"),
+        ("licence", " ", "'licence' must be text"),
+        ("license", ["MIT"], "'licence' must be text, got ['MIT']"),
+        ("authors", {"A. Lee": 1}, "'authors' must be a list of names"),
+        ("authors", [], "'authors' must be a list of names"),
+        ("authors", ["A. Lee", 3], "'authors' must be a list of names"),
+    ],
+)
+def test_wrong_licence_and_authors(folder, key, value, message):
+    refused(folder, {**good(), key: value}, f"the list: {message}")
+    content = good()
+    content["tasks"]["two"][key] = value
+    refused(folder, content, f"task 'two': {message}")
