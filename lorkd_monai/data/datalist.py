@@ -174,10 +174,7 @@ def load_data_list(
         problems.raise_all()
 
     facts |= _first_images(entries, items, spatial_dims, problems)
-    tasks = {
-        name: _task(name, i, entry, facts[name], spatial_dims, origin)
-        for i, (name, entry) in enumerate(entries.items())
-    }
+    tasks = {name: _task(name, i, entry, facts[name], spatial_dims) for i, (name, entry) in enumerate(entries.items())}
     if check_labels and kind == "segmentation":
         check_masks(items, {name: task.num_classes for name, task in tasks.items()}, problems)
     if problems:
