@@ -1,7 +1,7 @@
 """Files that an earlier version wrote still load: a run, a checkpoint, a pack, an expert bundle.
 
 ``tests/data/commit_2227887`` was made by that commit: `pretraining` and `training` of the 2D classification bundle with
-the small networks of ``kinds.SMALL`` (one epoch, batch_size 8) on ``make_phantoms(…, "classification", 2, 12, seed=0)``,
+the small networks of ``kinds.SMALL`` (one epoch, batch_size 8) on ``make_phantoms(…, "classification", 2, 12)``,
 a pack of the result, and what the network answered.
 """
 

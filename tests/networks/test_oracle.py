@@ -1,7 +1,7 @@
 """The numbers of the authors' EKS convolution: outputs and every gradient, to 1e-10.
 
-``tests/data/eks_dev.npz`` holds inputs, factors, outputs and gradients in float64, ``eks_dev.json`` the geometry of each
-case; they were computed with the code that the authors of arXiv 2404.17184 released.
+``tests/data/eks_dev.npz`` holds inputs, factors, outputs and gradients in float64, ``eks_dev.json`` the geometry of
+each case; they were computed with the code that the authors of arXiv 2404.17184 released.
 """
 
 from __future__ import annotations
