@@ -32,6 +32,7 @@ KEYS = {
     "batch_size": "images of a step (of each process)",
     "sampling": "`natural`: each image once an epoch; `balanced`: each task as often; `temperature`: between the two",
     "sampling_temperature": "1 is `natural`; the larger, the more balanced",
+    "tasks_per_batch": "batches of so many tasks, with as many images of each; null: all tasks mixed",
     "flip_axes": "axes along which images are mirrored at random, from 0; only where left and right do not matter",
     "rotate": "largest random rotation, in degrees",
     "cache_dir": "folder for preprocessed volumes that do not fit into memory, and for a faster next start",

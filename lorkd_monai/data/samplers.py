@@ -104,14 +104,18 @@ class TaskSampler(Sampler):
 
     def __iter__(self) -> Iterator[Draw] | Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = np.concatenate(self.draw(rng))
+        order = np.concatenate(self.draw(rng, draws_per_task(self.counts, self.num_samples, self.temperature)))
         order = order[rng.permutation(len(order))]
         order = np.resize(order, len(self) * self.world_size)  # np.resize starts again from the front
         yield from self.with_seeds(order, rng)[self.rank :: self.world_size]
 
-    def draw(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """Return the items that each task gives to one epoch, in shuffled rounds."""
-        counts = draws_per_task([len(items) for items in self.items_of_task], self.num_samples, self.temperature)
+    @property
+    def counts(self) -> list[int]:
+        """Number of items of each task."""
+        return [len(items) for items in self.items_of_task]
+
+    def draw(self, rng: np.random.Generator, counts: Sequence[int]) -> list[np.ndarray]:
+        """Return the items that each task gives to one epoch, so many of each task, in shuffled rounds."""
         drawn = []
         for items, count in zip(self.items_of_task, counts, strict=True):
             rounds = -(-count // len(items)) if len(items) else 0
@@ -130,46 +134,78 @@ class TaskSampler(Sampler):
 
 
 class TaskBatchSampler(Sampler):
-    """Make batches of few tasks out of a `TaskSampler`'s draws.
+    """Make batches of few tasks: ``tasks_per_batch`` pieces of ``batch_size // tasks_per_batch`` samples of one task.
 
-    The epoch's draws stay those of the sampler; they are cut into pieces of one task, and ``tasks_per_batch`` pieces
-    make a batch. Fewer tasks in a batch mean fewer segments, so faster routing. Batches hold at most ``batch_size``
-    samples, some of them fewer.
+    A norm, and the gradient of an expert, then see a good number of images of a task at once, and routing has fewer
+    segments. All pieces are full, so that no sample weighs more than another in a mean over its batch, the losses' and
+    the norms' (the objective averages over samples), and no short rest of a task makes a step of its own. For this,
+    tasks share out whole pieces in place of draws: in each epoch each gets its share (see `TaskSampler`) rounded down
+    or up at random, so that over the epochs the shares are exact, also where a task has less than one piece an epoch.
+    An epoch has as many batches as one of mixed batches with the last left out.
+
+    The tasks of a batch differ, but where one task alone has more pieces than the epoch has batches. Where there are
+    fewer tasks than ``tasks_per_batch``, a batch holds all of them. Everything is a function of (seed, epoch).
 
     Args:
-        sampler: says what is drawn, and the rank and world size.
-        batch_size: most samples in a batch.
+        sampler: says what is drawn, and the rank and world size; each process gets as many batches.
+        batch_size: most samples in a batch; fewer where ``tasks_per_batch`` does not divide it.
         tasks_per_batch: most tasks in a batch.
+
+    Attributes:
+        batch_size: samples in each batch.
 
     Raises:
         LoRKDError: where ``tasks_per_batch`` is not in 1..``batch_size``.
+
+    Example::
+
+        batches = TaskBatchSampler(TaskSampler(dataset.task_of_item), batch_size=64, tasks_per_batch=4)
+        loader = DataLoader(dataset, batch_sampler=batches)  # 16 images of each of 4 tasks
     """
 
     def __init__(self, sampler: TaskSampler, batch_size: int, tasks_per_batch: int) -> None:
         if not 1 <= tasks_per_batch <= batch_size:
             raise LoRKDError(f"tasks_per_batch must be in 1..batch_size ({batch_size}), got {tasks_per_batch!r}.")
-        self.sampler, self.batch_size, self.tasks_per_batch = sampler, batch_size, tasks_per_batch
+        self.sampler = sampler
+        self._pieces = min(tasks_per_batch, sum(count > 0 for count in sampler.counts))
+        self._piece = max(1, min(batch_size, len(sampler)) // self._pieces)
+        self.batch_size = self._pieces * self._piece
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0, 1, …) whose batches come next."""
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        sizes = [len(items) for items in self.sampler.items_of_task]
-        counts = draws_per_task(sizes, self.sampler.num_samples, self.sampler.temperature)
-        pieces = sum(-(-count // self._piece) for count in counts)
-        return math.ceil(math.ceil(pieces / self.tasks_per_batch) / self.sampler.world_size)
+        return max(1, len(self.sampler) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Draw]] | Iterator[list[int]]:
         sampler = self.sampler
         rng = np.random.default_rng([sampler.seed, sampler.epoch])
-        pieces = [d[i : i + self._piece] for d in sampler.draw(rng) for i in range(0, len(d), self._piece)]
-        order = rng.permutation(len(pieces))
-        groups = [order[i : i + self.tasks_per_batch] for i in range(0, len(order), self.tasks_per_batch)]
-        batches = [sampler.with_seeds(np.concatenate([pieces[p] for p in group]), rng) for group in groups]
-        for number in range(len(self)):  # each process gets as many batches; the first are used again if need be
-            yield batches[(number * sampler.world_size + sampler.rank) % len(batches)]
+        batches = len(self) * sampler.world_size
+        weights = np.array([n ** (1.0 / sampler.temperature) if n else 0.0 for n in sampler.counts])
+        left = _share_out(weights, batches * self._pieces, rng)
+        drawn = sampler.draw(rng, (left * self._piece).tolist())
+        pieces = [iter(rng.permutation(own).reshape(-1, self._piece)) for own in drawn]
+        for number in range(batches):
+            # A task with a piece for each batch to come gets one into this, so the rest can always be shared out.
+            chosen = _share_out(left, self._pieces, rng)
+            left -= chosen
+            items = [next(pieces[task]) for task in np.repeat(np.arange(len(chosen)), chosen)]
+            draws = sampler.with_seeds(np.concatenate(items), rng)
+            if number % sampler.world_size == sampler.rank:
+                yield draws
 
-    @property
-    def _piece(self) -> int:
-        return self.batch_size // self.tasks_per_batch
+
+def _share_out(weights: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
+    """Return whole numbers of the sum ``total``, each its share of it rounded down or up: on average the share itself.
+
+    This is systematic sampling: the shares lie end to end, in an order drawn at random, under a comb of step 1.
+    """
+    order = rng.permutation(np.flatnonzero(weights))
+    ends = np.cumsum(weights[order]) * total / weights.sum()
+    ends[-1] = total
+    # A coarse start of the comb keeps ends apart from its teeth by far more than rounding moves them.
+    marks = np.floor(ends + rng.integers(2**20) / 2**20)
+    numbers = np.zeros(len(weights), dtype=np.int64)
+    numbers[order] = np.diff(marks, prepend=0.0)
+    return numbers

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorkd_monai import __version__
 from lorkd_monai.bundle.parent import teacher_facts
-from lorkd_monai.data import DataList
+from lorkd_monai.data import DataList, TaskBatchSampler
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table, write_figures
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
@@ -48,14 +48,22 @@ __all__ = [
 ]
 
 
-def train_loader(dataset: Dataset, sampler: Sampler, batch_size: int, num_workers: int = 0) -> DataLoader:
+def train_loader(
+    dataset: Dataset, sampler: Sampler, batch_size: int, num_workers: int = 0, tasks_per_batch: int | None = None
+) -> DataLoader:
     """Batches for training; a last batch that is not full is left out, as batch norm may find a single sample in it.
 
+    ``tasks_per_batch`` makes batches of so many tasks with as many samples each, see `TaskBatchSampler`; None: all
+    tasks mixed, each as it was drawn.
+
     Raises:
-        LoRKDError: a batch size below 1.
+        LoRKDError: a batch size below 1, or more tasks in a batch than samples.
     """
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise LoRKDError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    if tasks_per_batch is not None:
+        batches = TaskBatchSampler(sampler, batch_size, tasks_per_batch)
+        return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)
     full = len(sampler) >= batch_size
     return DataLoader(dataset, batch_size, sampler=sampler, drop_last=full, num_workers=num_workers)
 

@@ -45,6 +45,10 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     **dict.fromkeys(
         ("weight_decay", "transfer_weight", "rotate"), ("a number of at least 0", lambda v: _real(v) and v >= 0)
     ),
+    "tasks_per_batch": (
+        "a whole number of at least 1, or null for batches of all tasks mixed",
+        lambda v: v is None or _whole(v, 1),
+    ),
     "sampling_temperature": ("a number of at least 1", lambda v: _real(v) and v >= 1),
     "alpha": ("a number", _real),
     "ema": ("a number from 0 to below 1", lambda v: _real(v) and 0 <= v < 1),
@@ -80,5 +84,8 @@ def check_settings(**settings: object) -> None:
         for name, value in settings.items()
         if name in _RULES and not _RULES[name][1](value)
     ]
+    size, few = settings.get("batch_size"), settings.get("tasks_per_batch")
+    if not problems and size is not None and few is not None and few > size:
+        problems.append(f"tasks_per_batch must be at most batch_size ({size}), got {few}")
     if problems:
         raise LoRKDError("; ".join(problems))

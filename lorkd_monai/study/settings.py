@@ -30,8 +30,11 @@ class StudySettings:
         epochs: of each student.
         images_per_epoch: draws of one epoch; None: as many as there are training images.
         batch_size, learning_rate, weight_decay: of the AdamW optimiser, with a cosine schedule.
+        tasks_per_batch: of networks that are trained on several tasks, the teacher among them: batches of so many
+            tasks, see `TaskBatchSampler`; None: all tasks mixed.
         single_batch_size: of networks that are trained on one task alone: smaller, so that they make about as many
-            steps from their part of the draws.
+            steps from their part of the draws. With ``tasks_per_batch`` they have as many images of their task in a
+            batch as the others have, see `images_of_one_task`.
         rotate, flip_axes, noise: see `BatchAugment`.
         sampling, sampling_temperature: see `TaskSampler`.
         ema: share of the running average of the weights that is kept in each step; 0: no averaging. Validation and
@@ -65,6 +68,7 @@ class StudySettings:
     images_per_epoch: int | None = None
     batch_size: int = 64
     single_batch_size: int = 16
+    tasks_per_batch: int | None = None
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     rotate: float = 10.0
@@ -102,6 +106,10 @@ class StudySettings:
             value = getattr(self, name)
             if not holds(value):
                 problems.append(f"{name} must be {rule}, got {value!r}")
+        if not problems and (self.tasks_per_batch or 1) > self.batch_size:
+            problems.append(
+                f"tasks_per_batch must be at most batch_size ({self.batch_size}), got {self.tasks_per_batch}"
+            )
         if problems:
             raise LoRKDError("; ".join(problems))
 
@@ -117,6 +125,11 @@ class StudySettings:
             raise LoRKDError(f"unknown setting {unknown[0]!r}; a study's settings are {', '.join(sorted(names))}")
         tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
         return dataclasses.replace(self, **tuples)
+
+    @property
+    def images_of_one_task(self) -> int:
+        """The batch size of networks that are trained on one task alone."""
+        return self.single_batch_size if self.tasks_per_batch is None else self.batch_size // self.tasks_per_batch
 
     def as_data(self) -> dict[str, Any]:
         """The settings as plain JSON data."""
@@ -155,7 +168,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         _whole(1),
     ),
     "expert_warmup": _whole(0),
-    **dict.fromkeys(("images_per_epoch", "teacher_images_per_epoch"), _OPTIONAL_WHOLE),
+    **dict.fromkeys(("images_per_epoch", "teacher_images_per_epoch", "tasks_per_batch"), _OPTIONAL_WHOLE),
     **dict.fromkeys(("ema", "teacher_ema"), _AVERAGE),
     **dict.fromkeys(("learning_rate", "temperature", "alpha", "expert_learning_rate"), _POSITIVE),
     **dict.fromkeys(("weight_decay", "rotate", "noise", "transfer_weight"), _NOT_NEGATIVE),

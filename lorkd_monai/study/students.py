@@ -113,7 +113,7 @@ class Students:
         settings = self.settings
         part = Part(self.training, names, self.labelled, drop_unlabelled=not self.method.distilled)
         if single:
-            settings = settings.changed({"batch_size": settings.single_batch_size})
+            settings = settings.changed({"batch_size": settings.images_of_one_task, "tasks_per_batch": None})
         data = only_tasks(self.data, names)
         draws = draws_of(self.data, settings, names)
         return fit(

@@ -102,9 +102,9 @@ class LabelShareSampler(TaskSampler):
         self.share = share
         self._labelled = [items[labelled[items]] for items in self.items_of_task]
 
-    def draw(self, rng: np.random.Generator) -> list[np.ndarray]:
+    def draw(self, rng: np.random.Generator, counts: Sequence[int]) -> list[np.ndarray]:
         """Return the items that each task gives to one epoch."""
-        drawn = super().draw(rng)
+        drawn = super().draw(rng, counts)
         for own, labelled in zip(drawn, self._labelled, strict=True):
             count = round(self.share * len(own))
             rounds = -(-count // len(labelled)) if len(labelled) else 0

@@ -99,7 +99,7 @@ def fit(
         sampler = LabelShareSampler(
             training, settings.label_share, strategy=sampling[0], temperature=sampling[1], **options
         )
-    loader = train_loader(training, sampler, settings.batch_size)
+    loader = train_loader(training, sampler, settings.batch_size, tasks_per_batch=settings.tasks_per_batch)
     weight = settings.transfer_weight if teacher else 0.0
     objective = make_objective(
         network, teacher, data, training, weight, settings.temperature, settings.transfer_positions
@@ -123,7 +123,7 @@ def fit(
     network.load_state_dict(watch.best)
     return Fitted(
         network.eval(), watch.epoch, watch.score, watch.curves, time.perf_counter() - started - watch.seconds,
-        time.process_time() - cpu - watch.cpu_seconds, epochs * len(loader) * settings.batch_size,
+        time.process_time() - cpu - watch.cpu_seconds, epochs * len(loader) * loader.batch_sampler.batch_size,
     )  # fmt: skip
 
 

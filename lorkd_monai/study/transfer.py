@@ -126,7 +126,11 @@ def run_transfer(
         said = f"{name} held out"
         own = only_tasks(data, [name])
         budget = common.changed(
-            {"images_per_epoch": draws_of(data, common, [name]), "batch_size": common.single_batch_size}
+            {
+                "images_per_epoch": draws_of(data, common, [name]),
+                "batch_size": common.images_of_one_task,
+                "tasks_per_batch": None,
+            }
         )
         origin = {"decomposition": decomposition.name, "settings of the decomposition": dict(decomposition.changes)}
         if place.exists():  # refused before anything is trained

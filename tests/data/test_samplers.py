@@ -67,18 +67,83 @@ def test_processes_share_an_epoch(world_size):
     assert {draw.index for part in parts for draw in part} == set(range(100))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("tasks_per_batch", [1, 2, 3])
-def test_batches_of_few_tasks(tasks_per_batch, world_size):
-    batches = []
-    for rank in range(world_size):
-        sampler = TaskBatchSampler(TaskSampler(TASKS, "natural", rank=rank, world_size=world_size), 12, tasks_per_batch)
-        own = list(sampler)
-        assert len(own) == len(sampler)
-        batches += own
-    assert all(0 < len(batch) <= 12 for batch in batches)
-    assert all(len({TASKS[draw.index] for draw in batch}) <= tasks_per_batch for batch in batches)
-    assert {draw.index for batch in batches for draw in batch} == set(range(100))
+def few_tasks(size, tasks_per_batch, tasks=TASKS, **options):
+    return TaskBatchSampler(TaskSampler(tasks, **options), size, tasks_per_batch)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("tasks_per_batch", "size"), [(1, 12), (2, 12), (3, 12), (2, 11), (5, 12)])
+def test_batches_of_few_tasks_are_full(tasks_per_batch, size, world_size):
+    pieces = min(tasks_per_batch, 3)
+    for epoch in range(3):
+        numbers = set()
+        for rank in range(world_size):
+            sampler = few_tasks(
+                size, tasks_per_batch, strategy="balanced", num_samples=300, rank=rank, world_size=world_size
+            )
+            sampler.set_epoch(epoch)
+            batches = list(sampler)
+            numbers.add(len(batches))
+            assert len(batches) == len(sampler) == 300 // world_size // (size // pieces * pieces)
+            for batch in batches:
+                found = Counter(TASKS[draw.index] for draw in batch)
+                assert len(found) == pieces and set(found.values()) == {size // pieces}
+        assert len(numbers) == 1
+
+
+def test_processes_share_the_batches_of_an_epoch():
+    tasks = [0] * 60 + [1] * 60
+    parts = [list(few_tasks(10, 2, tasks, num_samples=120, rank=r, world_size=2)) for r in range(2)]
+    drawn = [draw.index for part in parts for batch in part for draw in batch]
+    assert sorted(drawn) == list(range(120))
+
+
+@pytest.mark.parametrize("tasks_per_batch", [1, 2])
+@pytest.mark.parametrize(("strategy", "temperature"), [("natural", 1), ("temperature", 2), ("balanced", 1)])
+def test_no_task_drowns_in_batches_of_few(strategy, temperature, tasks_per_batch):
+    """Over the epochs each task has its share, also one that has less than a piece in an epoch."""
+    sampler = few_tasks(16, tasks_per_batch, strategy=strategy, temperature=temperature, seed=1)
+    found = Counter()
+    for epoch in range(400):
+        sampler.set_epoch(epoch)
+        found.update(TASKS[draw.index] for batch in sampler for draw in batch)
+    expected = draws_per_task([80, 16, 4], 100_000, sampler.sampler.temperature)
+    assert sum(found.values()) == 400 * 96
+    for task in range(3):
+        assert found[task] / sum(found.values()) == pytest.approx(expected[task] / 100_000, abs=0.01)
+
+
+def test_a_task_larger_than_all_others_fills_the_rest():
+    for batch in few_tasks(8, 2, [0] * 900 + [1] * 4, strategy="natural"):
+        assert len(batch) == 8 and sum(draw.index < 900 for draw in batch) >= 4
+
+
+def test_images_come_in_rounds_in_batches_of_few_too():
+    drawn = Counter(d.index for batch in few_tasks(30, 3, strategy="balanced", num_samples=300) for d in batch)
+    assert [drawn[i] for i in range(96, 100)] == [25] * 4
+    assert {drawn[i] for i in range(80)} == {1, 2}
+
+
+def test_fewer_images_than_a_batch():
+    sampler = few_tasks(64, 2, [0] * 5 + [1] * 5)
+    assert len(sampler) == 1
+    (batch,) = sampler
+    assert Counter(draw.index // 5 for draw in batch) == {0: 5, 1: 5}
+
+
+def test_one_task_alone_has_the_whole_batch():
+    assert [len(batch) for batch in few_tasks(10, 4, [0] * 40)] == [10] * 4
+    assert [len(batch) for batch in few_tasks(10, 4, [3] * 40)] == [10] * 4  # tasks without images are no tasks
+
+
+def test_fixed_views_in_batches_of_few():
+    sampler = few_tasks(10, 1, [0] * 20)
+    sampler.sampler.views = 2
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        epochs.append({draw.index: draw.seed for batch in sampler for draw in batch})
+    assert epochs[0] == epochs[2] != epochs[1]
 
 
 def test_batches_follow_the_epoch():

@@ -14,7 +14,7 @@ from lorkd_monai import engines
 from lorkd_monai.bundle import network_info
 from lorkd_monai.bundle.parent import resolved_facts
 from lorkd_monai.bundle.writer import write_teacher_bundle
-from lorkd_monai.data import TaskDataset, load_data_list, make_phantoms
+from lorkd_monai.data import TaskDataset, TaskSampler, load_data_list, make_phantoms
 from lorkd_monai.engines.evaluation import figures_table
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, TaskChannels
@@ -155,6 +155,27 @@ def test_settings_are_checked_together():
     for name in wrong:
         assert f"{name} must be" in str(caught.value)
     assert "seed" not in str(caught.value)
+
+
+@pytest.mark.parametrize("few", [0, True, 1.5, "2"])
+def test_tasks_of_a_batch_are_a_number_or_null(few):
+    with pytest.raises(LoRKDError, match="tasks_per_batch must be a whole number of at least 1, or null"):
+        engines.check_settings(batch_size=8, tasks_per_batch=few)
+
+
+def test_a_batch_holds_an_image_of_each_of_its_tasks():
+    engines.check_settings(batch_size=8, tasks_per_batch=8)
+    engines.check_settings(batch_size=8, tasks_per_batch=None)
+    with pytest.raises(LoRKDError, match=r"tasks_per_batch must be at most batch_size \(8\), got 9"):
+        engines.check_settings(batch_size=8, tasks_per_batch=9)
+
+
+def test_loader_of_few_tasks(items):
+    loader = engines.train_loader(items, TaskSampler(items.task_of_item, "balanced"), 8, tasks_per_batch=2)
+    batches = list(loader)
+    assert len(batches) == len(loader) == len(items) // 8
+    for batch in batches:
+        assert sorted((batch["task"] == t).sum().item() for t in batch["task"].unique()) == [4, 4]
 
 
 def test_figures_are_those_of_the_network(data, network):

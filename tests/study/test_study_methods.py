@@ -62,6 +62,8 @@ def test_bad_methods() -> None:
         ({"label_share": 0.0}, "label_share must be"),
         ({"selection": "first"}, "selection must be one of 'best', 'last'"),
         ({"images_per_epoch": 0}, "images_per_epoch must be a whole number of at least 1, or None"),
+        ({"tasks_per_batch": 0}, "tasks_per_batch must be a whole number of at least 1, or None"),
+        ({"tasks_per_batch": 65}, r"tasks_per_batch must be at most batch_size \(64\), got 65"),
         ({"rank": "big"}, "rank must be"),
         ({"image_size": [8, 0]}, "image_size must be"),
         ({"nonsense": 1}, "unknown setting 'nonsense'"),
@@ -70,6 +72,13 @@ def test_bad_methods() -> None:
 def test_bad_settings(changes: dict, message: str) -> None:
     with pytest.raises(LoRKDError, match=message):
         COMMON.changed(changes)
+
+
+def test_networks_of_one_task_see_as_many_images_of_it() -> None:
+    assert COMMON.images_of_one_task == COMMON.single_batch_size == 16
+    assert COMMON.changed({"tasks_per_batch": 2}).images_of_one_task == 32
+    (few,) = methods_named(["few"], {"few": {"base": "stl_kd", "tasks_per_batch": 8}})
+    assert few.settings(COMMON).images_of_one_task == 8
 
 
 def test_plan_has_one_teacher_of_each_seed_first() -> None:

@@ -10,6 +10,7 @@ import pytest
 from lorkd_monai.bundle import write_teacher_bundle
 from lorkd_monai.cli_study import report, study
 from lorkd_monai.data import load_data_list, make_phantoms
+from lorkd_monai.engines import DecompositionTrainer
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import TaskChannels
 from lorkd_monai.study import default_settings, methods_named, plan_runs, run_study
@@ -94,6 +95,27 @@ def test_classification_study(tmp_path: Path) -> None:
         run_study(
             folder, data, settings, plan_runs(methods_named(["mtl_kd", "lorkd"]), ["full"], [0]), say=again.append
         )
+
+
+@pytest.mark.slow
+def test_batches_of_few_tasks_are_for_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, settings = prepared(tmp_path / "data", "classification", 2)
+    settings = settings.changed({"tasks_per_batch": 2})
+    seen: dict[str, set[tuple[int, ...]]] = {}
+    step, method = DecompositionTrainer._prepare, [""]
+
+    def noted(trainer, batch, *args, **kwargs):
+        tasks, counts = batch["task"].unique(return_counts=True)
+        seen.setdefault(method[0], set()).add((*counts.tolist(),))
+        return step(trainer, batch, *args, **kwargs)
+
+    monkeypatch.setattr(DecompositionTrainer, "_prepare", noted)
+    for name in ("teacher", "stl_kd", "mtl_kd", "separate_kd", "lorkd"):
+        method[0] = name
+        runs = plan_runs(methods_named([name]), ["full"], [0])
+        run_study(tmp_path / "out", data, settings, runs, say=lambda _: None)
+    assert seen["teacher"] == seen["mtl_kd"] == seen["lorkd"] == {(4, 4)}
+    assert seen["stl_kd"] == {(4,)} and seen["separate_kd"] == {(4, 4), (4,)}
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorkd_monai.data import load_data_list, make_phantoms
+from lorkd_monai.data import TaskBatchSampler, load_data_list, make_phantoms
 from lorkd_monai.data.datasets import TaskDataset
 from lorkd_monai.study.subsets import LabelShareSampler, Part, choose_labelled, only_tasks
 from lorkd_monai.transforms import BatchAugment
@@ -69,6 +69,17 @@ def test_draws_hold_their_share_of_labels(base: TaskDataset) -> None:
     assert all(known[tasks == t].sum() >= 10 for t in range(4)) and known.mean() < 0.8
     sampler.set_epoch(1)
     assert first != [draw.index for draw in sampler]
+
+
+def test_draws_of_few_tasks_hold_their_share_of_labels(base: TaskDataset) -> None:
+    part = Part(base, list(base.data.tasks), choose_labelled(base.items, 0.1, 0))
+    sampler = LabelShareSampler(part, 0.5, strategy="balanced", num_samples=160, seed=3)
+    batches = list(TaskBatchSampler(sampler, 8, 2))
+    known, tasks = np.asarray(part.labelled), np.asarray(part.task_of_item)
+    drawn = np.array([draw.index for batch in batches for draw in batch])
+    assert len(batches) == 20 and all(known[drawn][tasks[drawn] == t].sum() >= 20 for t in range(4))
+    # The labelled ones are spread over the batches of their task.
+    assert sum(known[[draw.index for draw in batch]].any() for batch in batches) >= 18
 
 
 def test_a_mask_without_a_label_stays_so() -> None:

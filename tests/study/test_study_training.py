@@ -74,6 +74,15 @@ def test_averaged_weights_are_what_is_kept() -> None:
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
+def test_batches_of_few_tasks() -> None:
+    mixed, few = trained(epochs=2), trained(epochs=2, tasks_per_batch=1)
+    assert few.images == mixed.images == 2 * 32
+    # With one task in a batch the mean over the batch is that task's: its term is there in half of the steps.
+    terms = few.curves["training"][0]
+    assert terms["task"] == pytest.approx((terms["task/a"] + terms["task/b"]) / 2, rel=1e-4)
+    assert trained(epochs=4, tasks_per_batch=2).score > 0.9
+
+
 def test_without_validation_images_the_last_epoch_is_kept() -> None:
     empty = torch.utils.data.Subset(Images(), [])
     fitted = fit(network(), DATA, Images(), empty, SETTINGS, 0, 2, 32, 0.0)
