@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.locks import is_abandoned, mark_in_use
 
 __all__ = ["atomic_file", "read_json", "remove_leftovers"]
 
@@ -28,21 +29,23 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes files that their owner alone may read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with mark_in_use(temporary):
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # safetensors makes files that their owner alone may read
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Delete what killed processes left of writing ``path``; nobody else may be writing it now."""
+    """Delete what killed processes left of writing ``path``; what a living one writes stays."""
     path = Path(path)
-    for leftover in path.parent.iterdir() if path.parent.is_dir() else ():
-        if leftover.name.startswith(f".{path.name}.") and leftover.name.endswith(".tmp"):
+    for leftover in list(path.parent.iterdir()) if path.parent.is_dir() else ():
+        ours = leftover.name.startswith(f".{path.name}.") and leftover.name.endswith(".tmp")
+        if ours and is_abandoned(leftover):
             leftover.unlink(missing_ok=True)
 
 

@@ -32,6 +32,7 @@ from lorkd_monai.bundle.metadata import build_metadata
 from lorkd_monai.bundle.readme import data_license_text, readme_text
 from lorkd_monai.bundle.text import check_task_name, inert_text
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.locks import is_abandoned, mark_in_use
 
 __all__ = ["KINDS", "bundle_folder", "expert_name", "refuse_foreign", "write_expert_bundle", "write_teacher_bundle"]
 
@@ -56,27 +57,21 @@ def _dump(content: Any, path: Path) -> None:
     path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _remove_stale(folder: Path) -> None:
     """Delete what exports of this folder left behind whose process is gone, and put back what one had set aside."""
-    pattern = re.compile(rf"\.{re.escape(folder.name)}\.(export|replaced)-(\d+)-[0-9a-f]+")
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.(export|replaced)-(\d+-[0-9a-f]+)")
     for path in folder.parent.glob(f".{folder.name}.*-*"):
         match = pattern.fullmatch(path.name)
-        if match is None or not path.is_dir() or (_alive(int(match[2])) and int(match[2]) != os.getpid()):
+        if match is None or not path.is_dir() or not is_abandoned(_export(folder, match[2])):
             continue
         if match[1] == "replaced" and not folder.exists():
             os.replace(path, folder)
-        elif int(match[2]) != os.getpid():
+        else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _export(folder: Path, token: str) -> Path:
+    return folder.with_name(f".{folder.name}.export-{token}")
 
 
 def refuse_foreign(folder: str | Path, mark: str = "configs/metadata.json") -> None:
@@ -105,33 +100,43 @@ def bundle_folder(folder: str | Path, overwrite: bool = False, mark: str = "conf
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
+    _refuse_existing(folder, overwrite)
+    refuse_foreign(folder, mark)
+    token = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    temporary = _export(folder, token)
+    with mark_in_use(temporary):
+        temporary.mkdir()
+        try:
+            yield temporary
+            _refuse_existing(folder, overwrite)  # another process may have written it meanwhile
+            _put_in_place(temporary, folder, folder.with_name(f".{folder.name}.replaced-{token}"))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_existing(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not overwrite:
         raise LoRKDError(
             f"{folder} exists already: expected a folder that is still to be made; delete it, name another, or set "
             "overwrite=True (--overwrite)"
         )
-    refuse_foreign(folder, mark)
-    token = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary = folder.with_name(f".{folder.name}.export-{token}")
-    temporary.mkdir()
+
+
+def _put_in_place(temporary: Path, folder: Path, replaced: Path) -> None:
+    """Move a folder to its place; what stands there is set aside first, and deleted last."""
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return
+    os.replace(folder, replaced)
     try:
-        yield temporary
-        if not folder.exists():
-            os.replace(temporary, folder)
-            return
-        replaced = folder.with_name(f".{folder.name}.replaced-{token}")
-        os.replace(folder, replaced)
-        try:
-            os.replace(temporary, folder)
-        except BaseException:
-            os.replace(replaced, folder)
-            raise
-        if replaced.is_dir() and not replaced.is_symlink():
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            replaced.unlink()
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(temporary, folder)
+    except BaseException:
+        os.replace(replaced, folder)
+        raise
+    if replaced.is_dir() and not replaced.is_symlink():
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        replaced.unlink()
 
 
 def _list_large_files(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from lorkd_monai.bundle.formats import build_network, run_onnx, torchscript_of
 from lorkd_monai.bundle.writer import bundle_folder
 from lorkd_monai.data.datalist import TaskSpec
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.locks import mark_in_use
 
 KINDS = ("2d_classification", "3d_classification", "2d_segmentation", "3d_segmentation")
 WRITTEN = {
@@ -185,14 +185,25 @@ def test_a_failed_export_leaves_the_old_bundle(make_case, tmp_path, monkeypatch)
 
 def test_what_a_killed_export_left_is_removed(make_case, tmp_path):
     case = make_case("2d_classification")
-    gone, living = 2**22 + 1, os.getppid()
-    stale = tmp_path / f".task_2d_classification.export-{gone}-0123abcd"
-    running = tmp_path / f".task_2d_classification.export-{living}-0123abcd"
-    other = tmp_path / f".other_classification.export-{gone}-0123abcd"
+    stale = tmp_path / ".task_2d_classification.export-77-0123abcd"
+    running = tmp_path / ".task_2d_classification.export-78-0123abcd"
+    other = tmp_path / ".other_classification.export-77-0123abcd"
     for path in (stale, running, other):
         path.mkdir()
-    case.write(tmp_path / "task_2d_classification", formats=("pt",))
+    with mark_in_use(running):
+        case.write(tmp_path / "task_2d_classification", formats=("pt",))
     assert not stale.exists() and running.exists() and other.exists()
+    with bundle_folder(tmp_path / "other_classification"):
+        pass
+    assert not other.exists()
+
+
+def test_a_bundle_that_appears_meanwhile_is_kept(tmp_path):
+    folder = tmp_path / "x_classification"
+    with pytest.raises(LoRKDError, match="exists already"), bundle_folder(folder), bundle_folder(folder) as quicker:
+        (quicker / "first").touch()
+    assert (folder / "first").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 def test_a_swap_that_was_killed_is_undone(tmp_path):

@@ -1,0 +1,88 @@
+"""Who is at work: locks of the operating system, which end with the process that holds them, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lorkd_monai.errors import LoRKDError
+
+__all__ = ["claim", "claimed", "is_abandoned", "mark_in_use", "release"]
+
+_claims: dict[Path, FileLock] = {}
+
+
+def claim(folder: str | os.PathLike, advice: str) -> None:
+    """Keep other processes out of a folder until it is released or this process ends; the folder is made.
+
+    Claims of one process add up: each has its `release`.
+
+    Args:
+        folder: what to claim.
+        advice: what to do where another process has it; the end of the message.
+
+    Raises:
+        LoRKDError: another process has it.
+    """
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _claims.setdefault(folder, FileLock(folder / ".in_use.lock", thread_local=False))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise LoRKDError(f"{folder} is in use: another process works in it right now. {advice}") from error
+
+
+def release(folder: str | os.PathLike | None = None) -> None:
+    """Take a claim of this process back; None: all of them."""
+    for path in list(_claims) if folder is None else [Path(folder).resolve()]:
+        _claims[path].release(force=folder is None)
+        if not _claims[path].is_locked:
+            del _claims[path]
+            _remove(path / ".in_use.lock")
+
+
+@contextmanager
+def claimed(folder: str | os.PathLike, advice: str) -> Iterator[None]:
+    """A claim for the length of a block, see `claim`."""
+    claim(folder, advice)
+    try:
+        yield
+    finally:
+        release(folder)
+
+
+@contextmanager
+def mark_in_use(path: Path) -> Iterator[None]:
+    """Say for the length of a block that a file or folder, yet to be made, belongs to a living process."""
+    lock = FileLock(_beside(path))
+    try:
+        with lock:
+            yield
+    finally:
+        _remove(_beside(path))
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether the process that made ``path`` under `mark_in_use` has ended."""
+    try:
+        with FileLock(_beside(path)).acquire(timeout=0):
+            pass
+    except Timeout:
+        return False
+    _remove(_beside(path))
+    return True
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
+def _remove(lock_file: Path) -> None:
+    with contextlib.suppress(OSError):  # another process may look at it just now
+        lock_file.unlink(missing_ok=True)
