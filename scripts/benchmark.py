@@ -136,7 +136,7 @@ def run_case(name: str, counts: list[int], rounds: int, ways: list[str], device:
     times: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
     for round_ in range(rounds + 1):  # the first warms up
         for (tasks, way), call in calls.items():
-            strategy = way if way in ("auto", "split", "group", "factored", "measure") else "auto"
+            strategy = way if way in ("auto", "split", "group", "factored") else "auto"
             with eks_strategy(strategy), PapersForm() if way == "papers" else nullcontext():
                 took = seconds(call, device)
             if round_:

@@ -1,29 +1,25 @@
 """Which strategy serves one layer in one call.
 
-By default a model of the costs decides, from shapes and routing alone: two runs with one seed take the same strategies,
-round alike and end with the same weights. ``"measure"`` times the strategies instead, once for each situation of a run,
-and gives that up.
+A model of the costs decides, from shapes and routing alone: two runs with one seed take the same strategies, round
+alike and end with the same weights.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import NamedTuple
-
-import torch
 
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["STRATEGIES", "Situation", "choose", "eks_strategy"]
 
 STRATEGIES = ("split", "group", "factored")
-_CHOICES = (*STRATEGIES, "auto", "measure")
+_CHOICES = (*STRATEGIES, "auto")
 
 
 class _Prices(NamedTuple):
@@ -153,9 +149,8 @@ def eks_strategy(name: str) -> Iterator[None]:
     """Force one strategy inside the block, for tests and benchmarks; the environment variable LORKD_EKS does it too.
 
     Args:
-        name: ``"split"``, ``"group"``, ``"factored"`` (``"split"`` where a layer can't be factored), ``"auto"`` (the
-            default: a model of the costs), or ``"measure"``: time each strategy once for each situation and keep the
-            fastest for this process. Measured choices differ between runs, and so does the rounding of the results.
+        name: ``"split"``, ``"group"``, ``"factored"`` (``"split"`` where a layer can't be factored), or ``"auto"`` (the
+            default: a model of the costs).
 
     Raises:
         LoRKDError: no such strategy.
@@ -176,30 +171,3 @@ def _checked(name: str) -> str:
 def wanted() -> str:
     """The strategy in force."""
     return _FORCED.get() or _checked(os.environ.get("LORKD_EKS") or "auto")
-
-
-_MEASURED: dict[tuple, str] = {}
-
-
-def measured(key: tuple, trials: dict[str, Callable[[], object]], device: torch.device) -> str:
-    """The name of the fastest trial, measured once for each ``key``."""
-    if key not in _MEASURED:
-        best = {name: float("inf") for name in trials}
-        for _ in range(4):  # interleaved; the first round warms up
-            for name, trial in trials.items():
-                best[name] = min(best[name], _seconds(trial, device))
-        _MEASURED[key] = min(best, key=best.__getitem__)
-    return _MEASURED[key]
-
-
-def _seconds(trial: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        trial()
-        return time.perf_counter() - start
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    trial()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3

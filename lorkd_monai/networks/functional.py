@@ -110,13 +110,11 @@ class _Call:
         return task_map(self.x, self.bias, [self.weight, *self.a, *self.b])
 
     def strategy(self) -> str:
-        """The strategy to take: forced, chosen, or measured."""
+        """The strategy to take: forced or chosen."""
         if len(self.spans) == 1:
             return "split"  # merged once: nothing to gain
         wanted = dispatch.wanted()
-        if wanted == "auto":
-            return dispatch.choose(self._situation)
-        return self._measure() if wanted == "measure" else wanted
+        return dispatch.choose(self._situation) if wanted == "auto" else wanted
 
     @property
     def _can_factor(self) -> bool:
@@ -168,38 +166,6 @@ class _Call:
             y.reshape(rows, -1, y.shape[-1]), h.reshape(rows, -1, h.shape[-1]), second.transpose(1, 2)
         )
         return added.view(y.shape)
-
-    def _measure(self) -> str:
-        key = (
-            self.map,
-            tuple(self.weight.shape),
-            tuple(self.x.shape),
-            self.x.stride(),
-            (self.spans, self.rounds),
-            tuple(a.shape[0] for a in self.a),
-            self.x.dtype,
-            str(self.x.device),
-            torch.is_grad_enabled(),
-            torch.get_num_threads(),
-        )
-        names = [s for s in dispatch.STRATEGIES if s != "factored" or self._can_factor]
-        copy = self._detached() if torch.is_grad_enabled() else self
-
-        def trial(name: str) -> None:
-            y = copy.run(name)
-            if y.requires_grad:
-                y.sum().backward()
-
-        return dispatch.measured(key, {name: lambda name=name: trial(name) for name in names}, self.x.device)
-
-    def _detached(self) -> _Call:
-        def leaf(t: Tensor) -> Tensor:
-            return t.detach().requires_grad_(t.requires_grad)
-
-        copy = _Call(leaf(self.x), self.map, leaf(self.weight), None if self.bias is None else leaf(self.bias))
-        copy.present, copy.spans, copy.rounds, copy.scales = self.present, self.spans, self.rounds, self.scales
-        copy.a, copy.b = [leaf(t) for t in self.a], [leaf(t) for t in self.b]
-        return copy
 
 
 @lru_cache(maxsize=4096)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import OrderedDict
 
 import pytest
@@ -16,7 +15,7 @@ from lorkd_monai.networks import LowRankLayer, dispatch, route
 from lorkd_monai.networks.factors import BranchFilters
 from lorkd_monai.networks.functional import delta_weight, eks_strategy, factor_shapes
 
-STRATEGIES = (*dispatch.STRATEGIES, "auto", "measure")
+STRATEGIES = (*dispatch.STRATEGIES, "auto")
 
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (4, 11)),
@@ -213,7 +212,7 @@ def test_strategy_is_forced_by_context_or_environment(monkeypatch):
         assert dispatch.wanted() == "split"
     assert dispatch.wanted() == "group"
     monkeypatch.setenv("LORKD_EKS", "fast")
-    with pytest.raises(LoRKDError, match=r"must be one of split, group, factored, auto, measure, got 'fast'"):
+    with pytest.raises(LoRKDError, match=r"must be one of split, group, factored, auto, got 'fast'"):
         dispatch.wanted()
 
 
@@ -270,16 +269,6 @@ def test_slow_kernel_of_one_3d_sample():
     situation = dispatch.Situation("cpu", (1, 3), 24**3, 16 * 16 * 27, 10**6, 0, 16, slow="plain")
     larger = situation._replace(sizes=(2, 2))
     assert dispatch.costs(situation)["split"] > 2 * dispatch.costs(larger)["split"]
-
-
-def test_measured_choice_is_kept(monkeypatch):
-    monkeypatch.setattr(dispatch, "_MEASURED", {})
-    calls = itertools.count()
-    trials = {"a": lambda: next(calls), "b": lambda: next(calls)}
-    first = dispatch.measured(("key",), trials, torch.device("cpu"))
-    assert next(calls) == 8
-    assert dispatch.measured(("key",), trials, torch.device("cpu")) == first
-    assert next(calls) == 9
 
 
 def test_absent_experts_cost_nothing():
