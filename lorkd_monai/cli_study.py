@@ -24,6 +24,10 @@ def study(
     keep_weights: bool = False,
     plan_only: bool = False,
     unseen: Any = None,
+    folds: int | None = None,
+    fold: Any = None,
+    patients_csv: str | None = None,
+    patient_regex: str | None = None,
     **changes: Any,
 ) -> str:
     """Compare the foundation model, single-task and multi-task students and decompositions, under one budget.
@@ -32,7 +36,8 @@ def study(
 
     Args:
         output: folder of the study.
-        dataset_dir: data list with training, validation and test images; phantoms by default, with --quick.
+        dataset_dir: data list with training, validation and test images: a folder with dataset.json, or a file of any
+            name; phantoms by default, with --quick.
         kind: classification or segmentation.
         spatial_dims: 2 or 3.
         methods: names separated by commas, or all; the main ones by default.
@@ -46,6 +51,12 @@ def study(
         unseen: hold out these tasks ("all", or names separated by commas), one after the other, and train on each from
             a student, an expert and the teacher of the others, in place of the comparison. The one decomposition
             among the methods gives the experts, lorkd_init by default.
+        folds: cross-validation: divide the training and validation images into so many folds, and do the study in each
+            of them (OUTPUT/fold_0, …): measured on the fold, validated on the next one, trained on the others. The
+            test images take no part.
+        fold: numbers of the folds to do, separated by commas; all by default.
+        patients_csv: file with the columns image and patient; a patient's images are all in one fold.
+        patient_regex: or a regular expression that finds the patient in the file name.
         changes: settings of all runs, such as --epochs 20 --ema 0.98.
     """
     import torch
@@ -68,6 +79,10 @@ def study(
         keep_weights,
         plan_only,
         as_names(unseen),
+        folds,
+        None if fold is None else _numbers(fold, "fold"),
+        None if patients_csv is None else as_path(patients_csv, "patients_csv"),
+        patient_regex,
     )  # fmt: skip
     return str(folder)
 
@@ -87,10 +102,10 @@ def report(folder: str, output: str | None = None) -> str:
     return str(write_report(as_path(folder, "folder"), target))
 
 
-def _numbers(value: Any) -> list[int]:
+def _numbers(value: Any, name: str = "seeds") -> list[int]:
     words = as_names(value) or []
     if not all(word.isascii() and word.isdigit() for word in words):
-        raise LoRKDError(f"seeds: expected whole numbers separated by commas, got {value!r}")
+        raise LoRKDError(f"{name}: expected whole numbers separated by commas, got {value!r}")
     return [int(word) for word in words]
 
 

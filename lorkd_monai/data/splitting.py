@@ -6,7 +6,7 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from lorkd_monai.data.checks import SPLITS
 from lorkd_monai.errors import LoRKDError
 
-__all__ = ["Row", "assign_splits", "read_patients"]
+__all__ = ["Row", "assign_splits", "read_patients", "share_patients"]
 
 
 @dataclass
@@ -98,27 +98,54 @@ def assign_splits(
     members: dict[str, list[Row]] = {}
     for row, patient in zip(rows, patients, strict=True):
         members.setdefault(patient, []).append(row)
-    missing = {key: np.array(fractions) * count for key, count in Counter(map(_group, rows)).items()}
-    totals = Counter(map(_group, rows))
     kept = {patient: {row.split for row in own} - {None} for patient, own in members.items()}
     for patient, splits in kept.items():
         if len(splits) > 1:
             raise LoRKDError(f"{patient} stands in {' and '.join(sorted(splits))} of the splits that were there.")
+    stays = {patient: SPLITS.index(*splits) for patient, splits in kept.items() if splits}
+    for row, part in zip(rows, share_patients([_group(row) for row in rows], patients, fractions, seed, stays)):
+        row.split = SPLITS[part]
 
+
+def share_patients(
+    groups: Sequence[Hashable],
+    patients: Sequence[str],
+    fractions: Sequence[float],
+    seed: int,
+    stays: Mapping[str, int] | None = None,
+) -> list[int]:
+    """Return the number of the part that each image goes to, whole patients at a time.
+
+    Each patient, in random order and those with most images first, goes to the part that lacks the largest part of its
+    share of the patient's groups.
+
+    Args:
+        groups: of each image: what each part is to have its share of, such as a class of a task.
+        patients: of each image.
+        fractions: of the parts; they add up to 1.
+        seed: of the order.
+        stays: patients whose part is known.
+    """
+    stays = stays or {}
+    members: dict[str, list[int]] = {}
+    for i, patient in enumerate(patients):
+        members.setdefault(patient, []).append(i)
+    totals = Counter(groups)
+    missing = {key: np.array(fractions) * count for key, count in totals.items()}
     names = sorted(members)
     order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-    order.sort(key=lambda patient: (not kept[patient], -len(members[patient])))
+    order.sort(key=lambda patient: (patient not in stays, -len(members[patient])))
+    parts = [0] * len(groups)
     for patient in order:
         own = members[patient]
-        if kept[patient]:
-            (split,) = kept[patient]
-        else:
-            lack = sum(missing[_group(row)] / totals[_group(row)] for row in own)
-            relative = [part / share if share else -np.inf for part, share in zip(lack, fractions, strict=True)]
-            split = SPLITS[int(np.argmax(relative))]
-        for row in own:
-            row.split = split
-            missing[_group(row)][SPLITS.index(split)] -= 1
+        part = stays.get(patient)
+        if part is None:
+            lack = sum(missing[groups[i]] / totals[groups[i]] for i in own)
+            part = int(np.argmax([p / share if share else -np.inf for p, share in zip(lack, fractions, strict=True)]))
+        for i in own:
+            parts[i] = part
+            missing[groups[i]][part] -= 1
+    return parts
 
 
 def _group(row: Row) -> tuple[str, Any]:

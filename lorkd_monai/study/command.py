@@ -9,10 +9,11 @@ from typing import Any
 
 from lorkd_monai.data import load_data_list, make_phantoms
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.study.folds import check_folds, run_folds
 from lorkd_monai.study.methods import METHODS, methods_named
 from lorkd_monai.study.plan import PlannedRun, plan_runs, run_study
 from lorkd_monai.study.settings import default_settings
-from lorkd_monai.study.tables import study_tables
+from lorkd_monai.study.tables import folds_table, study_tables
 from lorkd_monai.study.transfer import STARTS, run_transfer
 
 __all__ = ["MAIN_METHODS", "QUICK_METHODS", "run_from_arguments"]
@@ -48,6 +49,10 @@ def run_from_arguments(
     keep_weights: bool,
     plan_only: bool,
     unseen: Sequence[str] | None = None,
+    folds: int | None = None,
+    fold: Sequence[int] | None = None,
+    patients_csv: str | os.PathLike | None = None,
+    patient_regex: str | None = None,
     say: Callable[[str], None] = _say,
 ) -> Path:
     """Run a study; see `lorkd study --help` for the arguments.
@@ -72,11 +77,20 @@ def run_from_arguments(
     experts = [method for method in chosen if method.family == "lorkd"]
     if unseen and len(experts) != 1:
         raise LoRKDError(f"unseen: expected one decomposition among the methods, got {len(experts)}")
+    if folds is None and any(value is not None for value in (fold, patients_csv, patient_regex)):
+        raise LoRKDError("fold, patients_csv and patient_regex are for a cross-validation: give the number of --folds")
+    if folds is not None:
+        check_folds(folds, fold or ())
+    if folds is not None and unseen:
+        raise LoRKDError("unseen and folds: expected one of them")
     if plan_only:
         if dataset_dir is not None:
             load_data_list(dataset_dir, kind, spatial_dims)
-        for line in _transfer_plan(unseen, experts[0].name, settings, seeds) if unseen else map(_planned, runs):
-            say(line)
+        if folds is not None and fold is None:
+            fold = range(folds)
+        for number in [None] if folds is None else fold:
+            for line in _transfer_plan(unseen, experts[0].name, settings, seeds) if unseen else map(_planned, runs):
+                say(line if number is None else f"fold {number}: {line}")
         return Path(output)
     if dataset_dir is None:
         if not quick:
@@ -89,6 +103,15 @@ def run_from_arguments(
         held_out = data.scored if list(unseen) == ["all"] else unseen
         for folder in run_transfer(output, data, common, experts[0], held_out, settings, seeds, device, say):
             say("\n" + study_tables(folder, common.resamples))
+        return Path(output)
+    if folds is not None:
+        folders = run_folds(
+            output, data, common, runs, folds, fold, patients_csv, patient_regex, device, keep_weights, say
+        )
+        say(
+            "\nMeasured on images that neither trained nor chose the epoch.\n\n"
+            + folds_table(folders, common.resamples)
+        )
         return Path(output)
     folder = run_study(output, data, common, runs, device, keep_weights, say)
     say("")

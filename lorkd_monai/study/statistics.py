@@ -48,6 +48,7 @@ class Summary:
 class Difference:
     """``first`` minus ``second`` on the same test images: the value, and the central 95 % of the resamples.
 
+    ``low`` and ``high`` are corrected where `compare` was told of several comparisons; those in ``tasks`` never are.
     ``share_above`` is the part of the resamples in which ``first`` is above.
     """
 
@@ -137,11 +138,12 @@ def _sd(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _interval(values: Tensor) -> tuple[float, float]:
+def _interval(values: Tensor, comparisons: int = 1) -> tuple[float, float]:
     values = values[values.isfinite()]
     if not len(values):
         return float("nan"), float("nan")
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    tail = 0.025 / comparisons
+    low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
 
@@ -220,6 +222,7 @@ def compare(
     folder: str | os.PathLike,
     pairs: Sequence[tuple[str, str]] | Callable[[str, str], bool],
     resamples: int = 2000,
+    comparisons: int = 1,
 ) -> list[Difference]:
     """Differences between methods, paired by test image and averaged over the seeds that both have.
 
@@ -227,10 +230,16 @@ def compare(
         folder: of the study.
         pairs: (first, second) method names, in every setting that has both; or which of all pairs to take.
         resamples: of the test images.
+        comparisons: how many differences a conclusion rests on: intervals of level 1 - 0.05 / comparisons (Bonferroni),
+            so that chance alone makes any of them leave out 0 in at most one case of twenty.
 
     Raises:
-        LoRKDError: there are no finished runs, or a file that can't be read.
+        LoRKDError: there are no finished runs, a file that can't be read, or too few resamples for such an interval.
     """
+    if type(comparisons) is not int or comparisons < 1:
+        raise LoRKDError(f"comparisons must be a whole number of at least 1, got {comparisons!r}")
+    if comparisons > 1 and resamples < 400 * comparisons:  # ten resamples in each tail
+        raise LoRKDError(f"{comparisons} comparisons need at least {400 * comparisons} resamples, got {resamples}")
     study = _Study(folder, resamples)
     rows = []
     for setting in sorted({setting for setting, _ in study.runs}, key=lambda s: (s != "full", s)):
@@ -243,15 +252,17 @@ def compare(
                 continue
             seeds = sorted(study.runs[setting, first].keys() & study.runs[setting, second].keys())
             if seeds:
-                rows.append(_difference(study, setting, first, second, seeds))
+                rows.append(_difference(study, setting, first, second, seeds, comparisons))
     return rows
 
 
-def _difference(study: _Study, setting: str, first: str, second: str, seeds: Sequence[int]) -> Difference:
+def _difference(
+    study: _Study, setting: str, first: str, second: str, seeds: Sequence[int], comparisons: int
+) -> Difference:
     a, b = (study.mean_scores(setting, method, seeds) for method in (first, second))
     by_task = {task: a[task] - b[task] for task in a if task in b}
     mean = torch.stack(list(by_task.values())).mean(0)
-    low, high = _interval(mean[1:])
+    low, high = _interval(mean[1:], comparisons)
     return Difference(
         setting, first, second, tuple(seeds), float(mean[0]), low, high, float((mean[1:] > 0).double().mean()),
         {task: (float(d[0]), *_interval(d[1:])) for task, d in by_task.items()},

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 
 from lorkd_monai.study.statistics import Difference, Summary, compare, other_means, summarise
 
-__all__ = ["difference_pairs", "difference_table", "main_table", "study_tables"]
+__all__ = ["difference_pairs", "difference_table", "folds_table", "main_table", "study_tables"]
 
 
 def _with_sd(mean: float, sd: float | None) -> str:
@@ -91,3 +94,24 @@ def study_tables(folder: str | os.PathLike, resamples: int = 2000) -> str:
     if differences:
         parts.append(f"### Differences\n\n{difference_table(differences)}")
     return "\n\n".join(parts) + "\n"
+
+
+def folds_table(folders: Sequence[str | os.PathLike], resamples: int = 2000) -> str:
+    """Each method's mean over the folds of a cross-validation, the best of each setting first, and each fold.
+
+    Only methods that all of the folds have are comparable: the others are left out.
+
+    Raises:
+        LoRKDError: a folder has no finished runs.
+    """
+    found = [{(row.setting, row.method): row.mean for row in summarise(folder, resamples)} for folder in folders]
+    common = [key for key in found[0] if all(key in one for one in found)]
+    rows = [(*key, [one[key] for one in found]) for key in common]
+    rows.sort(key=lambda row: (row[0] != "full", row[0], -np.mean(row[2])))
+    header = ["setting", "method", "mean of folds (± sd over folds)", *(Path(folder).name for folder in folders)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for setting, method, values in rows:
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        cells = [setting, method, _with_sd(float(np.mean(values)), sd), *(f"{value:.3f}" for value in values)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

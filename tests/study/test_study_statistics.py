@@ -10,7 +10,7 @@ import torch
 from hand_made_study import LABELS, one_hot, write_run
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.study.statistics import compare, other_means, scores_under, summarise
+from lorkd_monai.study.statistics import _Study, compare, other_means, scores_under, summarise
 from lorkd_monai.study.tables import difference_pairs, difference_table, main_table, study_tables
 
 
@@ -76,6 +76,29 @@ def test_difference_by_hand(tmp_path: Path) -> None:
     assert 0 < row.low <= 0.5 <= row.high <= 1 and row.share_above > 0.95
     assert row.tasks["a"][0] == pytest.approx(0.5)
     assert "**+0.500**" in difference_table([row])
+
+
+def test_intervals_of_several_comparisons_are_wider(tmp_path: Path) -> None:
+    """The corrected interval is the quantiles at 0.025 / 4 of the same resamples."""
+    write_run(tmp_path, "lorkd", 0, [[0, 0, 1, 1], [0, 1, 1, 1]], family="lorkd")
+    write_run(tmp_path, "mtl", 0, [[0, 1, 1, 0], [0, 0, 1, 0]])
+    study, pair = _Study(tmp_path, 1600), [("lorkd", "mtl")]
+    scores = [study.mean_scores("full", method, [0]) for method in pair[0]]
+    resampled = torch.stack([scores[0][task] - scores[1][task] for task in scores[0]]).mean(0)[1:].numpy()
+    (one,), (four,) = compare(tmp_path, pair, 1600), compare(tmp_path, pair, 1600, comparisons=4)
+    assert (one.low, one.high) == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])))
+    assert (four.low, four.high) == pytest.approx(tuple(np.quantile(resampled, [0.00625, 0.99375])))
+    assert four.low < one.low < one.value == four.value < one.high < four.high
+    assert four.tasks == one.tasks
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "message"),
+    [(0, "comparisons must be"), (2.0, "comparisons must be"), (5, "5 comparisons need at least 2000 resamples")],
+)
+def test_bad_comparisons(tmp_path: Path, comparisons: object, message: str) -> None:
+    with pytest.raises(LoRKDError, match=message):
+        compare(tmp_path, [("lorkd", "mtl")], 1999, comparisons=comparisons)
 
 
 def test_only_common_seeds_are_paired(tmp_path: Path) -> None:
