@@ -59,7 +59,7 @@ def claimed(folder: str | os.PathLike, advice: str) -> Iterator[None]:
 
 @contextmanager
 def mark_in_use(path: Path) -> Iterator[None]:
-    """Say for the length of a block that a file or folder, yet to be made, belongs to a living process."""
+    """Say for the length of a block that a living process makes this file or folder; wait while another one does."""
     lock = FileLock(_beside(path))
     try:
         with lock:

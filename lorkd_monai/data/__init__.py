@@ -3,6 +3,7 @@
 from .builders import combine, fetch_medmnist, fetch_mednist, from_class_folders, from_medmnist
 from .datalist import DataList, TaskSpec, load_data_list, measure_spacing
 from .datasets import TaskDataset
+from .identity import data_identity
 from .phantoms import make_phantoms
 from .samplers import Draw, TaskBatchSampler, TaskSampler, draws_per_task
 from .segmentation_folders import from_segmentation_folders
@@ -15,6 +16,7 @@ __all__ = [
     "TaskSampler",
     "TaskSpec",
     "combine",
+    "data_identity",
     "draws_per_task",
     "fetch_mednist",
     "fetch_medmnist",

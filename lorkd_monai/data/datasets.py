@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import monai
 import numpy as np
 import torch
 from monai.data import PersistentDataset
@@ -17,8 +18,10 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from lorkd_monai import __version__
 from lorkd_monai.data.checks import mask_fault
 from lorkd_monai.data.datalist import DataList, TaskSpec
+from lorkd_monai.data.identity import file_stamps
 from lorkd_monai.data.samplers import Draw
 from lorkd_monai.errors import LoRKDError, find_lorkd_error
 from lorkd_monai.transforms.loading import ItemLoader
@@ -225,10 +228,15 @@ class TaskDataset(Dataset):
     def _on_disk(self, folder: Path, patch: list[int] | None) -> PersistentDataset:
         rows = []
         for item in self.items:
-            files = [f for f in (item["image"], item["label"]) if isinstance(f, str)]
-            # The key of a stored result: everything that it is made from.
-            stamps = [[os.path.getmtime(f), os.path.getsize(f)] for f in files]
-            rows.append({**item, "made_from": json.dumps([stamps, self._configs[item["task"]], patch])})
+            # The key of a stored result: everything that it is made from, and what makes it.
+            made_from = [
+                file_stamps([item["image"], item["label"]]),
+                self._configs[item["task"]],
+                patch,
+                self.data.tasks[item["task"]].num_classes,
+                [__version__, monai.__version__],
+            ]
+            rows.append({**item, "made_from": json.dumps(made_from)})
         folder.mkdir(parents=True, exist_ok=True)
         return PersistentDataset(rows, Compose([_Step(self._prepare)]), cache_dir=folder)
 

@@ -7,6 +7,7 @@ from lorkd_monai.engines.adding import (
     trained_info,
     what_is_added,
 )
+from lorkd_monai.engines.begin import begin_run, end_run
 from lorkd_monai.engines.distributed import leave_processes
 from lorkd_monai.engines.evaluation import evaluate_tasks
 from lorkd_monai.engines.run import (
@@ -28,8 +29,10 @@ __all__ = [
     "DecompositionTrainer",
     "TaskEvaluator",
     "added_tasks",
+    "begin_run",
     "check_settings",
     "cosine_schedule",
+    "end_run",
     "evaluate_tasks",
     "figures_of",
     "find_teacher",

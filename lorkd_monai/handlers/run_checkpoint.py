@@ -14,11 +14,12 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from lorkd_monai.data.identity import differences
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file, remove_leftovers
 from lorkd_monai.networks.checkpoint import fit_weights
 
-__all__ = ["RunCheckpoint"]
+__all__ = ["RunCheckpoint", "refuse_other_run"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class RunCheckpoint:
     place and moved there, so that a killed run leaves the former file whole.
 
     Where ``last.pt`` exists when the run starts, the run goes on from there, provided that it was made with the same
-    settings; where it is complete already, nothing is trained.
+    settings, see `differences`; where it is complete already, nothing is trained.
 
     Args:
         folder: where the two files are.
@@ -80,29 +81,13 @@ class RunCheckpoint:
 
     def resume(self, engine: Engine) -> None:
         """Go on from ``last.pt`` where there is one."""
+        refuse_other_run(self.folder, self.settings)
         if idist.get_rank() == 0:
             for path in (self.last, self.model):
                 remove_leftovers(path)
         if not self.last.exists():
             return
-        try:
-            state = torch.load(self.last, map_location="cpu", weights_only=True)
-            epoch, best, settings = state["epoch"], state["best"], state["settings"]
-        except Exception as e:
-            raise LoRKDError(
-                f"{self.last} can't be resumed from: it is no checkpoint of a run ({type(e).__name__}). Delete it to "
-                "start anew, or give another --output_dir"
-            ) from e
-        changed = [
-            f"{key} was {settings.get(key)!r}, now {self.settings.get(key)!r}"
-            for key in {**settings, **self.settings}
-            if settings.get(key) != self.settings.get(key)
-        ]
-        if changed:
-            raise LoRKDError(
-                f"{self.last} belongs to a run with other settings: {'; '.join(changed)}. Give them again to go on "
-                "with it, or another --output_dir to start anew"
-            )
+        state = _read(self.last)
         try:
             self._load(state["network"])
             for name, item in self._all_objects(engine).items():
@@ -113,10 +98,10 @@ class RunCheckpoint:
                 f"{self.last} does not fit this run: {reason[0]}. Start with the settings and tasks that it was made "
                 "with, or give another --output_dir to start anew"
             ) from e
-        self.best = dict(best)
-        engine.state.epoch = epoch
-        engine.state.iteration = epoch * engine.state.epoch_length
-        _log.info("resuming after epoch %d of %d from %s", epoch, engine.state.max_epochs, self.last)
+        self.best = dict(state["best"])
+        engine.state.epoch = state["epoch"]
+        engine.state.iteration = engine.state.epoch * engine.state.epoch_length
+        _log.info("resuming after epoch %d of %d from %s", engine.state.epoch, engine.state.max_epochs, self.last)
 
     def save(self, engine: Engine) -> None:
         """Write ``last.pt``, and ``model.pt`` where this epoch is the best."""
@@ -163,6 +148,32 @@ class RunCheckpoint:
 
     def _unwrapped(self) -> nn.Module:
         return getattr(self.network, "module", self.network)
+
+
+def refuse_other_run(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:
+    """Raise where ``last.pt`` of a folder was made with other settings than these; read nothing but them.
+
+    Raises:
+        LoRKDError: it was, or it is no checkpoint of a run.
+    """
+    last = Path(folder) / "last.pt"
+    changed = differences(_read(last, mmap=True)["settings"], settings) if last.exists() else []
+    if changed:
+        raise LoRKDError(
+            f"{last} belongs to a run with other settings: {'; '.join(changed)}. Give them again to go on "
+            "with it, or another --output_dir to start anew"
+        )
+
+
+def _read(last: Path, mmap: bool = False) -> dict[str, Any]:
+    try:
+        state = torch.load(last, map_location="cpu", weights_only=True, mmap=mmap)
+        return {key: state[key] for key in ("network", "objects", "epoch", "best", "settings")}
+    except Exception as e:
+        raise LoRKDError(
+            f"{last} can't be resumed from: it is no checkpoint of a run ({type(e).__name__}). Delete it to "
+            "start anew, or give another --output_dir"
+        ) from e
 
 
 def _write(state: Mapping, path: Path) -> None:

@@ -8,11 +8,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import monai
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lorkd_monai import __version__
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.teacher import Teacher
@@ -23,9 +25,10 @@ __all__ = ["CachedTeacher"]
 class CachedTeacher(nn.Module):
     """A `Teacher` that remembers, on disk, what it said.
 
-    An answer is filed under a hash of the teacher (its weights, its layers, where its classes stand), of the task, and
-    of the image's own values as they reach the teacher: after all transforms, so that another spacing, intensity or
-    augmentation is another image. What is given back is what the teacher gave, bit for bit.
+    An answer is filed under a hash of the teacher (its weights, its layers, where its classes stand), of the versions
+    of MONAI and of this package, of the task's name, and of the image's own values as they reach the teacher: after all
+    transforms, so that another spacing, intensity or augmentation is another image. What is given back is what the
+    teacher gave, bit for bit.
 
     A random augmentation would never show the same image twice. ``views`` says in how many fixed ways each image is
     shown, one after the other from epoch to epoch: 1 as it is, without augmentation; with n, the image itself and
@@ -126,7 +129,7 @@ class CachedTeacher(nn.Module):
         about = [self._mark, str(x.dtype), list(x.shape[1:]), features, autocast]
         rows = x.detach().cpu().contiguous()
         return [
-            hashlib.sha256(json.dumps([*about, task]).encode() + _bytes(row)).hexdigest()
+            hashlib.sha256(json.dumps([*about, self.teacher.tasks[task]]).encode() + _bytes(row)).hexdigest()
             for row, task in zip(rows, tasks, strict=True)
         ]
 
@@ -160,7 +163,7 @@ class CachedTeacher(nn.Module):
 def fingerprint(teacher: Teacher) -> str:
     """SHA-256 of all that a teacher's answers depend on, but the image."""
     about = [
-        "lorkd-teacher-1", str(teacher), teacher.num_classes, teacher.activation, teacher.in_channels,
+        __version__, monai.__version__, str(teacher), teacher.num_classes, teacher.activation, teacher.in_channels,
         {t: None if c is None else [list(e) if isinstance(e, tuple) else e for e in c]
          for t, c in teacher.channels.items()},
         getattr(teacher, "identity", None), str(teacher.intensity),

@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorkd_monai.data import DataList
-from lorkd_monai.data.checks import SPLITS
+from lorkd_monai.data.identity import differences, digest_of, task_identity
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
+from lorkd_monai.locks import mark_in_use
 from lorkd_monai.study.files import FORMAT, RunFile, write_json
 from lorkd_monai.study.methods import Method
 from lorkd_monai.study.settings import StudySettings
 
-__all__ = ["agree_on_settings", "check_finished", "digest_of"]
-
-
-def digest_of(data: DataList) -> str:
-    """A digest of which images are in which split, in their order, with their labels, and of the classes.
-
-    Images in files stand for their paths within the data list's folder: another copy of the folder is the same data.
-    """
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, np.ndarray):
-            digest.update(np.ascontiguousarray(value).tobytes())
-        elif isinstance(value, (list, tuple)):
-            for one in value:
-                add(one)
-        elif isinstance(value, (int, np.integer)):
-            digest.update(f"{int(value)}\n".encode())
-        else:
-            path = Path(value)
-            inside = path.is_relative_to(data.folder)
-            digest.update(f"{path.relative_to(data.folder).as_posix() if inside else path}\n".encode())
-
-    for name, task in data.tasks.items():
-        digest.update(f"{name} {task.labels}\n".encode())
-    for split in SPLITS:
-        for item in data.split(split):
-            digest.update(f"{split} {item['task']}\n".encode())
-            add(item["image"])
-            add(item["label"])
-    return digest.hexdigest()[:16]
+__all__ = ["agree_on_settings", "check_finished"]
 
 
 def agree_on_settings(
@@ -70,19 +38,21 @@ def agree_on_settings(
         "data": {
             "name": data.name, "kind": data.kind, "spatial_dims": data.spatial_dims, "images": data.counts(),
             "digest": digest_of(data),
+            "tasks": {name: task_identity(task, data.spatial_dims) for name, task in data.tasks.items()},
         },
         "settings": common.as_data(),
         **({"more": dict(more)} if more else {}),
     }  # fmt: skip
-    if not path.exists():
-        write_json(path, now)
-        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with mark_in_use(path):
+        if not path.exists():
+            write_json(path, now)
+            return
     before = read_json(path)
     differing = [
-        f"{key} was {before.get(part, {}).get(key)!r}, now {value!r}"
+        line
         for part in ("data", "settings", *(["more"] if more else []))
-        for key, value in now[part].items()
-        if before.get(part, {}).get(key) != value
+        for line in differences(before.get(part, {}), now[part])
     ]
     if differing:
         raise LoRKDError(

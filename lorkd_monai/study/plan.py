@@ -13,6 +13,7 @@ import torch
 from lorkd_monai.data import DataList
 from lorkd_monai.engines.run import find_teacher
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.locks import mark_in_use
 from lorkd_monai.study.agreement import agree_on_settings, check_finished
 from lorkd_monai.study.files import RunFile
 from lorkd_monai.study.methods import Method, label_share_of
@@ -106,12 +107,15 @@ def run_study(
         return folder
     bench = Workbench(folder, data, common, device, keep_weights)
     for number, run in enumerate(missing, 1):
-        if _file(folder, run).done:  # by another process meanwhile
-            continue
         label = f"[{number}/{len(missing)}] {run.setting} {run.method.name} seed {run.seed}"
         bench.progress = lambda line, label=label: say(f"{label}: {line}")
         started = time.perf_counter()
-        bench.run(run.method, run.setting, run.seed)
+        file = _file(folder, run).json
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with mark_in_use(file):
+            if _file(folder, run).done:  # by another process meanwhile
+                continue
+            bench.run(run.method, run.setting, run.seed)
         mean = _file(folder, run).read()["mean"]
         shown = "no score" if mean is None else f"test {mean:.3f}"
         say(f"{label}: {shown}, {time.perf_counter() - started:.0f} s")
