@@ -190,17 +190,20 @@ def remove_task(checkpoint: str, task: str, output: str, overwrite: bool = False
 def check(bundle: str, schema: str | None = None) -> str:
     """Check an expert bundle as the model zoo's CI does; print what fails, and end with 1 where something does.
 
+    A bundle that names no licence of its data, or no authors, is sound: a warning says so.
+
     Args:
         bundle: the bundle's folder.
         schema: a copy of MONAI's metadata schema, to validate metadata.json against it too.
     """
-    from lorkd_monai.bundle import check_bundle
+    from lorkd_monai.bundle import check_bundle, check_origin
 
     problems = check_bundle(as_path(bundle, "bundle"), schema=None if schema is None else as_path(schema, "schema"))
+    warnings = [f"warning: {warning}" for warning in check_origin(as_path(bundle, "bundle"))]
     if problems:
-        print("\n".join(map(str, problems)))
+        print("\n".join([*map(str, problems), *warnings]))
         raise SystemExit(1)
-    return f"{bundle}: nothing to complain about"
+    return "\n".join([*warnings, f"{bundle}: nothing to complain about"])
 
 
 def pack(bundle: str, output: str | None = None, overwrite: bool = False) -> str:

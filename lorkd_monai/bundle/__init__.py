@@ -1,6 +1,6 @@
 """Expert bundles: writing, checking, measuring and sharing them."""
 
-from lorkd_monai.bundle.checker import Problem, check_bundle
+from lorkd_monai.bundle.checker import Problem, check_bundle, check_origin
 from lorkd_monai.bundle.export import export_experts, network_info
 from lorkd_monai.bundle.formats import measure
 from lorkd_monai.bundle.pack import load_expert, pack_bundle, push_bundle
@@ -11,6 +11,7 @@ __all__ = [
     "Problem",
     "TaskInference",
     "check_bundle",
+    "check_origin",
     "export_experts",
     "expert_name",
     "load_expert",

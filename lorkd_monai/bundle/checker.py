@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from lorkd_monai.bundle.check_weights import check_weights, check_zoo_commands
-from lorkd_monai.bundle.metadata import needed_packages, strings_of
+from lorkd_monai.bundle.metadata import NO_AUTHORS, needed_packages, strings_of
 from lorkd_monai.bundle.problem import BundleFiles, Problem
-from lorkd_monai.bundle.readme import SECTIONS
+from lorkd_monai.bundle.readme import NO_LICENSE, SECTIONS
 from lorkd_monai.bundle.text import is_inert
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
 
-__all__ = ["Problem", "check_bundle"]
+__all__ = ["Problem", "check_bundle", "check_origin"]
 
 REQUIRED_FILES = (
     "LICENSE",
@@ -227,6 +227,34 @@ def _pages(bundle: BundleFiles) -> Iterator[Problem]:
     data = bundle.folder / "docs" / "data_license.txt"
     if data.is_file() and not data.read_text(encoding="utf-8", errors="replace").strip():
         yield Problem("licence", "docs/data_license.txt", "it is empty", "say what is known of the data's licence")
+
+
+def check_origin(folder: str | Path) -> list[Problem]:
+    """What a bundle does not say of its data and authors; it runs all the same, so that `check_bundle` lets it pass.
+
+    Example::
+
+        for warning in check_origin("experts/breast_classification"):
+            print(warning)
+    """
+    folder, found = Path(folder), []
+    licence, metadata = folder / "docs" / "data_license.txt", folder / "configs" / "metadata.json"
+    if licence.is_file() and NO_LICENSE in licence.read_text(encoding="utf-8", errors="replace"):
+        found.append(
+            Problem(
+                "no-licence", "docs/data_license.txt", "it names no licence of the data",
+                "give the data list 'licence' and export the bundle again, or write it there",
+            )
+        )  # fmt: skip
+    nobody = NO_AUTHORS.rsplit(" ", 1)[0]  # of any version
+    if metadata.is_file() and f'"authors": "{nobody}' in metadata.read_text(encoding="utf-8", errors="replace"):
+        found.append(
+            Problem(
+                "no-authors", "configs/metadata.json", "it names no authors",
+                "give the data list 'authors' and export the bundle again, or write them there",
+            )
+        )  # fmt: skip
+    return found
 
 
 def _has(config: Any, key: str) -> bool:

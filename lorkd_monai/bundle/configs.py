@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorkd_monai.bundle.text import check_task_name
@@ -53,6 +54,54 @@ _NO_WEIGHTS = (
     "$os.path.isfile(@ckpt_path) or sys.exit('error: no weights at ' + repr(@ckpt_path) + ': expected --bundle_root "
     "to be the folder of this bundle')"
 )
+# The items of a data list as the decomposition took them: by their own task, below the list's folder, also the arrays
+# of an .npz file. MONAI's load_decathlon_datalist makes a path of every text that is also the name of a file or folder,
+# such as a task's.
+_LISTED = {
+    "data_list": "$str(@dataset_dir) if os.path.isfile(str(@dataset_dir)) else "
+    "os.path.join(str(@dataset_dir), 'dataset.json')",
+    "data_dir": "$os.path.dirname(str(@data_list)) if os.path.isfile(str(@dataset_dir)) else str(@dataset_dir)",
+    # Without a list everything can be built all the same; the run says what is missing.
+    "listed": "$json.load(open(@data_list, encoding='utf-8')) if os.path.isfile(@data_list) else {}",
+    "entry": "$@listed.get('tasks', {}).get(str(@task), {})",
+    "arrays": "$dict(np.load(os.path.join(@data_dir, @entry['npz']))) if 'npz' in @entry else {}",
+    "located": "$lambda path: [os.path.join(@data_dir, name) for name in path] if isinstance(path, list) else "
+    "os.path.join(@data_dir, path) if isinstance(path, str) else path",
+    # An image without a label (null, -1) can neither be learnt from here nor be judged by.
+    "items": "$lambda split, stem: [{'image': @located(item['image']), 'label': @located(item['label'])} "
+    "for item in @listed.get(split, []) if isinstance(item, dict) and str(item.get('task', @task)) == str(@task) "
+    "and item.get('label') not in (None, -1)] + [{'image': image, 'label': int(label)} for image, label in "
+    "zip(@arrays.get(stem + '_images', []), np.ravel(@arrays.get(stem + '_labels', []))) if label != -1]",
+    # Without spaces, # and :, of which the metadata's names and MONAI's parser make others.
+    "spelled": "$lambda names: [''.join(str(name).split()).translate({35: None, 58: None}) for name in names]",
+    "classes": "$@spelled(@_meta_#network_data_format#outputs#pred#channel_def.values())",
+    "listed_classes": "$@spelled(@entry['labels'][key] for key in sorted(@entry['labels'], key=int)) "
+    "if 'labels' in @entry else @classes",
+}
+_OTHER_CLASSES = (
+    "$@listed_classes == @classes or sys.exit('error: the classes of task ' + repr(@task) + ' are ' + "
+    "', '.join(@listed_classes) + ' in ' + repr(@data_list) + ', and ' + ', '.join(@classes) + ' in this bundle: "
+    "expected the same in the same order')"
+)
+_STEMS = {"training": "train", "validation": "val", "test": "test"}  # of the arrays in an .npz file
+
+
+def _no_items(split: str, dataset: str) -> str:
+    return (
+        f"$@{dataset}#data or sys.exit('error: no labelled {split} item of task ' + repr(@task) + (' in ' if "
+        "os.path.isfile(@data_list) else ': there is no file ') + repr(@data_list) + (', which has the tasks ' + "
+        "', '.join(@listed.get('tasks', {})) if @listed.get('tasks') else '') + ': expected --dataset_dir to be the "
+        "folder of a data list with some, and --task its name for them')"
+    )
+
+
+_TRAINING = [
+    _NO_WEIGHTS,
+    _no_items("training", "train#dataset"),
+    _no_items("validation", "validate#dataset"),
+    _OTHER_CLASSES,
+    "$@train#trainer.run()",
+]
 
 
 def _compose(steps: list[dict]) -> dict[str, Any]:
@@ -119,9 +168,9 @@ def inference_config(
     config: dict[str, Any] = {
         "imports": ["$import csv", "$import glob", "$import os", "$import sys"],
         "bundle_root": ".",
-        "dataset_dir": "$@bundle_root + '/data'",
-        "output_dir": "$@bundle_root + '/eval'",
-        "ckpt_path": "$@bundle_root + '/models/model.pt'",
+        "dataset_dir": "$str(@bundle_root) + '/data'",
+        "output_dir": "$str(@bundle_root) + '/eval'",
+        "ckpt_path": "$str(@bundle_root) + '/models/model.pt'",
         "suffixes": _SUFFIXES[spatial_dims],
         "images": _IMAGES[spatial_dims],
         "class_names": "$list(@_meta_#network_data_format#outputs#pred#channel_def.values())",
@@ -199,6 +248,44 @@ def _loss(kind: str, network_config: dict) -> tuple[dict[str, Any], str]:
     )
 
 
+def _or_arrays(preprocessing: list[dict], spatial_dims: int) -> list[dict]:
+    """``preprocessing`` that takes, in place of a file, an array with its channels last, as an .npz file holds it."""
+    visible = "x[..., :-1] if x.ndim == 3 and x.shape[-1] in (2, 4) else x" if spatial_dims == 2 else "x"
+    wrap = {
+        "_target_": "Lambdad",
+        "_disabled_": "$not @arrays",
+        "keys": "image",
+        "func": f"$lambda x: (lambda x: monai.data.MetaTensor(torch.as_tensor(np.asarray(x, np.float32)), "
+        f"meta={{'original_channel_dim': -1 if x.ndim > {spatial_dims} else 'no_channel'}}))({visible})",
+    }
+    steps = [
+        {**step, "_disabled_": "$bool(@arrays)"} if isinstance(step, dict) and step.get("_target_") == "LoadImaged"
+        else step for step in preprocessing
+    ]  # fmt: skip
+    return [wrap, *steps]
+
+
+def _augmentation(keys: list[str], image_size: Sequence[int]) -> list[dict | str]:
+    """What `BatchAugment` does in the decomposition, by stock transforms, for ``@rotate`` and ``@flip_axes``."""
+    dims = len(image_size)
+    return [
+        f"$monai.transforms.Compose([monai.transforms.RandLambdad({keys}, func=monai.transforms.Flip(axis), prob=0.5) "
+        "for axis in @flip_axes])",
+        {
+            "_target_": "RandAffined",
+            "keys": keys,
+            "prob": 0.5,
+            "rotate_range": f"$[float(np.radians(@rotate))] * {1 if dims == 2 else 3}",
+            "scale_range": [0.1] * dims,
+            "translate_range": [0.05 * n for n in image_size],
+            "mode": ["bilinear", "nearest"][: len(keys)],
+            "padding_mode": "zeros",
+        },
+        {"_target_": "RandScaleIntensityFixedMeand", "keys": "image", "factors": 0.1, "prob": 0.5},
+        {"_target_": "RandShiftIntensityd", "keys": "image", "offsets": 0.1, "prob": 0.5},
+    ]
+
+
 def train_config(
     task_name: str,
     kind: str,
@@ -206,27 +293,31 @@ def train_config(
     network_config: dict,
     preprocessing: list[dict],
     inferer: dict,
+    image_size: Sequence[int],
+    augmentation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return train.json, which goes on training this expert on the items {"image", "label"} of a data list.
 
-    ``preprocessing`` prepares both keys. Stock MONAI reads the list in the Decathlon's form, with ``training`` and
-    ``validation``; items of another ``task`` are left out. The best weights go to ``--ckpt_dir`` as model.pt.
+    ``preprocessing`` prepares both keys. The list has the form that decompositions are trained on, or the Decathlon's,
+    with ``training`` and ``validation``; items of another ``task``, and those without a label, are left out. The best
+    weights go to ``--ckpt_dir`` as model.pt. ``augmentation`` holds the decomposition's ``rotate`` and ``flip_axes``;
+    what it does not say is not done.
     """
     check_task_name(task_name)
     loss, loss_function = _loss(kind, network_config)
     segmentation = kind == "segmentation"
+    augmentation = augmentation or {}
 
     def dataset(section: str) -> dict[str, Any]:
         return {
             "_target_": "Dataset",
-            "data": f"$[item for item in monai.data.load_decathlon_datalist(@data_list, {segmentation}, '{section}', "
-            f"@dataset_dir) if item.get('task', @task) == @task]",
+            "data": f"$@items('{section}', '{_STEMS[section]}')",
             "transform": "@train#preprocessing" if section == "training" else "@validate#preprocessing",
         }
 
+    if not segmentation:  # no mask is kept in an .npz file
+        preprocessing = _or_arrays(preprocessing, len(image_size))
     trained = copy.deepcopy(preprocessing)
-    flip: dict[str, Any] = {"_target_": "RandFlipd", "keys": ["image", "label"], "prob": 0.5, "spatial_axis": 0}
-    shift = {"_target_": "RandShiftIntensityd", "keys": "image", "offsets": 0.05, "prob": 0.5}
     if segmentation:
         # Images keep their own size: patches of the network's training size make a batch.
         pad = {"_target_": "SpatialPadd", "keys": ["image", "label"], "spatial_size": inferer["roi_size"]}
@@ -239,23 +330,24 @@ def train_config(
             "neg": 1,
             "num_samples": 2,
         }
-        trained += [pad, crop, flip, shift]
-    else:
-        trained += [shift]
+        trained += [pad, crop]
+    trained += _augmentation(["image", "label"] if segmentation else ["image"], image_size)
     return {
-        "imports": ["$import os", "$import sys"],
+        "imports": ["$import json", "$import os", "$import sys"],
         "bundle_root": ".",
         "task": task_name,
-        "dataset_dir": "$@bundle_root + '/data'",
-        "data_list": "$@dataset_dir + '/dataset.json'",
-        "ckpt_dir": "$@bundle_root + '/models'",
-        "ckpt_path": "$@bundle_root + '/models/model.pt'",
-        "output_dir": "$@bundle_root + '/eval'",
+        "dataset_dir": "$str(@bundle_root) + '/data'",
+        **_LISTED,
+        "ckpt_dir": "$str(@bundle_root) + '/models'",
+        "ckpt_path": "$str(@bundle_root) + '/models/model.pt'",
+        "output_dir": "$str(@bundle_root) + '/eval'",
         "device": _DEVICE,
         "max_epochs": 20,
         "val_interval": 1,
         "batch_size": 4,
         "learning_rate": 0.0001,
+        "rotate": float(augmentation.get("rotate", 0.0)),
+        "flip_axes": [int(axis) for axis in augmentation.get("flip_axes", ())],
         "network_def": copy.deepcopy(network_config),
         "network": "$@network_def.to(@device)",
         "loss": loss,
@@ -312,7 +404,7 @@ def train_config(
                 {"_target_": "StatsHandler", "iteration_log": False},
                 {
                     "_target_": "CheckpointSaver",
-                    "save_dir": "@ckpt_dir",
+                    "save_dir": "$str(@ckpt_dir)",
                     "save_dict": {"model": "@network"},
                     "save_key_metric": True,
                     "key_metric_filename": "model.pt",
@@ -331,7 +423,7 @@ def train_config(
             },
         },
         "initialize": ["$monai.utils.set_determinism(seed=0)"],
-        "run": [_NO_WEIGHTS, "$@train#trainer.run()"],
+        "run": _TRAINING,
         "training": "%run",
     }
 
@@ -339,16 +431,19 @@ def train_config(
 def evaluate_config(kind: str) -> dict[str, Any]:
     """Return evaluate.json, used over train.json: the key metric on the labelled ``test`` images of a data list."""
     key = next(iter(_key_metric(kind)))
-    saver: dict[str, Any] = {"_target_": "MetricsSaver", "save_dir": "@output_dir", "metrics": [key]}
+    saver: dict[str, Any] = {"_target_": "MetricsSaver", "save_dir": "$str(@output_dir)", "metrics": [key]}
     if kind == "segmentation":
         saver["metric_details"] = [key]
         saver["batch_transform"] = "$lambda batch: [item['image'].meta for item in batch]"
-    segmentation = kind == "segmentation"
     return {
-        "validate#dataset#data": f"$[item for item in monai.data.load_decathlon_datalist(@data_list, {segmentation}, "
-        f"'test', @dataset_dir) if item.get('task', @task) == @task]",
+        "validate#dataset#data": f"$@items('test', '{_STEMS['test']}')",
         "validate#handlers": [_loader(), {"_target_": "StatsHandler", "iteration_log": False}, saver],
-        "run": [_NO_WEIGHTS, "$@validate#evaluator.run()"],
+        "run": [
+            _NO_WEIGHTS,
+            _no_items("test", "validate#dataset"),
+            _OTHER_CLASSES,
+            "$@validate#evaluator.run()",
+        ],  # fmt: skip
         "evaluating": "%run",
     }
 
@@ -392,7 +487,7 @@ def multi_gpu_config(network_config: dict) -> dict[str, Any]:
             "$idist.sync()",
             "$monai.utils.set_determinism(seed=0)",
         ],
-        "run": [_NO_WEIGHTS, "$@train#trainer.run()"],
+        "run": _TRAINING,
         "training": "%run",
         # A wrapped network that still holds the group would keep its threads alive into the interpreter's end.
         "finalize": [

@@ -16,6 +16,7 @@ __all__ = ["SCHEMA_URL", "VERSION", "build_metadata", "needed_packages", "string
 
 SCHEMA_URL = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 VERSION = "0.1.0"
+NO_AUTHORS = f"written by lorkd-monai {lorkd_monai.__version__}"
 REFERENCES = [
     "Zhou, Y., Li, H., et al. Low-Rank Knowledge Decomposition for Medical Foundation Models. CVPR 2024. "
     "arXiv:2404.17184",
@@ -166,7 +167,7 @@ def build_metadata(
         **({"body_part": inert_text(task.body_part)} if getattr(task, "body_part", None) else {}),
         "description": f"A {dims} {kind} network for the one task '{task.name}', extracted as a plain MONAI network "
         "from a low-rank knowledge decomposition (LoRKD) of a foundation model.",
-        "authors": inert_text(parent.get("authors", f"written by lorkd-monai {lorkd_monai.__version__}")),
+        "authors": inert_text(parent.get("authors") or ", ".join(getattr(task, "authors", None) or [NO_AUTHORS])),
         "copyright": inert_text(parent.get("copyright", "see LICENSE and docs/data_license.txt")),
         "data_source": inert_text(parent.get("data_source", "see docs/data_license.txt")),
         "data_type": "image files",

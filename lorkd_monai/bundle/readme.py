@@ -24,6 +24,8 @@ SECTIONS = (
     "References",
 )
 
+NO_LICENSE = "Whoever passes this bundle on has to find out the licence of the data and to name it here."
+
 _COSTS = {
     "parameters": "Parameters",
     "macs": "Multiply-accumulates, one input",
@@ -126,8 +128,11 @@ python -m monai.bundle run --bundle_root $B --config_file $B/configs/inference.j
 
 Chosen files: `--images "['a', 'b']"` in place of `--dataset_dir`.
 
-Figures on labelled images, and fine-tuning (`DATA/dataset.json` lists `training`, `validation` and `test` items with
-`image` and `label`; the best weights replace `models/model.pt` unless `--ckpt_dir` names another folder):
+Figures on labelled images, and fine-tuning. `DATA/dataset.json` is a data list such as the decomposition was trained
+on: `training`, `validation` and `test` items with `image` and `label`, those of another `task` and those without a
+label left out (`--task` where the list has another name for it). Images are turned by up to `--rotate` degrees and
+mirrored along `--flip_axes`, as in the decomposition. The best weights replace `models/model.pt` unless `--ckpt_dir`
+names another folder:
 
 ```
 python -m monai.bundle run --bundle_root $B --config_file "['$B/configs/train.json','$B/configs/evaluate.json']" \
@@ -165,7 +170,7 @@ def readme_text(
     """
     teacher = parent.get("teacher") if isinstance(parent.get("teacher"), Mapping) else {}
     teacher_facts = _facts(teacher, tuple(_COSTS))
-    parent_facts = _facts(parent, ("teacher", "authors", "copyright", "data_source", "data_license"))
+    parent_facts = _facts(parent, ("teacher", "augmentation", "authors", "copyright", "data_source", "data_license"))
     classes = "\n".join(f"* {i}: {markdown_text(name)}" for i, name in sorted(task.labels.items()))
     data = [f"* modality: {markdown_text(task.modality or 'not given')}"]
     data.append(f"* body part: {markdown_text(getattr(task, 'body_part', None) or 'not given')}")
@@ -237,10 +242,15 @@ pip install {pins}
 {references}"""
 
 
+def data_license(task: Any, parent: Mapping[str, Any]) -> str | None:
+    """The licence of the training data: what ``parent`` says, else what the data list says of the task."""
+    return parent.get("data_license") or getattr(task, "licence", None)
+
+
 def data_license_text(task: Any, parent: Mapping[str, Any]) -> str:
     """Return docs/data_license.txt: what is known of the training data and its licence, and plainly what is not."""
     source = parent.get("data_source")
-    licence = parent.get("data_license")
+    licence = data_license(task, parent)
     lines = [
         f"The data that the expert '{task.name}' was trained on",
         "",
@@ -250,5 +260,5 @@ def data_license_text(task: Any, parent: Mapping[str, Any]) -> str:
     if getattr(task, "note", None):
         lines.append(f"Note: {' '.join(str(task.note).split())}")
     if not licence:
-        lines += ["", "Whoever passes this bundle on has to find out the licence of the data and to name it here."]
+        lines += ["", NO_LICENSE]
     return "\n".join(lines) + "\n"

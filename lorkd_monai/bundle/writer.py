@@ -255,7 +255,8 @@ def write_expert_bundle(
         folder: the bundle's own folder; its name ends in ``_classification`` or ``_segmentation``, see `expert_name`.
         network: the extracted network, a plain `nn.Module`.
         network_config: the MONAI config (``_target_`` and arguments) that builds a network of the same keys and shapes.
-        task: the task's `lorkd_monai.data.TaskSpec` (``name``, ``labels``, ``modality``, ``body_part``, ``note``).
+        task: the task's `lorkd_monai.data.TaskSpec` (``name``, ``labels``, ``modality``, ``body_part``, ``note``;
+            ``licence`` and ``authors`` where ``parent`` does not say them).
         kind: ``"classification"`` or ``"segmentation"``.
         in_channels: channels of the network's input.
         image_size: what the network was trained on, in voxels: the image's size, or the size of the windows.
@@ -263,7 +264,8 @@ def write_expert_bundle(
         postprocessing: the same for ``pred``; may refer to ``@preprocessing`` and ``@output_dir``.
         metrics: measured figures, ``{name: number or {"value", "low", "high", "n"}}``; may be empty.
         parent: facts on the decomposition, shown in the README; ``teacher`` may be a dict that also holds what
-            `measure` returns; ``authors``, ``copyright``, ``data_source``, ``data_license`` go where they belong.
+            `measure` returns; ``authors``, ``copyright``, ``data_source``, ``data_license`` go where they belong, and
+            ``augmentation`` (``{"rotate": …, "flip_axes": …}``) into the fine-tuning.
         overwrite: replace an existing folder.
         formats: of ``"pt"``, ``"safetensors"``, ``"ts"``, ``"onnx"``; None writes all that is possible here and logs
             what is left out.
@@ -302,7 +304,9 @@ def write_expert_bundle(
     inference = bundle_configs.inference_config(
         kind, spatial_dims, network_config, preprocessing, postprocessing, inferer
     )
-    train = bundle_configs.train_config(name, kind, len(task.labels), network_config, train_preprocessing, inferer)
+    train = bundle_configs.train_config(
+        name, kind, len(task.labels), network_config, train_preprocessing, inferer, size, parent.get("augmentation")
+    )
     readme = readme_text(
         metadata, folder_name=folder.name, task=task, kind=kind, preprocessing=preprocessing, metrics=metrics,
         parent=parent, measured=measure(plain, image.shape), formats=formats,

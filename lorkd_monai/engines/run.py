@@ -95,6 +95,7 @@ def run_facts(
         "experts": f"rank {_words(spec['rank'])}, layout {spec['layout']}, norm {spec['norm']}",
         "epochs": max_epochs,
         "settings": ", ".join(f"{key} {_words(value)}" for key, value in settings.items()),
+        "augmentation": {key: settings[key] for key in ("rotate", "flip_axes") if key in settings},
         "teacher": functools.partial(teacher_facts, teacher_bundle, info["spatial_dims"], info["image_size"]),
         "versions": f"lorkd-monai {__version__}, monai {monai.__version__}, torch {torch.__version__}",
     }

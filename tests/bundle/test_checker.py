@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorkd_monai.bundle import Problem, check_bundle, pack_bundle
+from lorkd_monai import cli
+from lorkd_monai.bundle import Problem, check_bundle, check_origin, pack_bundle
 from lorkd_monai.errors import LoRKDError
 
 
@@ -355,3 +356,25 @@ def test_files_that_are_no_text(bundle):
 def test_no_folder(tmp_path):
     with pytest.raises(LoRKDError, match="expected the folder of a bundle, got .*nothing"):
         check_bundle(tmp_path / "nothing")
+
+
+def test_what_names_no_licence_or_authors_is_said_and_passes(bundle):
+    assert check_bundle(bundle) == []
+    found = [(warning.code, warning.file) for warning in check_origin(bundle)]
+    assert found == [("no-licence", "docs/data_license.txt"), ("no-authors", META)]
+    *warnings, last = cli.check(str(bundle)).splitlines()
+    assert len(warnings) == 2 and all(line.startswith("warning: ") for line in warnings)
+    assert last.endswith("nothing to complain about")
+    (bundle / "docs" / "data_license.txt").write_text("CC BY 4.0")
+    edit(bundle / META, "authors", value="A. Nurse")
+    (bundle / "models" / "model.ts").unlink()  # it holds the metadata as it was
+    assert check_origin(bundle) == []
+    assert cli.check(str(bundle)).splitlines() == [last]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"authors": 3}'])
+def test_the_warnings_take_any_metadata(bundle, content):
+    (bundle / META).write_text(content)
+    assert [warning.code for warning in check_origin(bundle)] == ["no-licence"]
+    with pytest.raises(SystemExit):
+        cli.check(str(bundle))

@@ -13,7 +13,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 from PIL import Image
 
-from lorkd_monai.bundle import check_bundle, expert_name, measure, write_teacher_bundle
+from lorkd_monai.bundle import check_bundle, check_origin, expert_name, measure, write_teacher_bundle
 from lorkd_monai.bundle.formats import build_network, run_onnx, torchscript_of
 from lorkd_monai.bundle.writer import bundle_folder
 from lorkd_monai.data.datalist import TaskSpec
@@ -151,6 +151,24 @@ def test_a_class_name_is_data_whatever_it_is(text, make_case, tmp_path):
     assert resolved["network_data_format"]["outputs"]["pred"]["channel_def"]["0"].replace("::", "#") == name
     for config in ("inference", "train", "evaluate", "multi_gpu_train"):
         assert (configs / f"{config}.json").read_text() == (case.folder / "configs" / f"{config}.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("own", "parent", "licence", "authors"),
+    [
+        ({"licence": "CC BY 4.0", "authors": ["A. Nurse", "B. Doctor"]}, {}, "CC BY 4.0", "A. Nurse, B. Doctor"),
+        ({"licence": "CC0", "authors": ["A"]}, {"data_license": "CC BY", "authors": "B"}, "CC BY", "B"),
+        ({"licence": "$(a)\nb", "authors": ["@device"]}, {}, "$(a) b", " @device"),
+    ],
+)
+def test_licence_and_authors_are_those_of_the_data_list(make_case, tmp_path, own, parent, licence, authors):
+    task = TaskSpec("task_2d", 0, {0: "a", 1: "b", 2: "c"}, **own)
+    folder = make_case("2d_classification").write(
+        tmp_path / "task_2d_classification", task=task, parent=parent, formats=("pt",)
+    )
+    assert f"\nLicence: {licence}\n" in (folder / "docs" / "data_license.txt").read_text()
+    assert json.loads((folder / "configs" / "metadata.json").read_text())["authors"] == authors
+    assert check_origin(folder) == []
 
 
 def test_an_existing_folder_is_kept(make_case, tmp_path):
