@@ -6,8 +6,9 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -457,6 +458,22 @@ def _noted(command: Any, calls: list[Callable[[], Any]]) -> Any:
     return note
 
 
+@contextlib.contextmanager
+def _printed_log() -> Iterator[None]:
+    """Print what `lorkd_monai.data` logs: what a list holds and what was left out."""
+    logger, handler = logging.getLogger("lorkd_monai.data"), logging.StreamHandler(sys.stdout)
+    logger.addHandler(handler)
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 def main() -> None:
     """Run the command line."""
     show_errors_plainly()
@@ -485,7 +502,8 @@ def main() -> None:
         raise LoRKDError(
             f"{end.trace.elements[-1].ErrorAsStr()}. `{' '.join(words)} --help` says what there is"
         ) from None
-    for call in calls:
-        result = call()
-        if result is not None:
-            print(result)
+    with _printed_log():
+        for call in calls:
+            result = call()
+            if result is not None:
+                print(result)

@@ -8,6 +8,7 @@ already is replaced only with ``overwrite=True``.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,19 +20,18 @@ import yaml
 
 from lorkd_monai.arguments import as_path
 from lorkd_monai.data.checks import SPLITS, Problems, check_task_name, read_origin
+from lorkd_monai.data.class_folders import SUFFIXES, ClassImage, class_images, holds_tasks, visible_folders
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
+from lorkd_monai.data.taken import Skipped
 from lorkd_monai.data.writing import refuse_existing, write_data_list
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.preprocessing import check_kind
 
 __all__ = ["combine", "fetch_mednist", "fetch_medmnist", "from_class_folders", "from_medmnist"]
 
+_log = logging.getLogger(__name__)
+
 MEDMNIST_URL = "https://zenodo.org/records/10519652/files"
-_SUFFIXES = {
-    2: (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"),
-    3: (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd"),
-}
-_SPLIT_FOLDERS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 _MEDMNIST = re.compile(r"[a-z0-9]+mnist[a-z0-9_]*")
 
 Sources = str | os.PathLike | Sequence[str] | Mapping[str, str]
@@ -50,9 +50,11 @@ def from_class_folders(
 ) -> Path:
     """Write a classification list from folders that have a sub-folder for each class.
 
-    One folder is a single task where its sub-folders hold no folders, or are named as splits. A task folder may hold
-    ``train``, ``val`` and ``test`` first, with the class folders in them: these splits are
-    kept. In 3D, a class holds volume files, or a folder of DICOM slices for each image.
+    One folder is a single task where its sub-folders hold no folders, or hold images beside them, or are named as
+    splits; where they can be tasks and classes alike, it is refused. A task folder may hold ``train``, ``val`` and
+    ``test`` first, with the class folders in them: these splits are kept. In 3D, a class holds volume files, or a
+    folder of DICOM slices for each image. Images in a sub-folder of a class belong to one patient, unless
+    ``patients_csv`` or ``patient_regex`` say otherwise.
 
     Args:
         sources: a folder with a sub-folder per task; or the task folders, as a list or as ``{task: folder}``.
@@ -77,17 +79,23 @@ def from_class_folders(
     refuse_existing(output, overwrite)
     tasks: dict[str, dict[str, Any]] = {}
     rows: list[Row] = []
-    for task, folder in task_folders(sources, parent=True).items():
-        found = _class_images(folder, spatial_dims)
-        classes = sorted({name for _, name, _ in found})
+    skipped = Skipped()
+    for task, folder in task_folders(sources, spatial_dims, skipped).items():
+        found = class_images(folder, spatial_dims, skipped)
+        classes = sorted({image.label for image in found})
         if len(classes) < 2:
+            skipped.tell()
             raise LoRKDError(
-                f"{folder} must have a sub-folder with {'/'.join(_SUFFIXES[spatial_dims])} images for each of two or "
+                f"{folder} must have a sub-folder with {'/'.join(SUFFIXES[spatial_dims])} images for each of two or "
                 f"more classes; found images of {len(classes)}. Where it is a class of one task, give the task's "
                 f"folder in a list: '[{folder.parent}]'"
             )
+        if patients_csv is None and patient_regex is None:
+            _refuse_classes_below(folder, found)
+            _tell_patients(task, found)
         tasks[task] = {"labels": {str(i): name for i, name in enumerate(classes)}}
-        rows += [Row(task, image, classes.index(name), split) for split, name, image in found]
+        rows += [Row(task, i.path, classes.index(i.label), i.split, i.patient) for i in found]
+    skipped.tell()
     assign_splits(rows, read_patients(rows, patients_csv, patient_regex), fractions, seed)
     return finish(output, "classification", spatial_dims, tasks, rows, facts, overwrite)
 
@@ -118,7 +126,7 @@ def from_medmnist(
     output = as_path(output, "output")
     refuse_existing(output, overwrite)
     tasks: dict[str, dict[str, Any]] = {}
-    for task, file in task_folders(sources, parent=False).items():
+    for task, file in task_folders(sources).items():
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 labels = [arrays[key] for key in arrays.files if key.endswith("_labels")]
@@ -235,8 +243,8 @@ def combine(
     return finish(output, kind, spatial_dims, tasks, rows, None, overwrite)
 
 
-def task_folders(sources: Sources, parent: bool) -> dict[str, Path]:
-    """Return ``{task: path}`` of what a builder was given; ``parent`` says that one folder holds the task folders.
+def task_folders(sources: Sources, spatial_dims: int | None = None, skipped: Skipped | None = None) -> dict[str, Path]:
+    """Return ``{task: path}`` of what a builder was given; with ``spatial_dims`` one folder may hold the task folders.
 
     Raises:
         LoRKDError: for a path that is missing, a name that is none for a task, or a name that comes twice.
@@ -246,10 +254,9 @@ def task_folders(sources: Sources, parent: bool) -> dict[str, Path]:
     sources = _listed(sources)
     if isinstance(sources, (str, os.PathLike)):
         root = Path(sources).expanduser()
-        inside = _subfolders(root) if parent and root.is_dir() else []
-        # Folders with no folder in them are the classes of one task, and folders named as splits hold those of one.
-        several = any(map(_subfolders, inside)) and not all(p.name.lower() in _SPLIT_FOLDERS for p in inside)
-        sources = [str(p) for p in inside] if several else [str(root)]
+        inside = visible_folders(root) if spatial_dims and root.is_dir() else []
+        several = bool(inside) and holds_tasks(root, inside, spatial_dims)
+        sources = [str(path) for path in visible_folders(root, skipped)] if several else [str(root)]
     if not isinstance(sources, (Mapping, Sequence)):
         raise LoRKDError(f"sources: expected a path, several as '[path,path]', or '{{task: path}}', got {sources!r}")
     pairs = list(sources.items()) if isinstance(sources, Mapping) else [(None, source) for source in sources]
@@ -332,27 +339,33 @@ def _listed(text: Any) -> Any:
     return found
 
 
-def _class_images(folder: Path, spatial_dims: int) -> list[tuple[str | None, str, str]]:
-    """Return (split or None, class, image) of each image below a task's folder."""
-    subfolders = _subfolders(folder)
-    splits = {sub: SPLITS[_SPLIT_FOLDERS[sub.name.lower()]] for sub in subfolders if sub.name.lower() in _SPLIT_FOLDERS}
-    if splits and len(splits) != len(subfolders):
-        odd = next(sub for sub in subfolders if sub not in splits)
-        raise LoRKDError(f"{folder} holds split folders ({', '.join(s.name for s in splits)}) beside {odd.name!r}.")
-    found = []
-    for root, split in splits.items() or [(folder, None)]:
-        for name in _subfolders(root):
-            for path in sorted(name.iterdir()):
-                series = spatial_dims == 3 and path.is_dir() and any(path.glob("*.dcm"))
-                if path.name[0] != "." and (path.name.lower().endswith(_SUFFIXES[spatial_dims]) or series):
-                    found.append((split, name.name, str(path)))
-    return found
+def _refuse_classes_below(folder: Path, found: Sequence[ClassImage]) -> None:
+    """Refuse what looks like a folder of tasks that was given as one task: each class has the same sub-folders."""
+    below: dict[str, set[str | None]] = {}
+    for image in found:
+        below.setdefault(image.label, set()).add(image.patient)
+    first, *others = below.values()
+    if len(first) < 2 or any(names != first for names in others):
+        return
+    if None in first or all(any(char.isdigit() for char in name) for name in first):
+        return
+    names = ", ".join(sorted(first)[:3])
+    raise LoRKDError(
+        f"{folder} must have a sub-folder of images for each class; found images of 0: all lie in the sub-folders "
+        f"{names} of {', '.join(sorted(below)[:3])}, which may be tasks with these classes. For tasks give '{folder}' "
+        "without brackets; for one task say which images are of one patient, with --patients_csv or --patient_regex."
+    )
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise LoRKDError(f"expected a folder, got the file {folder}.")
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
+def _tell_patients(task: str, found: Sequence[ClassImage]) -> None:
+    patients = [image.patient for image in found if image.patient]
+    if patients:
+        names = sorted(set(patients))
+        more = ", …" if len(names) > 3 else ""
+        _log.info(
+            "task %r: %d images lie in sub-folders of their classes; each of the %d (%s%s) is taken for a patient",
+            task, len(patients), len(names), ", ".join(names[:3]), more,
+        )  # fmt: skip
 
 
 def _relative(value: Any, output: Path) -> Any:

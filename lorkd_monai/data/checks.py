@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.losses.task import UNLABELLED
 from lorkd_monai.transforms.loading import ImageFacts
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "read_npz_tasks",
     "read_origin",
 ]
+
+_log = logging.getLogger(__name__)
 
 SPLITS = ("training", "validation", "test")
 _NPZ_NAMES = {"training": "train", "validation": "val", "test": "test"}
@@ -127,6 +131,7 @@ def check_items(
         problems.add(f"{split!r} must be a list of items, got a {type(rows).__name__}")
         return []
     items = []
+    unlabelled: list[str] = []
     for number, row in enumerate(rows):
         where = f"{split}[{number}]"
         if not isinstance(row, dict) or not {"image", "label", "task"} <= set(row):
@@ -140,10 +145,28 @@ def check_items(
             problems.add(f"{where}: task {task!r} names an npz file, so its images cannot be listed as well")
             continue
         image = _files(row["image"], folder, where, "image", problems)
-        label = _label(row["label"], entries[task], folder, kind, where, problems)
-        if image is not None and label is not None:
+        if _is_unlabelled(row["label"]):
+            unlabelled.append(where)
+            label = None
+        else:
+            label = _label(row["label"], entries[task], folder, kind, where, problems)
+            image = None if label is None else image
+        if image is not None and (label is not None or split == "training"):
             items.append({"image": image, "label": label, "task": task})
+    if unlabelled and split != "training":
+        _log.warning("%s", _left_out(len(unlabelled), split, unlabelled[0]))
     return items
+
+
+def _is_unlabelled(label: Any) -> bool:
+    return label is None or (type(label) is int and label == UNLABELLED)
+
+
+def _left_out(count: int, split: str, where: str) -> str:
+    return (
+        f"left out {count} {split} image{'s' * (count > 1)} without a label ({where}{', …' * (count > 1)}): nothing "
+        "can be measured on them; in training they learn from the teacher"
+    )
 
 
 def read_npz_tasks(
@@ -182,8 +205,14 @@ def read_npz_tasks(
             if fault:
                 problems.add(f"{where}: {entry['npz']}: {fault}")
                 continue
-            flat = labels.reshape(-1).tolist()
-            items[split] += [{"image": i, "label": c, "task": name} for i, c in zip(images, flat, strict=True)]
+            known = [None if label == UNLABELLED else label for label in labels.reshape(-1).tolist()]
+            items[split] += [
+                {"image": image, "label": label, "task": name}
+                for image, label in zip(images, known, strict=True)
+                if label is not None or split == "training"
+            ]
+            if split != "training" and None in known:
+                _log.warning("%s", _left_out(known.count(None), split, f"{where}: {entry['npz']}"))
             if name not in facts:
                 channels = images.shape[-1] if images.ndim == spatial_dims + 2 else 1
                 facts[name] = ImageFacts(spatial_dims, _visible(channels), 8 * images.dtype.itemsize, None)
@@ -197,6 +226,8 @@ def check_masks(items: dict[str, list[dict[str, Any]]], num_classes: dict[str, i
     read = LoadImage(image_only=True)
     for rows in items.values():
         for item in rows:
+            if item["label"] is None:
+                continue
             try:
                 values = np.unique(np.asarray(read(item["label"])))
             except Exception as error:  # each reader raises its own kinds
@@ -287,12 +318,13 @@ def _label(label: Any, entry: dict, folder: Path, kind: str, where: str, problem
     if kind == "segmentation":
         if isinstance(label, int):
             problems.add(
-                f"{where}: the label must be the path of a mask, got {label!r}; is this a classification list?"
+                f"{where}: the label must be the path of a mask, or null for none, got {label!r}; is this a "
+                "classification list?"
             )
             return None
         return _files(label, folder, where, "mask", problems)
     if isinstance(label, bool) or not isinstance(label, int):
-        problems.add(f"{where}: the label must be a class id, got {label!r}")
+        problems.add(f"{where}: the label must be a class id, or null for none, got {label!r}")
         return None
     if entry["labels"] and not 0 <= label < len(entry["labels"]):
         problems.add(f"{where}: label {label} is outside the classes 0 to {len(entry['labels']) - 1} of its task")
@@ -313,9 +345,9 @@ def _npz_fault(images: Any, labels: Any, name: str, spatial_dims: int, entry: di
     if labels.ndim > 2 or labels.size != len(images) or len(labels) != len(images):
         return f"expected one class id per image, got {len(images)} images and labels of shape {labels.shape}"
     count = len(entry["labels"])
-    if count and labels.size and (labels.min() < 0 or labels.max() >= count):
-        bad = next(v for v in labels.reshape(-1).tolist() if not 0 <= v < count)
-        return f"{name}_labels holds {bad}, outside the classes 0 to {count - 1}"
+    if count and labels.size and (labels.min() < UNLABELLED or labels.max() >= count):
+        bad = next(v for v in labels.reshape(-1).tolist() if not UNLABELLED <= v < count)
+        return f"{name}_labels holds {bad}, outside the classes 0 to {count - 1} ({UNLABELLED}: no label)"
     return None
 
 

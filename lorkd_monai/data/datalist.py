@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import statistics
@@ -31,11 +32,14 @@ from lorkd_monai.data.checks import (
     read_origin,
     unique_keys,
 )
+from lorkd_monai.data.taken import remarks
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.loading import ImageFacts, describe_image
 from lorkd_monai.transforms.preprocessing import check_kind
 
 __all__ = ["DataList", "TaskSpec", "load_data_list", "measure_spacing"]
+
+_log = logging.getLogger(__name__)
 
 # What a note says of a task whose images prove nothing: "for wiring, never for a score", "wiring only".
 _NO_SCORE = re.compile(r"wiring only|never (for )?a score|\bno score\b", re.IGNORECASE)
@@ -80,8 +84,8 @@ class DataList:
 
     An item of ``training``, ``validation`` and ``test`` is ``{"image": …, "label": …, "task": name}``. An image is an
     absolute path (a list of paths: one file per channel) or an array H×W[×C] or H×W×D[×C]; a label is a class id or
-    the path of a mask. ``licence`` and ``authors`` are what the list says of all its images; see `TaskSpec` for one
-    task's.
+    the path of a mask, or None for a training image that has none. ``licence`` and ``authors`` are what the list says
+    of all its images; see `TaskSpec` for one task's.
     """
 
     name: str
@@ -110,6 +114,11 @@ class DataList:
         if name not in SPLITS:
             raise LoRKDError(f"expected a split of {', '.join(SPLITS)}, got {name!r}.")
         return getattr(self, name)
+
+    @property
+    def unlabelled(self) -> int:
+        """Number of training images without a label; they learn from the teacher alone."""
+        return sum(item["label"] is None for item in self.training)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return the number of images of each task in each split."""
@@ -180,6 +189,8 @@ def load_data_list(
     if problems:
         problems.raise_all()
     data = DataList(str(content.get("name", file.parent.name)), folder, kind, spatial_dims, tasks, **items, **origin)
+    for line in remarks(data):
+        _log.warning("%s", line)
     return measure_spacing(data) if kind == "segmentation" and spatial_dims == 3 else data
 
 

@@ -24,6 +24,7 @@ from lorkd_monai.data.datalist import DataList, TaskSpec
 from lorkd_monai.data.identity import file_stamps
 from lorkd_monai.data.samplers import Draw
 from lorkd_monai.errors import LoRKDError, find_lorkd_error
+from lorkd_monai.losses.task import UNLABELLED
 from lorkd_monai.transforms.loading import ItemLoader
 from lorkd_monai.transforms.preprocessing import default_intensity, preprocessing
 
@@ -37,9 +38,9 @@ class TaskDataset(Dataset):
     """Preprocessed images of one split of a data list, all tasks together.
 
     An item is a dict of plain tensors: ``"image"`` float32 C×H×W[×D], ``"label"`` int64 (a number, or a mask
-    1×H×W[×D]), ``"task"`` int64 number, and for segmentation ``"spacing"`` (mm or input pixels per voxel, after
-    preprocessing). Items have the same values as the stock configs of `lorkd_monai.transforms.preprocessing` give;
-    arrays of ``.npz`` files go through them many at a time.
+    1×H×W[×D]; -1, or a mask of -1, where the image has no label), ``"task"`` int64 number, and for segmentation
+    ``"spacing"`` (mm or input pixels per voxel, after preprocessing). Items have the same values as the stock configs
+    of `lorkd_monai.transforms.preprocessing` give; arrays of ``.npz`` files go through them many at a time.
 
     Preprocessing runs once, when the data set is made, and results stay in memory up to ``cache_bytes``; items
     beyond that are read from ``cache_dir`` (filled at first use), or preprocessed at each use.
@@ -95,16 +96,31 @@ class TaskDataset(Dataset):
             for name, task in data.tasks.items()
         }
         self._loaders = {name: ItemLoader(configs, data.spatial_dims) for name, configs in self._configs.items()}
+        self._without_mask = {
+            name: ItemLoader(
+                preprocessing(task, data.kind, data.spatial_dims, in_channels, image_size), data.spatial_dims
+            )
+            for name, task in data.tasks.items()
+            if any(item["label"] is None and item["task"] == name for item in self.items)
+        }
         self._pad = self._crop = None
         if patch_size is not None:
             size = [patch_size] * 3 if isinstance(patch_size, int) else list(patch_size)
-            self._pad = SpatialPadd(keys, spatial_size=size)
+            self._pad = SpatialPadd(keys, spatial_size=size, allow_missing_keys=True)
             self._crop = RandCropByPosNegLabeld(
                 keys, "label", size, fg_indices_key="foreground", bg_indices_key="background"
             )
         self._disk = None if cache_dir is None else self._on_disk(Path(cache_dir), size if self._crop else None)
         self._cache: dict[int, dict[str, torch.Tensor]] = {}
         self._fill(cache_bytes, progress, split)
+
+    @property
+    def task_of_labelled(self) -> list[int]:
+        """As ``task_of_item``, with -1 for the items without a label: a `TaskSampler` then never draws these."""
+        return [
+            UNLABELLED if item["label"] is None else task
+            for item, task in zip(self.items, self.task_of_item, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -146,7 +162,7 @@ class TaskDataset(Dataset):
         for (name, _), members in groups.items():
             images = self._preprocess_arrays([array for _, array in members], self.data.tasks[name])
             for (index, _), image in zip(members, images, strict=True):
-                yield index, {"image": _compact(image), "label": torch.tensor(self.items[index]["label"])}
+                yield index, {"image": _compact(image), "label": _class_tensor(self.items[index])}
         for start in range(0, len(single), 8):  # few at a time: no more are made in vain when the memory is full
             few = single[start : start + 8]
             yield from zip(few, pool.map(self._load, few), strict=True)
@@ -173,7 +189,10 @@ class TaskDataset(Dataset):
     def _prepare(self, item: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Return one item after its deterministic transforms, as plain tensors in as few bytes as they need."""
         task = self.data.tasks[item["task"]]
-        loaded = self._loaders[task.name]({"image": item["image"], "label": item["label"]})
+        if item["label"] is None:
+            loaded = self._without_mask[task.name]({"image": item["image"]})
+        else:
+            loaded = self._loaders[task.name]({"image": item["image"], "label": item["label"]})
         image = loaded["image"]
         if image.shape[0] != self.in_channels:
             raise LoRKDError(
@@ -183,20 +202,21 @@ class TaskDataset(Dataset):
         if not torch.isfinite(image).all():
             raise LoRKDError(f"{item['image']} holds values that are not finite (NaN or infinity).")
         if self.data.kind == "classification":
-            return {"image": _compact(image), "label": torch.tensor(item["label"])}
-        fault = mask_fault(np.unique(np.asarray(loaded["label"])), task.num_classes)
-        if fault:
-            raise LoRKDError(f"{item['label']}: {fault}.")
+            return {"image": _compact(image), "label": _class_tensor(item)}
+        if item["label"] is not None:
+            fault = mask_fault(np.unique(np.asarray(loaded["label"])), task.num_classes)
+            if fault:
+                raise LoRKDError(f"{item['label']}: {fault}.")
         spacing = torch.as_tensor(np.asarray(image.pixdim), dtype=torch.float32)
         if self._pad is not None:
             loaded = self._pad(loaded)
-        result = {
-            "image": _compact(loaded["image"]),
-            "label": _plain(loaded["label"]).to(torch.uint8),
-            "spacing": spacing,
-        }
+        if item["label"] is None:  # made after the padding, which would put background around it
+            mask = torch.full((1, *loaded["image"].shape[1:]), UNLABELLED, dtype=torch.int8)
+        else:
+            mask = _plain(loaded["label"]).to(torch.uint8)
+        result = {"image": _compact(loaded["image"]), "label": mask, "spacing": spacing}
         if self._crop is not None:
-            result["foreground"], result["background"] = _crop_centres(result["label"])
+            result["foreground"], result["background"] = _crop_centres(mask)
         return result
 
     def _target_size(self) -> list[int]:
@@ -251,6 +271,10 @@ class _Step(Transform):
         return self.method(data)
 
 
+def _class_tensor(item: dict[str, Any]) -> torch.Tensor:
+    return torch.tensor(UNLABELLED if item["label"] is None else item["label"])
+
+
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
 
@@ -263,9 +287,15 @@ def _compact(image: torch.Tensor) -> torch.Tensor:
 
 
 def _crop_centres(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return flat positions of foreground (as many of each class) and background, a bounded number of them."""
+    """Return flat positions of foreground (as many of each class) and background, a bounded number of them.
+
+    Where there is no label, both are drawn from everywhere.
+    """
     flat = mask.flatten()
     generator = torch.Generator().manual_seed(0)
+    if flat[0] == UNLABELLED:
+        anywhere = torch.randint(len(flat), (_CENTRES,), generator=generator)
+        return anywhere, anywhere
     chosen = {}
     for value in flat.unique().tolist():
         positions = torch.nonzero(flat == value).flatten()

@@ -44,7 +44,7 @@ class TaskSampler(Sampler):
     each epoch; what it draws does not depend on what was drawn before, so a resumed run goes on as it would have.
 
     Args:
-        task_of_item: task index of each item of the data set.
+        task_of_item: task index of each item of the data set; an item of -1 is never drawn.
         strategy: ``"natural"`` (each image once), ``"balanced"`` (each task as often), or ``"temperature"``
             (p_t ∝ n_t^(1/T)).
         temperature: T of ``"temperature"``, at least 1.
@@ -82,16 +82,16 @@ class TaskSampler(Sampler):
             raise LoRKDError(f"strategy must be 'natural', 'balanced' or 'temperature', got {strategy!r}.")
         if not temperature >= 1:
             raise LoRKDError(f"temperature must be at least 1, got {temperature!r}.")
-        if not len(task_of_item):
+        tasks = np.asarray(task_of_item)
+        if not (tasks >= 0).any():
             raise LoRKDError("there is nothing to sample: the data set has no items.")
         if num_samples is not None and num_samples < 1:
             raise LoRKDError(f"num_samples must be at least 1, or None for one draw per item, got {num_samples!r}.")
         if seed < 0 or not 0 <= rank < world_size:
             raise LoRKDError(f"expected seed >= 0 and 0 <= rank < world_size, got {seed}, {rank} and {world_size}.")
-        tasks = np.asarray(task_of_item)
         self.items_of_task = [np.flatnonzero(tasks == t) for t in range(int(tasks.max()) + 1)]
         self.temperature = {"natural": 1.0, "balanced": math.inf, "temperature": float(temperature)}[strategy]
-        self.num_samples = len(tasks) if num_samples is None else int(num_samples)
+        self.num_samples = int((tasks >= 0).sum()) if num_samples is None else int(num_samples)
         self.seed, self.epoch, self.rank, self.world_size, self.seeds = int(seed), 0, rank, world_size, seeds
         self.views: int | None = None
 

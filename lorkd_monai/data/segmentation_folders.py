@@ -61,7 +61,7 @@ def from_segmentation_folders(
     refuse_existing(output, overwrite)
     tasks: dict[str, dict[str, Any]] = {}
     rows: list[Row] = []
-    for task, folder in task_folders(sources, parent=False).items():
+    for task, folder in task_folders(sources).items():
         content = _read(folder)
         tasks[task] = _entry(content, folder)
         is_nnunet = "channel_names" in content or _is_numbered(content, folder)

@@ -21,12 +21,13 @@ __all__ = ["Row", "assign_splits", "read_patients", "share_patients"]
 
 @dataclass
 class Row:
-    """One image of a data list that is being built: absolute paths, and its split where it has one already."""
+    """One image of a data list that is being built: absolute paths, its split and its patient where they are known."""
 
     task: str
     image: str | list[str]
     label: Any
     split: str | None = None
+    patient: str | None = None
 
     @property
     def first_image(self) -> str:
@@ -37,7 +38,7 @@ class Row:
 def read_patients(
     rows: Sequence[Row], patients_csv: str | os.PathLike | None = None, patient_regex: str | None = None
 ) -> list[str]:
-    """Return each row's patient: from a CSV file, from its file name, or (with neither) itself.
+    """Return each row's patient: from a CSV file, from its file name, or (with neither) what it says, or itself.
 
     Args:
         rows: the images.
@@ -58,7 +59,11 @@ def read_patients(
             raise LoRKDError(f"{patients_csv} names no patient for {len(missing)} images, such as {missing[0]}.")
         return [f"patient {find(image)}" for image in images]
     if patient_regex is None:
-        return images
+        # Splits that are there are kept: there is nothing to decide, and folders of one name may be of two persons.
+        return [
+            f"patient {row.patient}" if row.patient and not row.split else image
+            for row, image in zip(rows, images, strict=True)
+        ]
     try:
         pattern = re.compile(patient_regex)
     except (re.error, TypeError) as error:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from lorkd_monai.data.datalist import load_data_list
+from lorkd_monai.data.taken import counts_table
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["refuse_existing", "write_data_list"]
 
@@ -30,6 +34,8 @@ def write_data_list(
 ) -> Path:
     """Write ``content`` as the folder's ``dataset.json``, all of it or nothing, and return its path.
 
+    What a list holds that was checked is logged as a table.
+
     Args:
         folder: is made if need be.
         content: what to write.
@@ -46,7 +52,7 @@ def write_data_list(
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             if check is not None:
-                load_data_list(temporary, *check)
+                _log.info("%s", counts_table(load_data_list(temporary, *check)))
     except LoRKDError as error:
         if new:
             folder.rmdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from lorkd_monai.data import (
+    TaskDataset,
     combine,
     fetch_medmnist,
     fetch_mednist,
@@ -397,3 +399,162 @@ def test_wrong_class_folders_are_refused(tmp_path):
     with pytest.raises(LoRKDError, match="no npz file of plain arrays"):
         from_medmnist(str(source / "one" / "ill" / "P00_0.png"), out)
     assert not out.exists() or not list(out.iterdir())
+
+
+def lists_images(file, dims=2):
+    data = load_data_list(file, "classification", dims)
+    return {split: files_of(data, split) for split in SPLITS}, data
+
+
+def test_images_below_classes_belong_to_patients(tmp_path, caplog):
+    for name in ("ill", "well"):
+        for patient in range(6):
+            for number in range(3):
+                png(tmp_path / "lungs" / name / f"P{patient}" / "left" / f"{number}.png")
+    with caplog.at_level("INFO", "lorkd_monai.data"):
+        images, data = lists_images(from_class_folders([tmp_path / "lungs"], tmp_path / "out"))
+    assert data.tasks["lungs"].labels == {0: "ill", 1: "well"} and sum(map(len, images.values())) == 36
+    patients = [{path.split("/")[-3] for path in images[split]} for split in SPLITS]
+    assert sum(map(len, patients)) == 6  # each in one split only, both classes together
+    assert "36 images lie in sub-folders" in caplog.text and "each of the 6 (P0, P1, P2, …)" in caplog.text
+    by_name = from_class_folders([tmp_path / "lungs"], tmp_path / "out2", patient_regex=r"^(\d)")
+    assert len({path[-5] for path in lists_images(by_name)[0]["training"]}) == 1
+
+
+def test_sub_folders_beside_images_and_around_all_images(tmp_path):
+    for number in range(8):
+        png(tmp_path / "one" / "a" / f"{number}.png")
+        png(tmp_path / "one" / "b" / f"{number}.png")
+        png(tmp_path / "one" / "b" / "P7" / f"{number}.png")
+    for source in (tmp_path / "one", [tmp_path / "one"]):  # images beside the sub-folder: "a" and "b" are classes
+        images, data = lists_images(from_class_folders(source, tmp_path / "out", overwrite=True))
+        assert list(data.tasks) == ["one"] and sum(map(len, images.values())) == 24
+    for number in range(10):
+        for name in ("COVID", "Normal"):
+            png(tmp_path / "radiographs" / name / "images" / f"{number}.png")
+            png(tmp_path / "radiographs" / name / "masks" / f"{number}.png")
+    images, data = lists_images(from_class_folders(tmp_path / "radiographs", tmp_path / "out", overwrite=True))
+    assert data.tasks["radiographs"].labels == {0: "COVID", 1: "Normal"}
+    assert data.counts()["radiographs"] == {"training": 14, "validation": 2, "test": 4}
+    assert not any("masks" in path for split in SPLITS for path in images[split])
+
+
+def test_splits_in_the_classes(tmp_path):
+    for name in ("a", "b"):
+        for split in ("train", "val", "test"):
+            png(tmp_path / "one" / name / split / f"{name}.png")
+    for source in (tmp_path / "one", [tmp_path / "one"]):
+        images, data = lists_images(from_class_folders(source, tmp_path / "out", overwrite=True))
+        assert list(data.tasks) == ["one"] and [len(images[split]) for split in SPLITS] == [2, 2, 2]
+        assert all("/val/" in path for path in images["validation"])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{c}/{p}/{i}.png" for c in ("malignant", "benign") for p in ("P01", "P02", "P03") for i in range(6)],
+        [f"{c}/{p}/{i}.png" for c in ("lesion", "nevus") for p in ("007", "1.2.840.1") for i in range(2)],
+        [f"{c}/{p}/{i}.png" for c in ("benign", "malignant") for p in ("anna", "ben") for i in range(2)],
+    ],
+)
+def test_trees_that_can_be_tasks_or_classes_are_refused(tmp_path, names):
+    for name in names:
+        png(tmp_path / "a" / name)
+    outer, inner = sorted({name.split("/")[0] for name in names}), sorted({name.split("/")[1] for name in names})
+    with pytest.raises(LoRKDError, match=f"a can be read in two ways: {', '.join(outer)} may be tasks") as caught:
+        from_class_folders(tmp_path / "a", tmp_path / "out")
+    assert f"give '[{tmp_path / 'a'}]'" in str(caught.value) and f"{outer[0]}: {tmp_path / 'a' / outer[0]}" in str(
+        caught.value
+    )
+    tasks = {name: tmp_path / "a" / name for name in outer}
+    data = load_data_list(from_class_folders(tasks, tmp_path / "out", fractions=(1, 0, 0)), "classification", 2)
+    assert list(data.tasks) == outer and list(data.tasks[outer[0]].labels.values()) == inner
+
+
+def test_tasks_given_as_one_task_are_refused(tmp_path):
+    source = class_folders(tmp_path / "source")
+    (source / "one" / "healthy" / "notes.txt").unlink()
+    with pytest.raises(LoRKDError, match="sub-folders healthy, ill of one, two, which may be tasks"):
+        from_class_folders([source], tmp_path / "out")
+    data = load_data_list(from_class_folders([source], tmp_path / "out", patient_regex=r"^(P\d+)"), "classification", 2)
+    assert data.tasks["source"].labels == {0: "one", 1: "two"}
+
+
+def test_what_is_left_out_is_told(tmp_path, caplog):
+    root = tmp_path / "breast"
+    for name in ("benign", "malignant", "_normal", ".cache"):
+        for number in range(6):
+            png(root / name / f"{number}.png")
+    png(root / "benign" / "._1.png")
+    png(root / "malignant" / ".thumbs" / "1.png")
+    (root / "empty").mkdir()
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
+        (root / "benign" / name).write_text("no image")
+    (root / "benign" / "void.png").touch()
+    (root / "benign" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "malignant" / "notes").write_text("no image")
+    (root / "malignant" / "loop").symlink_to(root / "malignant")
+    nifti(root / "malignant" / "v.nii.gz")
+    (root / "readme.md").write_text("no image")
+    with caplog.at_level("INFO", "lorkd_monai.data"):
+        data = load_data_list(from_class_folders([root], tmp_path / "out", fractions=(1, 0, 0)), "classification", 2)
+    assert data.counts()["breast"]["training"] == 12
+    for line in (
+        f"skipped 2: folders whose names begin with '_' or '.'; rename those that are classes ({root / '.cache'}, ",
+        f"skipped 2: hidden files and folders ({root / 'benign' / '._1.png'}, {root / 'malignant' / '.thumbs'})",
+        f"skipped 1: class folders without an image ({root / 'empty'})",
+        f"skipped 4: files with the suffix .txt ({root / 'benign' / 'a.txt'}, ",
+        "c.txt, …)",
+        f"skipped 1: empty files ({root / 'benign' / 'void.png'})",
+        f"skipped 1: files that cannot be read ({root / 'benign' / 'gone.png'})",
+        f"skipped 1: files without a suffix that are no pictures ({root / 'malignant' / 'notes'})",
+        f"skipped 1: links to folders that were read already ({root / 'malignant' / 'loop'})",
+        f"skipped 1: 3D images; --spatial_dims 3 takes those ({root / 'malignant' / 'v.nii.gz'})",
+        f"skipped 1: files outside the class folders ({root / 'readme.md'})",
+        "| breast | benign | 6 | 0 | 0 |",
+        "| breast | malignant | 6 | 0 | 0 |",
+        "the list has no test images: experts are written without figures",
+    ):
+        assert line in caplog.text
+
+
+def test_suffixes_in_any_case_and_none(tmp_path, caplog):
+    for name in ("a", "b"):
+        for number, suffix in enumerate((".PNG", ".JPG", ".Jpeg", ".Tif", ".TIFF", ".BMP", "")):
+            kind = suffix.lower().removeprefix(".").replace("jpg", "jpeg").replace("tiff", "tif") or "png"
+            path = tmp_path / "one" / name / f"{number}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((6, 5), number, dtype=np.uint8)).save(path, kind.replace("tif", "tiff"))
+    images, data = lists_images(from_class_folders([tmp_path / "one"], tmp_path / "out", fractions=(1, 0, 0)))
+    assert len(images["training"]) == 14 and data.tasks["one"].channels == 1
+    assert len(TaskDataset(data, "training", 1, 8, progress=False)) == 14
+    for name in ("a", "b"):
+        for suffix in (".NII.GZ", ".NII"):
+            nifti(tmp_path / "v" / name / f"1{suffix.lower()}")
+            (tmp_path / "v" / name / f"1{suffix.lower()}").rename(tmp_path / "v" / name / f"1{suffix}")
+    nifti(tmp_path / "v" / "a" / "2.nii")
+    (tmp_path / "v" / "a" / "2.nii").rename(tmp_path / "v" / "a" / "2.Nii")
+    images, data = lists_images(from_class_folders([tmp_path / "v"], tmp_path / "out3", 3, fractions=(1, 0, 0)), 3)
+    assert len(images["training"]) == 4 and "NIfTI's reader does not open; rename them" in caplog.text
+    assert len(TaskDataset(data, "training", 1, 8, progress=False)) == 4
+
+
+@pytest.mark.parametrize("twins", [("Benign", "benign"), ("ill", "ill "), ("\u00e9paule", "e\u0301paule")])
+def test_class_folders_that_differ_by_case_are_refused(tmp_path, twins):
+    for name in (*twins, "other"):
+        png(tmp_path / "one" / "train" / name / "1.png")
+    if len({path.name for path in (tmp_path / "one" / "train").iterdir()}) < 3:
+        pytest.skip("this file system takes the two names for one")
+    with pytest.raises(LoRKDError, match="differ by case or blanks only"):
+        from_class_folders([tmp_path / "one"], tmp_path / "out")
+
+
+def test_classes_without_training_images_are_named(tmp_path, caplog):
+    for split, names in (("train", "ab"), ("test", "abc")):
+        for name in names:
+            png(tmp_path / "one" / split / name / f"{split}.png")
+    _, data = lists_images(from_class_folders([tmp_path / "one"], tmp_path / "out"))
+    assert data.num_classes == {"one": 3} and "task 'one': no training image of the class c" in caplog.text
+    shutil.rmtree(tmp_path / "one" / "train")
+    with pytest.raises(LoRKDError, match="task 'one' has no image in training"):
+        from_class_folders([tmp_path / "one"], tmp_path / "out2")

@@ -133,7 +133,7 @@ def test_every_problem_stands_in_one_message(folder):
         "training[3]: missing image missing.png",
         "training[4]: label 2 is outside the classes 0 to 1",
         "training[5]: unknown task 'three'; the list has one, two",
-        "training[6]: the label must be a class id, got 'ill'",
+        "training[6]: the label must be a class id, or null for none, got 'ill'",
         "training[7] must have 'image', 'label' and 'task'",
         "training[8]: task 'two' names an npz file",
         "the same image stands in training and test",
