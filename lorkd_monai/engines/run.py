@@ -122,10 +122,13 @@ def find_teacher(
     intensity: str | Mapping[str, Any] = "auto",
     backbone: Mapping[str, Any] | functools.partial | None = None,
     split: str = "training",
+    in_channels: int | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> Teacher | CachedTeacher | None:
     """The teacher of a decomposition from a MONAI bundle folder, or from a checkpoint and its network's config.
 
-    Only the tasks with images in ``split`` are looked up: the teacher needs to know nothing of the others.
+    Only the tasks with images in ``split`` are looked up: the teacher needs to know nothing of the others. What it is
+    given of them is said in one line of the log.
 
     Args:
         teacher_bundle: the folder; or a weights file of ``backbone``, whose output must then hold the classes of all
@@ -138,6 +141,7 @@ def find_teacher(
         intensity: what the teacher wants of the student's images; "auto": what its bundle says, see `load_teacher`.
         backbone: MONAI config of the network of a weights file (``teacher_backbone`` in the bundles).
         split: what it is to teach or to be measured on.
+        in_channels, image_size: of the student's images, where they are known: the teacher's are checked against them.
 
     Raises:
         LoRKDError: there is no such folder or file, or it does not fit.
@@ -161,8 +165,36 @@ def find_teacher(
         )
     seen = {name: default_intensity(task, data.spatial_dims).get("range") for name, task in data.tasks.items()}
     ranges = {name: None if own is None else (float(own[0]), float(own[1])) for name, own in seen.items()}
-    teacher = load_teacher(teacher_bundle, data.tasks, intensity=intensity, ranges=ranges, only=present)
+    teacher = load_teacher(
+        teacher_bundle, data.tasks, intensity=intensity, ranges=ranges, only=present, image_channels=in_channels,
+        images=[item["image"] for item in data.split(split)],
+    )  # fmt: skip
+    coloured = [name for name in present if data.spatial_dims == 2 and data.tasks[name].channels == 3]
+    if coloured and in_channels == 1 and teacher.in_channels == 3:
+        raise LoRKDError(
+            f"the teacher {Path(teacher_bundle).name} takes colours, and the images of {', '.join(coloured)} have them, "
+            "but the student's are grey: give --in_channels 3"
+        )
+    _log.info("%s", _given(Path(teacher_bundle).name, teacher, data, present, in_channels, image_size))
     return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
+
+
+def _given(
+    name: str,
+    teacher: Teacher,
+    data: DataList,
+    present: Sequence[str],
+    in_channels: int | None,
+    image_size: int | Sequence[int] | None,
+) -> str:
+    """What a teacher is given, in one line."""
+    size = [image_size] * data.spatial_dims if isinstance(image_size, int) else image_size or ["?"] * data.spatial_dims
+    shape = " × ".join(map(str, [teacher.in_channels or in_channels or "?", *size]))
+    spacings = {data.tasks[task].spacing for task in present} if data.spatial_dims == 3 else set()
+    mm = " or ".join("as stored" if s is None else f"{' × '.join(f'{v:g}' for v in s)} mm" for s in spacings)
+    view = teacher.intensity
+    told = "axes and values as the student's" if view is None or not view.told else view.told
+    return f"The teacher {name} is given {shape}{f', spacing {mm}' if mm else ''}, {told}."
 
 
 def start_from_teacher(network: LoRKDNet, teacher: Teacher | CachedTeacher | None, init: str = "auto") -> None:
@@ -294,6 +326,7 @@ def report_figures(
     path: str | os.PathLike,
     teacher_bundle: str | os.PathLike | None,
     inferer: Inferer | None = None,
+    teacher_intensity: str | Mapping[str, Any] = "auto",
 ) -> Mapping[str, Figures]:
     """Measure the experts, and the teacher beside them where there is one; print a table and write it as JSON.
 
@@ -306,6 +339,7 @@ def report_figures(
         path: JSON file to write: ``{"experts": …, "teacher": …}``.
         teacher_bundle: folder of the teacher; left out where it does not exist or does not know all tasks measured.
         inferer: such as sliding windows.
+        teacher_intensity: what the teacher wants of the images, see `find_teacher`.
 
     Raises:
         LoRKDError: there are no weights yet, or they belong to another decomposition.
@@ -316,7 +350,7 @@ def report_figures(
     network.load_state_dict(load_weights(weights))
     figures = {"experts": evaluate_tasks(network.eval(), loader, data, device, inferer)}
     if teacher_bundle is not None and Path(teacher_bundle).is_dir():
-        teacher = find_teacher(teacher_bundle, data, split="test")
+        teacher = find_teacher(teacher_bundle, data, intensity=teacher_intensity, split="test")
         if _knows(teacher, data, "test"):
             figures["teacher"] = evaluate_tasks(teacher, loader, data, device, inferer)
     write_figures(path, figures)

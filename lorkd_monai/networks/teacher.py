@@ -13,7 +13,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.heads import find_heads
 from lorkd_monai.networks.outputs import first_tensor
 from lorkd_monai.networks.routing import task_list
-from lorkd_monai.networks.teacher_intensity import Intensity
+from lorkd_monai.networks.teacher_intensity import TeacherView
 
 __all__ = ["Channel", "Teacher"]
 
@@ -39,7 +39,8 @@ class Teacher(nn.Module):
         activation: ``"softmax"`` or ``"sigmoid"``: what the teacher's logits go through.
         in_channels: image channels that the network takes; None: those of its first convolution.
         head: name of the last layer, where it can't be found; only needed for features.
-        intensity: what becomes of the student's images on their way to the network; None: nothing.
+        intensity: what becomes of the student's images on their way to the network, and of the answer on its way back;
+            None: nothing.
 
     Raises:
         LoRKDError: a channel list of another length than its task's classes, a negative or repeated channel, an
@@ -59,7 +60,7 @@ class Teacher(nn.Module):
         activation: str = "softmax",
         in_channels: int | None = None,
         head: str | None = None,
-        intensity: Intensity | None = None,
+        intensity: TeacherView | None = None,
     ) -> None:
         super().__init__()
         self.intensity = intensity
@@ -79,7 +80,7 @@ class Teacher(nn.Module):
         }
         self.activation = activation
         self.network = network.requires_grad_(False)
-        self.in_channels = _image_channels(network) if in_channels is None else in_channels
+        self.in_channels = channels_of(network) if in_channels is None else in_channels
         try:
             heads = find_heads(network, head)
         except LoRKDError:
@@ -119,8 +120,8 @@ class Teacher(nn.Module):
         """The teacher's logits for each sample's own task.
 
         Args:
-            x: batch, BCHW[D]. One channel is repeated for a network that takes more; several are averaged for one
-                that takes one.
+            x: batch, BCHW[D]. In 2D, one channel is repeated for a network that takes three, and three are averaged
+                for one that takes one.
             task: task index of each sample, LongTensor[B]; a single one serves the whole batch.
             return_features: also return the input of the network's last layer, pooled over space: B × D.
 
@@ -136,6 +137,8 @@ class Teacher(nn.Module):
         x = self._adapted(x, tasks)
         with _collect_head_inputs() as found:
             y = first_tensor(self.network(x))
+        if self.intensity is not None:
+            y = self.intensity.answer(y, x)
         most = max((max(_flat(c)) for c in self.channels.values() if c is not None), default=-1)
         if y.ndim < 2 or y.shape[0] != x.shape[0] or y.shape[1] <= most:
             raise LoRKDError(
@@ -191,11 +194,8 @@ class Teacher(nn.Module):
         wanted, came = self.in_channels, x.shape[1]
         if wanted is None or wanted == came:
             return x
-        if came == 1:
-            return x.expand(-1, wanted, *x.shape[2:])
-        if wanted == 1:
-            return x.mean(1, keepdim=True)
-        raise LoRKDError(f"the teacher takes images of {wanted} channels, got {came}")
+        check_channels(wanted, came, x.ndim - 2)
+        return x.mean(1, keepdim=True) if wanted == 1 else x.expand(-1, wanted, *x.shape[2:])
 
 
 def _checked(name: str, channels: Sequence[Channel], classes: int, activation: str) -> list[Channel]:
@@ -248,7 +248,21 @@ def _main_features(found: list[tuple[nn.Module, Tensor]]) -> Tensor:
     return x.flatten(1, -2).mean(1) if isinstance(head, nn.Linear) else x.flatten(2).mean(2)
 
 
-def _image_channels(network: nn.Module) -> int | None:
+def check_channels(wanted: int, came: int, dims: int, name: str = "the teacher") -> None:
+    """Refuse images whose channels a teacher can't take: grey ones do for 2D colours, and colours for grey.
+
+    Raises:
+        LoRKDError: other channels are missing or too many; they are not filled with copies of the image.
+    """
+    if wanted != came and (dims != 2 or {wanted, came} != {1, 3}):
+        raise LoRKDError(
+            f"{name} takes images of {wanted} channels, got {came}: give the student images with the same channels, in "
+            "the teacher's order (a list of files, one for each channel, and --in_channels), or choose another teacher"
+        )
+
+
+def channels_of(network: nn.Module) -> int | None:
+    """Channels of the images that a network takes: those of its first convolution; None where it has none."""
     convolutions = (m for m in network.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
     first = next(convolutions, None)
     return None if first is None else first.in_channels

@@ -14,9 +14,10 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.checkpoint import fit_weights, load_weights
 from lorkd_monai.networks.decompose import build_backbone
 from lorkd_monai.networks.feature_teacher import FeatureTeacher
-from lorkd_monai.networks.teacher import Channel, Teacher
+from lorkd_monai.networks.teacher import Channel, Teacher, channels_of, check_channels
 from lorkd_monai.networks.teacher_channels import channels_by_name, plain_name
-from lorkd_monai.networks.teacher_intensity import Intensity, find_intensity, given_intensity
+from lorkd_monai.networks.teacher_intensity import TeacherView
+from lorkd_monai.networks.teacher_steps import find_steps, teacher_view
 from lorkd_monai.networks.vista_teacher import vista_teacher
 
 __all__ = ["load_teacher", "teacher_from_checkpoint"]
@@ -36,6 +37,8 @@ def load_teacher(
     head: str | None = None,
     intensity: str | Mapping = "auto",
     ranges: Mapping[str, tuple[float, float] | None] | None = None,
+    images: Sequence[object] | None = None,
+    image_channels: int | None = None,
     features_only: bool | None = None,
     only: Sequence[str] | None = None,
 ) -> Teacher:
@@ -53,11 +56,13 @@ def load_teacher(
         channels: the channels of each task, in place of finding them by name.
         activation: ``"softmax"`` or ``"sigmoid"``; None: what the bundle's postprocessing does.
         head: name of the network's last layer, where it is not found.
-        intensity: what the teacher wants of the student's images: ``"auto"``, what its bundle's preprocessing says, see
-            `find_intensity`; ``"same"``, the student's 0..1; ``"zscore"``; or ``{"range": [a_min, a_max], "to": [b_min,
-            b_max]}``, the data's values a_min..a_max as b_min..b_max.
+        intensity: what the teacher wants of the student's images: ``"auto"``, what its bundle's preprocessing does, see
+            `teacher_view`; ``"same"``, the student's 0..1; ``"zscore"``; or ``{"range": [a_min, a_max], "to": [b_min,
+            b_max]}``, the data's values a_min..a_max as b_min..b_max. Its axes are those of its bundle in any case.
         ranges: task -> the data's values that the student sees as 0 and 1, None where images are scaled one by one;
             without them the student's images are taken as they are.
+        images: the images (files or arrays) that it will see, for teachers that take volumes as they are stored.
+        image_channels: of the student's images; they are checked against the teacher's where they are given.
         features_only: the network is an encoder without classes, see `FeatureTeacher`; None: where the metadata calls
             its output's type "feature", "features" or "embedding".
         only: the tasks to look up; the teacher then has no logits for the others. None: all.
@@ -80,14 +85,17 @@ def load_teacher(
     labels = {name: getattr(task, "labels", task) for name, task in tasks.items()}
     sought = labels if only is None else {name: labels[name] for name in only}
     names = _class_names(formats)
-    wanted = _intensity_of(parser, intensity, ranges, names, labels, folder)
+    channels_in, dims = _input_channels(formats) or channels_of(network), _dims_of(network)
+    if image_channels is not None and channels_in is not None:
+        _check_image(channels_in, image_channels, dims, formats, f"the teacher {folder.name}")
+    view = _view_of(folder, parser, config_file, intensity, ranges, names, tasks, dims, channels_in or 1, images)
     if features_only is None:
         features_only = str(_first(formats, "outputs").get("type")) in _FEATURES
     if features_only:
         counts = {name: len(classes) for name, classes in labels.items()}
-        return FeatureTeacher(network, counts, in_channels=_input_channels(formats), intensity=wanted)
+        return FeatureTeacher(network, counts, in_channels=channels_in, intensity=view)
     if isinstance(network, VISTA3D):
-        return vista_teacher(network, tasks, names, only, intensity=wanted)
+        return vista_teacher(network, tasks, names, only, intensity=view)
     if channels is None:
         if not names:
             raise LoRKDError(
@@ -96,7 +104,7 @@ def load_teacher(
             )
         channels = channels_by_name(names, sought, activation)
     counts = {name: len(classes) for name, classes in labels.items()}
-    return Teacher(network, channels, counts, activation, _input_channels(formats), head, wanted)
+    return Teacher(network, channels, counts, activation, channels_in, head, view)
 
 
 def teacher_from_checkpoint(
@@ -135,6 +143,10 @@ def _read_config(folder: Path) -> tuple[ConfigParser, Path]:
     file = next((folder / "configs" / n for n in _CONFIGS if (folder / "configs" / n).is_file()), None)
     if file is None:
         raise LoRKDError(f"{folder} is no MONAI bundle: expected configs/{' or configs/'.join(_CONFIGS[:2])}")
+    return _parser(folder, file), file
+
+
+def _parser(folder: Path, file: Path) -> ConfigParser:
     parser = ConfigParser()
     try:
         parser.read_config(str(file))
@@ -144,7 +156,7 @@ def _read_config(folder: Path) -> tuple[ConfigParser, Path]:
     except Exception as e:
         raise LoRKDError(f"the config of the teacher bundle {folder} can't be read: {_root_cause(e)}") from e
     parser["bundle_root"] = str(folder)
-    return parser, file
+    return parser
 
 
 def bundle_network(folder: str | os.PathLike) -> tuple[nn.Module, int | None]:
@@ -173,38 +185,53 @@ def _build(parser: ConfigParser, file: Path) -> nn.Module:
     return network
 
 
-def _intensity_of(
+def _view_of(
+    folder: Path,
     parser: ConfigParser,
+    config_file: Path,
     intensity: str | Mapping,
     ranges: Mapping[str, tuple[float, float] | None] | None,
     names: Mapping[int, str],
-    labels: Mapping[str, Mapping[int, str]],
-    folder: Path,
-) -> Intensity | None:
-    """What the teacher wants of the student's images; None where it takes them as they are."""
-    if intensity != "auto":
-        return given_intensity(intensity, dict.fromkeys(labels) if ranges is None else ranges)
-    # A teacher of `pretraining` names its classes "<task>: <class>": it was trained on the student's own images.
-    own = {plain_name(f"{task}: {name}") for task, classes in labels.items() for name in classes.values()}
-    steps = parser.config.get("preprocessing")
-    steps = steps.get("transforms") if isinstance(steps, Mapping) else steps
-    if ranges is None or not isinstance(steps, list) or any(plain_name(name) in own for name in names.values()):
+    tasks: Mapping[str, object],
+    dims: int,
+    channels: int,
+    images: Sequence[object] | None,
+) -> TeacherView | None:
+    """How the teacher is shown the student's images; None where it takes them as they are."""
+    if intensity == "auto" and (ranges is None or _is_own(names, tasks)):
         return None
-    resolved = [_resolved(parser, i, s) for i, s in enumerate(steps) if isinstance(s, Mapping)]
-    return find_intensity(resolved, ranges, source=f"the teacher {folder.name}")
+    others = [f for n in _CONFIGS if (f := folder / "configs" / n).is_file() and f != config_file]
+    parsers = [(config_file, parser), *((file, _parser(folder, file)) for file in others)]
+    own = find_steps(folder, parsers, strict=intensity == "auto")
+    ranges = dict.fromkeys(tasks) if ranges is None else ranges
+    ct = [name for name, task in tasks.items() if str(getattr(task, "modality", None)).strip().upper() == "CT"]
+    view = teacher_view(own, intensity, ranges, dims, channels, images, ct, f"the teacher {folder.name}")
+    return None if intensity == "same" and view.axes is None else view
 
 
-def _resolved(parser: ConfigParser, index: int, step: Mapping) -> dict:
-    """A step's config with the values that its references stand for, as far as they are plain."""
-    values = dict(step)
-    for key, value in step.items():
-        if isinstance(value, str) and value[:1] in ("@", "$") and key != "_target_":
-            base = "preprocessing" if isinstance(parser.config["preprocessing"], list) else "preprocessing#transforms"
-            try:
-                values[key] = parser.get_parsed_content(f"{base}#{index}#{key}")
-            except Exception:  # it needs data or a device: find_intensity says so where it matters
-                values[key] = value
-    return values
+def _is_own(names: Mapping[int, str], tasks: Mapping[str, object]) -> bool:
+    """A teacher of `pretraining` names its classes "<task>: <class>": it was trained on the student's own images."""
+    labels = {task: getattr(spec, "labels", spec) for task, spec in tasks.items()}
+    own = {plain_name(f"{task}: {name}") for task, classes in labels.items() for name in classes.values()}
+    return any(plain_name(name) in own for name in names.values())
+
+
+def _check_image(wanted: int, came: int, dims: int, formats: Mapping, name: str) -> None:
+    """Refuse images that lack a channel of the teacher's, also where it has three and they are no colours."""
+    check_channels(wanted, came, dims, name)
+    said = _first(formats, "inputs").get("channel_def")
+    named = [str(v).strip().casefold() for v in said.values()] if isinstance(said, Mapping) else []
+    if wanted != came and len(named) > 1 and [n[:1] for n in named] != ["r", "g", "b"]:
+        raise LoRKDError(
+            f"{name} takes images of the channels {', '.join(map(str, said.values()))}, got {came}: they are not filled "
+            "with copies of one image. Give the student images with the same channels"
+        )
+
+
+def _dims_of(network: nn.Module) -> int:
+    """2 or 3: of the network's first convolution."""
+    kinds = {nn.Conv2d: 2, nn.Conv3d: 3}
+    return next((dims for m in network.modules() for kind, dims in kinds.items() if isinstance(m, kind)), 3)
 
 
 def _activation_of(parser: ConfigParser) -> str:
