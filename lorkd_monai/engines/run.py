@@ -172,7 +172,7 @@ def find_teacher(
     coloured = [name for name in present if data.spatial_dims == 2 and data.tasks[name].channels == 3]
     if coloured and in_channels == 1 and teacher.in_channels == 3:
         raise LoRKDError(
-            f"the teacher {Path(teacher_bundle).name} takes colours, and the images of {', '.join(coloured)} have them, "
+            f"the teacher {Path(teacher_bundle).name} takes colours and the images of {', '.join(coloured)} have them, "
             "but the student's are grey: give --in_channels 3"
         )
     _log.info("%s", _given(Path(teacher_bundle).name, teacher, data, present, in_channels, image_size))

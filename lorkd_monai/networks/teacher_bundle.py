@@ -223,8 +223,8 @@ def _check_image(wanted: int, came: int, dims: int, formats: Mapping, name: str)
     named = [str(v).strip().casefold() for v in said.values()] if isinstance(said, Mapping) else []
     if wanted != came and len(named) > 1 and [n[:1] for n in named] != ["r", "g", "b"]:
         raise LoRKDError(
-            f"{name} takes images of the channels {', '.join(map(str, said.values()))}, got {came}: they are not filled "
-            "with copies of one image. Give the student images with the same channels"
+            f"{name} takes images of the channels {', '.join(map(str, said.values()))}, got {came}: they are not "
+            "filled with copies of one image. Give the student images with the same channels"
         )
 
 

@@ -28,8 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.transforms.loading import quiet_readers
 from lorkd_monai.networks.teacher_intensity import Axes, Range, TeacherView, given_steps, run
+from lorkd_monai.transforms.loading import quiet_readers
 
 __all__ = ["OwnSteps", "find_steps", "teacher_view"]
 
@@ -241,10 +241,15 @@ def teacher_view(
             raise _cannot(source, f"{own.cropped} before it takes figures of the image that is left")
         for task in ct if dims == 3 else ():
             _check_cut(steps, source, task, known[task], pointwise, channels)
-    words = f"{intensity} {'' if own is None else own.mark}"
-    return TeacherView(
-        steps, list(known.values()), axes, words, _told(own, intensity, steps, known, pointwise, channels, dims, axes)
+    told = [_axes_words(axes, dims), _value_words(steps, known, pointwise, channels)]
+    told += [f"intensities as said ({intensity})"] if intensity != "auto" else []
+    told += (
+        []
+        if own is None
+        else [f"its steps: {' '.join(own.names)}", *(f"not done: {_size_words(s)}" for s in own.sizes)]
     )
+    words = f"{intensity} {'' if own is None else own.mark}"
+    return TeacherView(steps, list(known.values()), axes, words, ", ".join(told))
 
 
 def _try(
@@ -278,7 +283,9 @@ def _try(
 
 def _sample(low: float, high: float, channels: int, dims: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(channels, *(5, 6, 4)[:dims], generator=generator) * (high - low) + low
+    image = torch.rand(channels, *(5, 6, 4)[:dims], generator=generator) * (high - low) + low
+    image[:, 0] = low
+    return image
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -287,7 +294,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _check_percentiles(steps: Sequence[Callable], source: str, tasks: Sequence[str], channels: int, dims: int) -> None:
     """Images that are scaled one by one do for steps to which neither a factor nor a constant makes a difference."""
-    image = _sample(0.0, 1.0, channels, dims)
+    image = _sample(0.0, 1.0, channels, dims)  # with zeros, which some steps leave out
     if not _same(run(steps, image.clone()), run(steps, image * 40 - 7)):
         raise LoRKDError(
             f"{source} wants the data's own values, but the images of {', '.join(tasks)} are scaled by their own "
@@ -420,37 +427,23 @@ def _stored_as(turn: np.ndarray) -> np.ndarray:
     return nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), turn)
 
 
-def _told(
-    own: OwnSteps | None,
-    intensity: str | Mapping,
-    steps: Sequence[Callable],
-    known: Mapping[str, Range],
-    pointwise: bool,
-    channels: int,
-    dims: int,
-    axes: Axes | None,
-) -> str:
+def _value_words(steps: Sequence[Callable], known: Mapping[str, Range], pointwise: bool, channels: int) -> str:
     if not steps:
-        values = "values 0..1 as the student's"
-    elif pointwise:
-        shown = [
-            run(steps, torch.linspace(low, high, 257).view(1, -1, *[1] * (dims - 1)).repeat(channels, *[1] * dims))
-            for low, high in known.values()
-        ]
-        values = f"values {min(float(s.min()) for s in shown):.4g}..{max(float(s.max()) for s in shown):.4g}"
-    else:
-        values = "values by the figures of each image that the student sees"
-    turned = "axes as the student's"
-    if axes is not None:
-        letters = "RAS" if dims == 3 else ("rows", "columns")
-        other = dict(zip("RAS", "LPI", strict=True))
-        named = [letters[a] for a in axes.order]
-        named = [other.get(n, f"{n} reversed") if i in axes.flipped else n for i, n in enumerate(named)]
-        turned = f"axes {''.join(named) if dims == 3 else ' × '.join(named)}"
-    sizes = "" if own is None else "".join(f"; not done: {_size_words(step)}" for step in own.sizes)
-    names = "none" if own is None else ", ".join(own.names)
-    said = "" if intensity == "auto" else f" (intensities as said: {intensity})"
-    return f"{turned}, {values}; its own steps: {names}{said}{sizes}"
+        return "values 0..1 as the student's"
+    if not pointwise:
+        return "values by the figures of each image"
+    ramps = [torch.linspace(*own, 257).view(1, -1, 1, 1).repeat(channels, 1, 1, 1) for own in known.values()]
+    shown = torch.cat([run(steps, ramp) for ramp in ramps])
+    return f"values {float(shown.min()):.4g}..{float(shown.max()):.4g}"
+
+
+def _axes_words(axes: Axes | None, dims: int) -> str:
+    if axes is None:
+        return "axes as the student's"
+    words = [("RAS" if dims == 3 else ("rows", "columns"))[a] for a in axes.order]
+    opposite = {"R": "L", "A": "P", "S": "I", "rows": "rows reversed", "columns": "columns reversed"}
+    words = [opposite[w] if i in axes.flipped else w for i, w in enumerate(words)]
+    return f"axes {''.join(words) if dims == 3 else ' × '.join(words)}"
 
 
 def _size_words(step: Any) -> str:

@@ -79,7 +79,7 @@ def describe_image(path: str | Sequence[str]) -> ImageFacts:
             return _describe_pil(path)
         if path.lower().endswith(_NIFTI_SUFFIXES):
             return _describe_nifti(path)
-        with _quiet_readers():
+        with quiet_readers():
             image = LoadImage(image_only=True, ensure_channel_first=True)(path)
         return ImageFacts(image.ndim - 1, image.shape[0], 0, _ras_spacing(np.asarray(image.affine)))
     except Exception as error:  # each reader raises its own kinds
@@ -102,7 +102,7 @@ class ItemLoader:
 
     def __init__(self, configs: Sequence[dict[str, Any]], spatial_dims: int) -> None:
         parser = ConfigParser({"transforms": list(configs)})
-        with _quiet_readers():
+        with quiet_readers():
             transforms = parser.get_parsed_content("transforms")
         self.spatial_dims = spatial_dims
         self.files = Compose([t for t in transforms if isinstance(t, LoadImaged)])
@@ -137,7 +137,7 @@ class ItemLoader:
 
 
 @contextmanager
-def _quiet_readers() -> Iterator[None]:
+def quiet_readers() -> Iterator[None]:
     """Keep MONAI from saying, for each `LoadImaged` that is made, that a GPU decoder of DICOM is not installed."""
     logger = logging.getLogger("monai.data.nvimgcodec_pydicom_plugin")
     before, logger.disabled = logger.disabled, True

@@ -84,6 +84,48 @@ def test_teacher_from_a_weights_file_and_a_config(data, write_teacher, tmp_path)
         engines.find_teacher(tmp_path / "model.pt", data, backbone=config)
 
 
+def test_what_a_teacher_is_given_is_one_line(data, write_teacher, tmp_path, caplog):
+    own = write_teacher(list(data.tasks.values()))
+    caplog.set_level("INFO")
+    engines.find_teacher(own, data, in_channels=3, image_size=16)
+    assert caplog.messages == ["The teacher teacher is given 3 × 16 × 16, axes and values as the student's."]
+    foreign = foreign_teacher(tmp_path / "foreign", data)
+    with_view = engines.find_teacher(foreign, data, in_channels=3, image_size=16)
+    assert caplog.messages[1:] == [
+        "The teacher foreign is given 3 × 16 × 16, axes columns × rows, values -1..1, its steps: LoadImaged "
+        "EnsureChannelFirstd Resized ScaleIntensityRanged, not done: Resized to [224, 224]."
+    ]
+    x = torch.rand(2, 3, 16, 16)
+    kept = []
+    with with_view.network.register_forward_pre_hook(lambda module, args: kept.append(args[0])):
+        with_view(x, 0)
+    torch.testing.assert_close(kept[0], x.transpose(2, 3) * 2 - 1, rtol=1e-5, atol=1e-5)
+
+
+def foreign_teacher(folder, data):
+    """A teacher in the form of the model zoo: pictures read as columns × rows, and scaled to -1..1."""
+    names = [label for task in data.tasks.values() for label in task.labels.values()]
+    steps = [
+        {"_target_": "LoadImaged", "keys": "image"},
+        {"_target_": "EnsureChannelFirstd", "keys": "image"},
+        {"_target_": "Resized", "keys": "image", "spatial_size": [224, 224]},
+        {"_target_": "ScaleIntensityRanged", "keys": "image", "a_min": 0, "a_max": 255, "b_min": -1, "b_max": 1},
+    ]
+    config = {**SMALL_RESNET, "n_input_channels": 3, "num_classes": len(names)}
+    (folder / "configs").mkdir(parents=True)
+    (folder / "models").mkdir()
+    preprocessing = {"_target_": "Compose", "transforms": steps}
+    (folder / "configs" / "inference.json").write_text(
+        json.dumps({"network_def": config, "preprocessing": preprocessing})
+    )
+    outputs = {"pred": {"channel_def": dict(enumerate(names))}}
+    formats = {"inputs": {"image": {"num_channels": 3}}, "outputs": outputs}
+    (folder / "configs" / "metadata.json").write_text(json.dumps({"network_data_format": formats}))
+    network = ResNet(**{k: v for k, v in config.items() if k != "_target_"})
+    save_weights(folder / "models" / "model.pt", network.state_dict())
+    return folder
+
+
 def test_teacher_that_lacks_a_task_trains_a_projection(data, items, network, write_teacher):
     tasks = [task for name, task in data.tasks.items() if name != "mr"]
     teacher = engines.find_teacher(write_teacher(tasks), data)
