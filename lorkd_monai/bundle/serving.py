@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from torch import nn
 
 from lorkd_monai.bundle.configs import default_inferer, inference_config
-from lorkd_monai.bundle.export import tasks_of_info
+from lorkd_monai.bundle.export import network_info, tasks_of_info
 from lorkd_monai.bundle.text import inert_text
+from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import load_decomposition
 from lorkd_monai.transforms import postprocessing, preprocessing
 
@@ -25,6 +29,9 @@ _PARTS = ("preprocessing", "dataset", "dataloader", "inferer", "postprocessing",
 class TaskInference:
     """Everything that it takes to run a decomposition on images of one task, by the stock configs of its expert.
 
+    Without a task there is nothing to run; ``backbone`` and ``metadata`` then give an untrained network in its place,
+    so that MONAI's tools can look at a training bundle that has neither weights nor images.
+
     The answers are those of the task's expert bundle: masks beside each other for segmentation, ``predictions.csv``
     for classification. Attributes: ``network`` (the decomposed network, switched to the task), ``evaluator``,
     ``dataset``, ``dataloader``, ``inferer``, ``preprocessing``, ``postprocessing``, ``handlers``.
@@ -35,9 +42,11 @@ class TaskInference:
         dataset_dir: an image, or a folder of images.
         output_dir: where the answers go.
         device: where to run.
+        backbone: config of the network that is shown where ``task`` is None.
+        metadata: content of the training bundle's metadata.json, for that network.
 
     Raises:
-        LoRKDError: no checkpoint, no task or an unknown one, no image.
+        LoRKDError: no checkpoint, no task or an unknown one; no image, when it is run.
 
     Example::
 
@@ -51,18 +60,15 @@ class TaskInference:
         dataset_dir: str | os.PathLike,
         output_dir: str | os.PathLike,
         device: torch.device | str = "cpu",
+        backbone: Mapping[str, Any] | Callable[..., nn.Module] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        if not Path(checkpoint).is_file():
-            raise LoRKDError(
-                f"no trained weights at {checkpoint}: run `training` with the same --output_dir first, or name a "
-                "file with --checkpoint"
-            )
-        self.network = load_decomposition(checkpoint)
-        if not isinstance(task, str) or task not in self.network.tasks:
-            raise LoRKDError(
-                f"which task are the images of? Expected --task with one of {', '.join(self.network.tasks)}, got "
-                f"{task!r}"
-            )
+        self.checkpoint, self.task, self.dataset_dir = checkpoint, task, dataset_dir
+        if task is None and backbone is not None and metadata is not None:
+            self.network = _untrained(backbone, metadata)
+            (task,) = self.network.tasks
+        else:
+            self.network = _trained(checkpoint, task)
         self.network.switch_to(task)
         info, spec = self.network.info, tasks_of_info(self.network.info)[task]
         kind, dims, channels, size = info["kind"], info["spatial_dims"], info["in_channels"], info["image_size"]
@@ -86,11 +92,6 @@ class TaskInference:
         for key in ("network_def", "run", "bundle_root", "ckpt_path"):
             del config[key]
         self.parser = ConfigParser(config)
-        if not self.parser.get_parsed_content("images"):
-            raise LoRKDError(
-                f"no image in {str(dataset_dir)!r}: expected --dataset_dir to be an image or a folder of images "
-                f"({' '.join(config['suffixes'])})"
-            )
 
     def __getattr__(self, name: str) -> Any:
         if name in _PARTS:
@@ -98,9 +99,44 @@ class TaskInference:
         raise AttributeError(name)
 
     def run(self) -> None:
-        """Write the answers."""
+        """Write the answers.
+
+        Raises:
+            LoRKDError: no task was named, or there is no image.
+        """
+        if self.task is None:
+            _trained(self.checkpoint, None)
+        if not self.parser.get_parsed_content("images"):
+            raise LoRKDError(
+                f"no image in {str(self.dataset_dir)!r}: expected --dataset_dir to be an image or a folder of images "
+                f"({' '.join(self.parser.get_parsed_content('suffixes'))})"
+            )
         if self.kind == "classification":
             self.output_dir.mkdir(parents=True, exist_ok=True)
             with (self.output_dir / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow(["file", *self.classes, "class"])
         self.evaluator.run()
+
+
+def _trained(checkpoint: str | os.PathLike, task: str | None) -> LoRKDNet:
+    if not Path(checkpoint).is_file():
+        raise LoRKDError(
+            f"no trained weights at {checkpoint}: run `training` with the same --output_dir first, or name a "
+            "file with --checkpoint"
+        )
+    network = load_decomposition(checkpoint)
+    if not isinstance(task, str) or task not in network.tasks:
+        raise LoRKDError(
+            f"which task are the images of? Expected --task with one of {', '.join(network.tasks)}, got {task!r}"
+        )
+    return network
+
+
+def _untrained(backbone: Mapping[str, Any] | Callable[..., nn.Module], metadata: Mapping[str, Any]) -> LoRKDNet:
+    """A decomposition with one task, of the channels, classes and size that a training bundle's metadata describe."""
+    image = metadata["network_data_format"]["inputs"]["image"]
+    pred = metadata["network_data_format"]["outputs"]["pred"]
+    size = list(image["spatial_shape"])
+    task = TaskSpec("example", 0, {int(i): str(name) for i, name in pred["channel_def"].items()})
+    data = DataList("example", Path(), pred["format"], len(size), {task.name: task})
+    return LoRKDNet(backbone, data.num_classes, info=network_info(data, image["num_channels"], size))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from kinds import BUNDLES, KINDS, arguments
+from kinds import BUNDLES, KINDS, SMALL, arguments
+from monai.bundle import ConfigWorkflow, verify_net_in_out
 from monai.bundle.properties import InferProperties, TrainProperties
 from monai.utils import BundleProperty, BundlePropertyConfig
 
@@ -20,10 +21,11 @@ from lorkd_monai.bundle.metadata import strings_of
 from lorkd_monai.bundle.text import is_inert
 from lorkd_monai.data import make_phantoms
 from lorkd_monai.engines import settings
+from lorkd_monai.errors import find_lorkd_error
 from lorkd_monai.networks.checkpoint import load_weights
 
-SAME_FILES = ("LICENSE", "configs/logging.conf", "configs/inference.yaml", "configs/evaluate.yaml",
-              "configs/multi_gpu_train.yaml", "configs/add.yaml")  # fmt: skip
+SAME_FILES = ("LICENSE", "configs/logging.conf", "configs/evaluate.yaml", "configs/multi_gpu_train.yaml",
+              "configs/add.yaml")  # fmt: skip
 # What may differ from kind to kind in train.yaml, by the beginning of its id.
 DIFFERING = (
     "backbone", "teacher_backbone", "image_size", "in_channels", "batch_size", "max_epochs", "pretrain_epochs",
@@ -74,6 +76,49 @@ def test_train_configs_are_of_one_shape(kind):
 @pytest.mark.parametrize("name", SAME_FILES)
 def test_files_that_are_the_same(name, kind):
     assert (BUNDLES / f"lorkd_{kind}" / name).read_bytes() == (BUNDLES / f"lorkd_{KINDS[0]}" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_configs_differ_in_the_backbone_of_their_training_only(kind):
+    own, first = config_of(kind, "inference.yaml"), config_of(KINDS[0], "inference.yaml")
+    assert own["backbone"] == config_of(kind)["backbone"]
+    assert list(own) == list(first)
+    assert {**own, "backbone": None} == {**first, "backbone": None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_network_is_built_without_weights_and_images(kind, tmp_path, monkeypatch):
+    """As the model zoo's tools do it, on a bundle that was just unpacked; from any folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # `initialize` sets another
+    configs = BUNDLES / f"lorkd_{kind}" / "configs"
+    files = {"meta_file": str(configs / "metadata.json"), "config_file": str(configs / "inference.yaml")}
+    verify_net_in_out("network_def", **files, device="cpu")
+    workflow = ConfigWorkflow(files["config_file"], files["meta_file"], False, workflow_type="infer")
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    assert len(workflow.dataset) == 0
+    with pytest.raises(RuntimeError) as raised:  # MONAI wraps what an expression raises
+        workflow.run()
+    assert "no trained weights at" in str(find_lorkd_error(raised.value))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_training_has_every_property_of_a_bundle(kind, tmp_path, monkeypatch):
+    """Its data set is made of a data list, so that it needs one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    data, configs = tmp_path / "data", BUNDLES / f"lorkd_{kind}" / "configs"
+    make_phantoms(data, kind[3:], int(kind[0]), num_images=10, image_size=16)
+    given = {"dataset_dir": str(data), "output_dir": str(tmp_path / "output"), "transfer_weight": 0}
+    small = {key: json.loads(value) if value[0] in "[0123456789" else value for key, value in SMALL[kind].items()
+             if key != "formats"}  # fmt: skip
+    workflow = ConfigWorkflow(
+        str(configs / "train.yaml"), str(configs / "metadata.json"), False, workflow_type="train", **small, **given
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
