@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.metrics.bootstrap import figure, resampling_weights
+from lorkd_monai.metrics.bootstrap import figures
 
 __all__ = ["area_under_roc", "balanced_accuracy", "classification_figures"]
 
@@ -79,17 +79,15 @@ def classification_figures(
     probability, label = probability.double().cpu(), label.long().cpu()
     count, classes = probability.shape
     predicted = probability.argmax(1)
-    weights = resampling_weights(count, resamples, seed)
-    figures = {
-        "balanced_accuracy": figure(lambda w: balanced_accuracy(predicted, label, classes, w), weights),
-        "accuracy": figure(lambda w: w @ (predicted == label).double() / w.sum(1), weights),
+    statistics = {
+        "balanced_accuracy": lambda w: balanced_accuracy(predicted, label, classes, w),
+        "accuracy": lambda w: w @ (predicted == label).double() / w.sum(1),
     }
     if len(label.unique()) == classes > 1:
         chosen = range(1, 2) if classes == 2 else range(classes)
-        figures["auroc"] = figure(
-            lambda w: torch.stack([area_under_roc(probability[:, c], label == c, w) for c in chosen]).nanmean(0),
-            weights,
-        )
+        statistics["auroc"] = lambda w: torch.stack(
+            [area_under_roc(probability[:, c], label == c, w) for c in chosen]
+        ).nanmean(0)
+    found = figures(statistics, count, resamples, seed)
     largest = label.bincount(minlength=classes).max().item()
-    figures["majority_rate"] = {"value": largest / count, "n": count}
-    return figures
+    return {**found, "majority_rate": {"value": largest / count, "n": count}}

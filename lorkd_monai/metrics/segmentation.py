@@ -10,7 +10,7 @@ from monai.networks.utils import one_hot
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.metrics.bootstrap import figure, resampling_weights
+from lorkd_monai.metrics.bootstrap import figures
 
 __all__ = ["case_scores", "segmentation_figures"]
 
@@ -77,24 +77,22 @@ def segmentation_figures(
         mean, an infinite distance too (the Dice of such a case is 0); ``n`` says how many cases a figure is made from.
         A score without any value is missing.
     """
-    figures = {}
+    found = {}
     for name, values in scores.items():
         values = values.double()
         values = values.masked_fill(~values.isfinite(), float("nan"))
-        weights = resampling_weights(len(values), resamples, seed)
         columns = {name: values.nanmean(1)}
         if len(classes) > 1:
             columns |= {f"{name} {text}": values[:, c] for c, text in enumerate(classes)}
+        columns = {key: column for key, column in columns.items() if not column.isnan().all()}
+        means = {key: lambda w, c=column: _weighted_mean(w, c) for key, column in columns.items()}
+        found |= figures(means, len(values), resamples, seed)
         for key, column in columns.items():
-            known = ~column.isnan()
-            if not known.any():
-                continue
-            filled = column.nan_to_num(0.0)
-            figures[key] = figure(lambda w, k=known, f=filled: _weighted_mean(w, k, f), weights)
-            figures[key]["n"] = int(known.sum())
-    return figures
+            found[key]["n"] = int((~column.isnan()).sum())
+    return found
 
 
-def _weighted_mean(weights: Tensor, known: Tensor, values: Tensor) -> Tensor:
+def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
+    known = ~values.isnan()
     kept = weights[:, known]
     return kept @ values[known] / kept.sum(1)

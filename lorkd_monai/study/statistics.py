@@ -6,8 +6,9 @@ All figures come from the files of finished runs.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.metrics.bootstrap import resampling_weights
+from lorkd_monai.metrics.bootstrap import CHUNK, weight_chunks
 from lorkd_monai.metrics.classification import balanced_accuracy
 from lorkd_monai.study.files import RunFile, read_runs
 
@@ -107,7 +108,9 @@ class _Scores:
                 count = self._count(arrays, number)
                 if task["scored"] and count:
                     self._check_labels(run, number, arrays.get(f"{number}_label"))
-                    scores = scores_under(arrays, data["kind"], self._rows(number, count), number)
+                    scores = torch.cat(
+                        [scores_under(arrays, data["kind"], rows, number) for rows in self._rows(number, count)]
+                    )
                     if scores[0].isfinite():
                         found[name] = scores
             if not found:
@@ -126,12 +129,15 @@ class _Scores:
         found = [arrays[key] for key in (f"{number}_label", f"{number}_dice") if key in arrays]
         return len(found[0]) if found else 0
 
-    def _rows(self, number: int, count: int) -> Tensor:
+    def _rows(self, number: int, count: int) -> Iterable[Tensor]:
+        """Weights of each image once, then of the resamples; those of many images are drawn again for each run."""
+        once = torch.ones(1, count, dtype=torch.float64)
+        if count * self.resamples > CHUNK:
+            return itertools.chain([once], weight_chunks(count, self.resamples, seed=number))
         if number not in self._weights:
             # Tasks have different images: each is resampled by itself.
-            drawn = resampling_weights(count, self.resamples, seed=number)
-            self._weights[number] = torch.cat([torch.ones(1, count, dtype=torch.float64), drawn])
-        return self._weights[number]
+            self._weights[number] = torch.cat([once, *weight_chunks(count, self.resamples, seed=number)])
+        return [self._weights[number]]
 
 
 def _sd(values: Sequence[float]) -> float | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.metrics import classification_figures
-from lorkd_monai.metrics.bootstrap import figure, resampling_weights
+from lorkd_monai.metrics import classification_figures, segmentation_figures
+from lorkd_monai.metrics.bootstrap import CHUNK, figures, resampling_weights, weight_chunks
 from lorkd_monai.metrics.classification import area_under_roc, balanced_accuracy
 
 
@@ -112,10 +114,53 @@ def test_resampling_weights_are_draws_with_replacement():
 
 
 def test_interval_leaves_resamples_without_a_value_out():
-    got = figure(lambda w: torch.where(w[:, 0] > 0, w[:, 0], torch.nan), resampling_weights(3, 100))
-    assert got["low"] >= 1
-    assert figure(lambda w: w.sum(1) * torch.nan, resampling_weights(3, 10)).keys() == {"value", "n"}
-    assert figure(lambda w: w.sum(1), resampling_weights(3, 0)) == {"value": 3.0, "n": 3}
+    statistics = {
+        "some": lambda w: torch.where(w[:, 0] > 0, w[:, 0], torch.nan),
+        "none": lambda w: w.sum(1) * torch.nan,
+        "all": lambda w: w.sum(1),
+    }
+    got = figures(statistics, 3, 100)
+    assert got["some"]["low"] >= 1
+    assert got["none"].keys() == {"value", "n"}
+    assert got["all"] == {"value": 3.0, "low": 3.0, "high": 3.0, "n": 3}
+    assert figures(statistics, 3, 0)["all"] == {"value": 3.0, "n": 3}
+
+
+def test_chunks_are_the_rows_of_one_draw(monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.randint(30, (100, 30), generator=generator)  # as one draw of all resamples gives them
+    expected = torch.stack([row.bincount(minlength=30) for row in drawn]).double()
+    probability, label = torch.rand(30, 3).softmax(1), torch.arange(30) % 3
+    scores = {"dice": torch.rand(30, 2)}
+    whole = classification_figures(probability, label, 100, 5), segmentation_figures(scores, ["a", "b"], 100, 5)
+    assert torch.equal(resampling_weights(30, 100, 5), expected)
+    monkeypatch.setattr("lorkd_monai.metrics.bootstrap.CHUNK", 30 * 16)
+    assert [len(part) for part in weight_chunks(30, 100, 5)] == [16] * 6 + [4]
+    assert torch.equal(resampling_weights(30, 100, 5), expected)
+    assert classification_figures(probability, label, 100, 5) == whole[0]
+    parts = segmentation_figures(scores, ["a", "b"], 100, 5)
+    for name, figure in whole[1].items():
+        assert parts[name] == pytest.approx(figure, rel=1e-14)
+
+
+@pytest.mark.parametrize("count", [1, 100, 47_000, 10**6])
+def test_a_chunk_is_bounded_whatever_the_number_of_images(count):
+    assert next(weight_chunks(count, 1000)).numel() <= max(CHUNK, 8 * count)
+
+
+@pytest.mark.slow
+def test_memory_of_many_images():
+    """47,000 images and 1000 resamples: 376 MB for one matrix of weights alone, and several GB with its copies."""
+    code = """
+import resource, torch
+from lorkd_monai.metrics.classification import classification_figures
+probability, label = torch.rand(47000, 2).softmax(1), torch.arange(47000) % 2
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+classification_figures(probability, label)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 600  # MiB
 
 
 @pytest.mark.parametrize(
