@@ -32,11 +32,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line over epochs."""
+    """A line over epochs, or over what ``across`` says."""
 
     label: str
     epochs: list[float]
     values: list[float]
+    across: str = "epoch"
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,8 @@ def scatter(points: Sequence[tuple[str, str, float, float]], axis: str) -> bytes
 
 
 @_drawn
-def curves(lines: Sequence[Curve], axis: str, across: str = "epoch", logarithmic: bool = False) -> bytes:
-    """Lines over epochs, or over ``across``."""
+def curves(lines: Sequence[Curve], axis: str, logarithmic: bool = False) -> bytes:
+    """Lines over what all of them go across."""
     figure, axes = _figure(4, 3 + 0.14 * math.ceil(len(lines) / 2))
     for number, line in enumerate(lines):
         style = {"linestyle": ("-", "--", ":")[number // len(_COLOURS) % 3], "linewidth": 1.4}
@@ -108,7 +108,7 @@ def curves(lines: Sequence[Curve], axis: str, across: str = "epoch", logarithmic
             **style,
             **marker,
         )
-    axes.set_xlabel(across)
+    axes.set_xlabel(lines[0].across)
     axes.set_ylabel(_plain(axis))
     if logarithmic:
         axes.set_yscale("log")

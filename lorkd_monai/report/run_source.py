@@ -144,7 +144,7 @@ def _events(content: Content, folder: Path, title: str, tasks: list[str]) -> Non
         part = "task loss of each task" if tag.startswith("task/") else "terms"
         name = tag.removeprefix("task/")
         if tag in ("total", "task", "transfer", "feature_transfer") or tag.startswith("task/"):
-            groups.setdefault(part, []).append(Curve(name, curve.epochs, curve.values))
+            groups.setdefault(part, []).append(Curve(name, curve.epochs, curve.values, across="iteration"))
     for part, curves in groups.items():
         content.losses[f"{title}: {part}"] = curves
 

@@ -129,7 +129,9 @@ class Sections:
                 self._drawn(f"loss {title}", f"loss: {title}", figures.curves(lines, title))
                 for title, lines in content.losses.items()
             )
-            sections.append(Section("Loss, term by term", "Means over the epoch's batches.", pictures, small=True))
+            by_epoch = all(line.across == "epoch" for lines in content.losses.values() for line in lines)
+            text = "Means over the epoch's batches." if by_epoch else "Of each batch."
+            sections.append(Section("Loss, term by term", text, pictures, small=True))
         return sections
 
     def _conflict(self, content: Content) -> Section | None:
@@ -140,9 +142,7 @@ class Sections:
             for m in content.conflicts
         ]
         if content.conflict_layers:
-            png = figures.curves(
-                content.conflict_layers, "mean cosine over pairs of tasks", across="layer, from the input"
-            )
+            png = figures.curves(content.conflict_layers, "mean cosine over pairs of tasks")
             pictures.append(self._drawn("conflict by layer", "mean cosine by layer", png))
         text = (
             "Cosines between the tasks' gradients on the weights that they share, at the end of the training. Below 0, "
@@ -156,7 +156,7 @@ class Sections:
         pictures += [
             self._drawn(
                 f"spectrum {task}", f"singular values of the expert of {task}",
-                figures.curves(lines, f"{task}: singular value of ΔW", across="number", logarithmic=True),
+                figures.curves(lines, f"{task}: singular value of ΔW", logarithmic=True),
             )
             for task, lines in content.spectra.items()
         ]  # fmt: skip

@@ -285,7 +285,7 @@ def _conflicts(content: Content, rows: Sequence[Summary], shown: Summary | None)
         content.conflicts.append(Matrix(name, tasks, tasks, cosines, -1.0, 1.0, diverging=True))
         layers = list(found[0]["by_layer"])
         means = [float(np.mean([one["by_layer"][layer] for one in found])) for layer in layers]
-        content.conflict_layers.append(Curve(name, list(range(1, len(layers) + 1)), means))
+        content.conflict_layers.append(Curve(name, list(range(1, len(layers) + 1)), means, "layer, from the input"))
 
 
 def spectrum_content(spectra: Mapping[str, Any]) -> tuple[list[Matrix], dict[str, list[Curve]]]:
@@ -304,7 +304,7 @@ def spectrum_content(spectra: Mapping[str, Any]) -> tuple[list[Matrix], dict[str
         for place in np.unique(np.linspace(0, len(layers) - 1, min(6, len(layers))).round().astype(int)):
             values = [v for v in spectra[task][layers[place]]["values"] if v > 0]
             if values:
-                lines.append(Curve(layers[place], list(range(1, len(values) + 1)), values))
+                lines.append(Curve(layers[place], list(range(1, len(values) + 1)), values, "number"))
         if lines:
             curves[task] = lines
     return matrices, curves

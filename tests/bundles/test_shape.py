@@ -119,6 +119,8 @@ def test_the_training_has_every_property_of_a_bundle(kind, tmp_path, monkeypatch
     )
     workflow.initialize()
     assert workflow.check_properties() == []
+    # Nothing is transferred: no teacher is looked for.
+    assert workflow.parser.get_parsed_content("train#export").parent["teacher"]() == {"name": "none"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,6 +21,9 @@ from lorkd_monai.study.files import RunFile, write_json
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
+from lorkd_monai.report import figures
+from lorkd_monai.report.content import Content
+from lorkd_monai.report.run_source import _events
 from lorkd_monai.report.study_source import confusion_matrix, spectrum_content
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "study"))
@@ -174,6 +177,26 @@ def test_output_of_a_bundle(tmp_path: Path) -> None:
     write_json(folder / "figures.json", {"experts": {"a": figure, "b": figure}, "teacher": {"a": figure}})
     text = Path(report(str(folder), str(tmp_path / "elsewhere"))).read_text(encoding="utf-8")
     assert "0.750 (0.500–1.000)" in text and (tmp_path / "elsewhere" / "report.md").is_file()
+
+
+def test_losses_of_a_run_go_across_its_iterations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for iteration in range(1, 7):  # three batches in each of two epochs
+            for tag in ("total", "task/a", "task/b"):
+                writer.add_scalar(tag, 1 / iteration, iteration)
+        for epoch in (1, 2):
+            writer.add_scalar("a", 0.5 * epoch, epoch)
+    content = Content("run")
+    _events(content, tmp_path, "training", ["a", "b"])
+    monkeypatch.setattr(figures, "_png", lambda figure: figure.axes[0].get_xlabel())
+    (score,) = content.validation["a"]
+    assert score.epochs == [1, 2] and figures.curves([score], "dice") == "epoch"
+    assert set(content.losses) == {"training: terms", "training: task loss of each task"}
+    for lines in content.losses.values():
+        assert all(line.epochs == list(range(1, 7)) for line in lines)
+        assert figures.curves(lines, "loss") == "iteration"
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:
