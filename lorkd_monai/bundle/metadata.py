@@ -166,7 +166,8 @@ def build_metadata(
         "task": f"{dims} {kind} of {about}: {task.name}",
         **({"body_part": inert_text(task.body_part)} if getattr(task, "body_part", None) else {}),
         "description": f"A {dims} {kind} network for the one task '{task.name}', extracted as a plain MONAI network "
-        "from a low-rank knowledge decomposition (LoRKD) of a foundation model.",
+        "from a low-rank knowledge decomposition (LoRKD) of a foundation model."
+        + ("" if metrics else " No figures were measured when it was written."),
         "authors": inert_text(parent.get("authors") or ", ".join(getattr(task, "authors", None) or [NO_AUTHORS])),
         "copyright": inert_text(parent.get("copyright", "see LICENSE and docs/data_license.txt")),
         "data_source": inert_text(parent.get("data_source", "see docs/data_license.txt")),

@@ -90,7 +90,9 @@ def run_facts(
     spec, info = network.spec(), network.info
     counts = {split: len(data.split(split)) for split in ("training", "validation", "test")}
     return {
-        "data": f"{data.name}: " + ", ".join(f"{n} {split} images" for split, n in counts.items()),
+        "data": f"{data.name}: "
+        + ", ".join(f"{n} {split} images" for split, n in counts.items())
+        + (f" ({data.unlabelled} training images without a label)" if data.unlabelled else ""),
         "tasks": ", ".join(f"{name} ({n} classes)" for name, n in network.num_classes.items()),
         "experts": f"rank {_words(spec['rank'])}, layout {spec['layout']}, norm {spec['norm']}",
         "epochs": max_epochs,
@@ -134,7 +136,7 @@ def find_teacher(
         teacher_bundle: the folder; or a weights file of ``backbone``, whose output must then hold the classes of all
             those tasks side by side, in the order of the data list.
         data: the data list, whose classes are looked up among the teacher's by name.
-        transfer_weight: 0 trains without a teacher: None is returned.
+        transfer_weight: 0 trains without a teacher: None is returned; all training images need labels then.
         cache: keep the teacher's answers on disk, so that it runs once for each image. True shows every image as it
             is, without augmentation; a number shows it in so many fixed ways, see `CachedTeacher`.
         cache_dir: folder of the answers.
@@ -147,6 +149,12 @@ def find_teacher(
         LoRKDError: there is no such folder or file, or it does not fit.
     """
     if transfer_weight == 0:
+        if split == "training" and data.unlabelled:
+            raise LoRKDError(
+                f"{data.unlabelled} training images of {data.name!r} have no label and learn from a teacher alone, and "
+                "there is none (transfer_weight is 0): name one with --teacher_bundle, or leave these images out of "
+                "the data list"
+            )
         return None
     if teacher_bundle is None:
         raise LoRKDError(
@@ -307,9 +315,15 @@ def figures_of(
     path: str | os.PathLike,
     inferer: Inferer | None = None,
 ) -> Any:
-    """A function of a network that measures it on ``loader``, writes the figures to ``path`` and returns them."""
+    """A function of a network that measures it on ``loader``, writes the figures to ``path`` and returns them.
+
+    Without images there are no figures and no file: `load_data_list` told so before the run.
+    """
 
     def measure(network: nn.Module) -> Figures:
+        if not len(loader):
+            _log.warning("%s has no test images: no figures are measured.", data.name)
+            return {}
         figures = evaluate_tasks(network, loader, data, device, inferer)
         write_figures(path, figures)
         return figures
@@ -342,8 +356,13 @@ def report_figures(
         teacher_intensity: what the teacher wants of the images, see `find_teacher`.
 
     Raises:
-        LoRKDError: there are no weights yet, or they belong to another decomposition.
+        LoRKDError: there are no test images, no weights yet, or they belong to another decomposition.
     """
+    if not len(loader):
+        raise LoRKDError(
+            f"the data list {data.name!r} has no test images with labels to measure on: give it some in 'test', or "
+            "name a list that has them with --dataset_dir"
+        )
     if not Path(weights).exists():
         run_id = "adding" if Path(weights).parent.name == "adding" else "training"
         raise LoRKDError(f"no trained weights at {weights}: run `{run_id}` with the same --output_dir first")

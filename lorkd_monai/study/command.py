@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorkd_monai.data import load_data_list, make_phantoms
+from lorkd_monai.data import DataList, load_data_list, make_phantoms
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.study.folds import check_folds, run_folds
 from lorkd_monai.study.methods import METHODS, methods_named
@@ -85,7 +85,7 @@ def run_from_arguments(
         raise LoRKDError("unseen and folds: expected one of them")
     if plan_only:
         if dataset_dir is not None:
-            load_data_list(dataset_dir, kind, spatial_dims)
+            _load(dataset_dir, kind, spatial_dims, folds)
         if folds is not None and fold is None:
             fold = range(folds)
         for number in [None] if folds is None else fold:
@@ -98,7 +98,7 @@ def run_from_arguments(
         dataset_dir = Path(output) / "phantoms"
         if not (dataset_dir / "dataset.json").is_file():
             make_phantoms(dataset_dir, kind, spatial_dims, num_images=60)
-    data = load_data_list(dataset_dir, kind, spatial_dims)
+    data = _load(dataset_dir, kind, spatial_dims, folds)
     if unseen:
         held_out = data.scored if list(unseen) == ["all"] else unseen
         for folder in run_transfer(output, data, common, experts[0], held_out, settings, seeds, device, say):
@@ -117,6 +117,16 @@ def run_from_arguments(
     say("")
     say(study_tables(folder, common.resamples))
     return folder
+
+
+def _load(dataset_dir: str | os.PathLike, kind: str, spatial_dims: int, folds: int | None) -> DataList:
+    data = load_data_list(dataset_dir, kind, spatial_dims)
+    if not data.test and folds is None:
+        raise LoRKDError(
+            f"the data list {data.name!r} has no test images with labels to measure on: give it some in 'test', or "
+            "measure by cross-validation (--folds)"
+        )
+    return data
 
 
 def _planned(run: PlannedRun) -> str:

@@ -219,7 +219,7 @@ class Workbench:
 
     def _train_teacher(self, settings: StudySettings, seed: int) -> Trained:
         names = list(self.data.tasks)
-        part, validation = Part(self.training, names), Part(self.validation, names)
+        part, validation = Part(self.training, names, drop_unlabelled=True), Part(self.validation, names)
         settings = settings.changed({"selection": settings.teacher_selection})
         fitted = {}
         for member in range(settings.teacher_members):
@@ -237,7 +237,7 @@ class Workbench:
     def _labelled_counts(self, labelled: list[bool] | None) -> dict[str, int]:
         counts = dict.fromkeys(self.data.tasks, 0)
         for i, item in enumerate(self.data.training):
-            counts[item["task"]] += labelled is None or labelled[i]
+            counts[item["task"]] += item["label"] is not None if labelled is None else labelled[i]
         return counts
 
     def _data_facts(self) -> dict[str, Any]:

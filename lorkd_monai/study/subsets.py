@@ -29,7 +29,7 @@ def only_tasks(data: DataList, names: Collection[str]) -> DataList:
 def choose_labelled(items: Sequence[dict], share: float, seed: int) -> list[bool]:
     """Which training images keep their labels: the same part of each class of each task, at least one image of each.
 
-    Segmentation has no classes of images: the part is that of each task.
+    Segmentation has no classes of images: the part is that of each task. An image without a label has none to keep.
 
     Args:
         items: of a data list's split.
@@ -38,6 +38,8 @@ def choose_labelled(items: Sequence[dict], share: float, seed: int) -> list[bool
     """
     groups: dict[tuple, list[int]] = {}
     for i, item in enumerate(items):
+        if item["label"] is None:
+            continue
         label = item["label"] if isinstance(item["label"], (int, np.integer)) else None
         groups.setdefault((item["task"], label), []).append(i)
     rng = np.random.default_rng([seed, 7])
@@ -54,7 +56,7 @@ class Part(Dataset):
     Args:
         base: the data set of all tasks.
         tasks: names of the tasks to keep; their numbers become those of ``only_tasks``.
-        labelled: which items of ``base`` have labels; None: all.
+        labelled: which items of ``base`` have labels; None: all that have one in the data list.
         drop_unlabelled: leave items without labels out, in place of hiding what their labels are.
     """
 
@@ -68,7 +70,7 @@ class Part(Dataset):
         names = set(tasks)
         kept = [name for name in base.data.tasks if name in names]
         numbers = {base.data.tasks[name].index: i for i, name in enumerate(kept)}
-        known = [True] * len(base) if labelled is None else list(labelled)
+        known = [item["label"] is not None for item in base.items] if labelled is None else list(labelled)
         self.base = base
         self.indices = [
             i for i, task in enumerate(base.task_of_item) if task in numbers and (known[i] or not drop_unlabelled)

@@ -52,6 +52,57 @@ DATA_FAULTS = {
 }
 
 
+def no_labels(content: dict) -> None:
+    for item in content["training"][::3]:
+        item["label"] = None
+
+
+def no_files_to_test(content: dict) -> None:
+    """No test images: those of an ``.npz`` file go with their task."""
+    content["tasks"] = {name: task for name, task in content["tasks"].items() if "npz" not in task}
+    content["test"] = []
+
+
+def test_images_without_labels_need_a_teacher(bundle_run, data, tmp_path):
+    spoil(data, no_labels)
+    done = bundle_run("training", data, tmp_path / "out", transfer_weight=0)
+    refused(done, "have no label and learn from a teacher alone", "--teacher_bundle")
+    assert not list((tmp_path / "out").rglob("*.pt"))
+
+
+def test_images_without_labels_learn_from_the_teacher(bundle_run, data, tmp_path):
+    spoil(data, no_labels)
+    for run_id in ("pretraining", "training"):
+        done = bundle_run(run_id, data, tmp_path / "out", max_epochs=1)
+        assert done.code == 0, done.out[-2000:] + done.err[-2000:]
+    page = (tmp_path / "out" / "experts" / "ct_classification" / "docs" / "README.md").read_text()
+    assert "training images without a label" in page
+
+
+def test_lists_without_test_images(bundle_run, data, tmp_path):
+    spoil(data, no_files_to_test)
+    out = tmp_path / "out"
+    for run_id in ("pretraining", "training"):
+        done = bundle_run(run_id, data, out, max_epochs=1)
+        assert done.code == 0, done.out[-2000:] + done.err[-2000:]
+        assert "the list has no test images: experts are written without figures" in done.out
+    expert = out / "experts" / "ct_classification"
+    assert "No figures were measured when this bundle was written" in (expert / "docs" / "README.md").read_text()
+    metadata = json.loads((expert / "configs" / "metadata.json").read_text())
+    assert metadata["eval_metrics"] == {} and "No figures were measured" in metadata["description"]
+    refused(bundle_run("evaluating", data, out), "has no test images with labels", "--dataset_dir")
+
+
+def test_lists_without_validation_images(bundle_run, data, tmp_path):
+    spoil(data, lambda content: content.update(validation=[]))
+    spoil(data, no_files_to_test)
+    done = bundle_run("training", data, tmp_path / "out", transfer_weight=0)
+    assert done.code == 0, done.out[-2000:] + done.err[-2000:]
+    assert "the list has no validation images: the weights of the last epoch are kept" in done.out
+    state = torch.load(tmp_path / "out" / "training" / "last.pt", weights_only=True)
+    assert state["best"] == {"epoch": 2}
+
+
 @pytest.mark.parametrize("fault", DATA_FAULTS)
 def test_bad_data_lists(fault, bundle_run, data, tmp_path):
     change, words = DATA_FAULTS[fault]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lorkd_monai.data import load_data_list
+from lorkd_monai.data.taken import counts_table
 from lorkd_monai.errors import LoRKDError
 
 LABELS = {"0": "healthy", "1": "ill"}
@@ -298,3 +299,39 @@ def test_wrong_licence_and_authors(folder, key, value, message):
     content = good()
     content["tasks"]["two"][key] = value
     refused(folder, content, f"task 'two': {message}")
+
+
+@pytest.mark.parametrize("missing", [None, -1])
+def test_images_without_labels(folder, missing, caplog):
+    content = good()
+    content["training"].append({"image": "f.png", "label": missing, "task": "one"})
+    content["validation"][0]["label"] = missing
+    write_npz(
+        folder / "good.npz",
+        train_labels=np.array([0, -1, -1, 1], dtype=np.int8),
+        test_labels=np.array([[0], [-1], [0], [1]]),
+    )
+    data = load_data_list(write(folder, content), "classification", 2)
+    assert [item["label"] for item in data.training] == [0, 1, 0, None, 0, None, None, 1] and data.unlabelled == 3
+    assert data.counts()["one"] == {"training": 4, "validation": 0, "test": 1}
+    assert [item["label"] for item in data.test if item["task"] == "two"] == [0, 0, 1]
+    assert "left out 1 validation image without a label (validation[0])" in caplog.text
+    assert "left out 1 test image without a label (task 'two': good.npz)" in caplog.text
+    assert "task 'one' has no validation images" in caplog.text
+    assert "| one | (no label) | 1 | 0 | 0 |\n| two | healthy | 1 | 2 | 2 |" in counts_table(data)
+
+
+@pytest.mark.parametrize("label", [-2, True, "", -1.0, [None]])
+def test_what_is_no_missing_label(folder, label):
+    content = good()
+    content["training"][0]["label"] = label
+    refused(folder, content, "training[0]: ")
+
+
+def test_masks_that_are_missing(folder, caplog):
+    rows = [{"image": f"{n}.png", "label": m, "task": "one"} for n, m in zip("abc", ("m.png", None, -1), strict=True)]
+    content = {"tasks": {"one": {"labels": LABELS}}, "training": rows, "test": [{**rows[1], "image": "d.png"}]}
+    data = load_data_list(write(folder, content), "segmentation", 2, check_labels=True)
+    assert [item["label"] is None for item in data.training] == [False, True, True] and data.test == []
+    assert "left out 1 test image" in caplog.text
+    assert "| one |  | 1 | 0 | 0 |\n| one | (no label) | 2 | 0 | 0 |\n| all | | 3 | 0 | 0 |" in counts_table(data)

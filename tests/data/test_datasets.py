@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lorkd_monai.data import TaskDataset, TaskSampler, load_data_list, make_phantoms
+from lorkd_monai.data.samplers import Draw
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms import ItemLoader, preprocessing
 
@@ -171,6 +172,54 @@ def test_volumes_without_foreground_give_patches(tmp_path):
     volume = np.random.default_rng(0).random((8, 8, 8), dtype=np.float32)
     data = write_pair(tmp_path, volume, np.zeros((8, 8, 8), dtype=np.uint8))
     assert TaskDataset(data, "training", 1, 6, patch_size=6)[0]["image"].shape == (1, 6, 6, 6)
+
+
+@pytest.mark.parametrize("image_size", [6, 12])  # smaller and larger than the volumes
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_volumes_without_labels_give_unlabelled_patches(tmp_path, image_size, on_disk, recwarn):
+    volume = np.random.default_rng(0).random((9, 8, 8), dtype=np.float32)
+    write_pair(tmp_path, volume, np.eye(9, 8, dtype=np.uint8)[..., None].repeat(8, 2))
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    nibabel.save(nibabel.Nifti1Image(volume[::-1].copy(), np.eye(4)), tmp_path / "more.nii.gz")
+    content["training"].append({**content["training"][0], "image": "more.nii.gz", "label": None})
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    data = load_data_list(tmp_path, "segmentation", 3)
+    cache = {"cache_bytes": 0, "cache_dir": tmp_path / "cache"} if on_disk else {}
+    dataset = TaskDataset(data, "training", 1, image_size, patch_size=image_size, **cache)
+    assert dataset.task_of_item == [0, 0] and dataset.task_of_labelled == [0, -1]
+    batch = next(iter(DataLoader(dataset, 2)))
+    assert batch["image"].shape == (2, 1, *[image_size] * 3) and batch["label"].dtype == torch.int64
+    assert batch["label"][0].min() == 0 and (batch["label"][1] == -1).all()
+    patches = {tuple(dataset[Draw(1, seed)]["image"].flatten()[:4].tolist()) for seed in range(8)}
+    assert len(patches) > 1 or image_size == 12
+    assert not [w for w in recwarn if "class balanced" in str(w.message)]
+
+
+def test_pictures_without_labels(tmp_path):
+    for number in range(3):
+        Image.fromarray(np.full((8, 6), 40 * number, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    arrays = {"train_images": np.zeros((3, 8, 8), np.uint8), "train_labels": np.array([1, -1, 0])}
+    np.savez(tmp_path / "a.npz", **arrays)
+    labels = {"labels": {"0": "a", "1": "b"}}
+    rows = [{"image": f"{n}.png", "label": label, "task": "one"} for n, label in enumerate((1, None, -1))]
+    content = {"tasks": {"one": labels, "two": {**labels, "npz": "a.npz"}}, "training": rows}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    for size in (4, 8):
+        dataset = TaskDataset(load_data_list(tmp_path, "classification", 2), "training", 1, size)
+        assert [int(item["label"]) for item in dataset] == [1, -1, -1, 1, -1, 0]
+        assert dataset.task_of_labelled == [0, -1, -1, 1, -1, 1]
+
+
+def test_slices_without_masks_are_padded_without_labels(tmp_path):
+    Image.fromarray(np.full((8, 4), 100, dtype=np.uint8)).save(tmp_path / "0.png")
+    Image.fromarray(np.ones((8, 4), dtype=np.uint8)).save(tmp_path / "m.png")
+    Image.fromarray(np.full((8, 4), 90, dtype=np.uint8)).save(tmp_path / "1.png")
+    rows = [{"image": f"{n}.png", "label": label, "task": "one"} for n, label in enumerate(("m.png", -1))]
+    content = {"tasks": {"one": {"labels": {"0": "a", "1": "b"}}}, "training": rows}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    dataset = TaskDataset(load_data_list(tmp_path, "segmentation", 2), "training", 1, 8)
+    assert dataset[0]["label"].sum() == 32 and (dataset[1]["label"] == -1).all()
+    assert dataset[1]["label"].shape == dataset[1]["image"].shape == (1, 8, 8)
 
 
 def test_wrong_arguments_are_refused(phantoms):

@@ -29,6 +29,19 @@ def test_natural_is_each_image_once():
     assert sorted(draw.index for draw in TaskSampler(TASKS, "natural")) == list(range(100))
 
 
+def test_items_of_no_task_are_never_drawn():
+    tasks = [0, -1, 0, 1, -1, 1, 1, -1]
+    assert sorted(draw.index for draw in TaskSampler(tasks, "natural")) == [0, 2, 3, 5, 6]
+    plain = [t for t in tasks if t >= 0]
+    places = [i for i, t in enumerate(tasks) if t >= 0]
+    one, other = TaskSampler(tasks, seed=3), TaskSampler(plain, seed=3)
+    assert len(one) == len(other) == 5
+    assert [draw.seed for draw in one] == [draw.seed for draw in other]
+    assert [draw.index for draw in one] == [places[draw.index] for draw in other]
+    with pytest.raises(LoRKDError, match="nothing to sample"):
+        TaskSampler([-1, -1])
+
+
 def test_balanced_and_temperature_lift_small_tasks():
     assert set(shares(TaskSampler(TASKS, "balanced", num_samples=300)).values()) == {100}
     found = shares(TaskSampler(TASKS, "temperature", temperature=2))
