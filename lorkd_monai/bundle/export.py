@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lorkd_monai.bundle.writer import expert_name, refuse_foreign, write_expert_bundle
+from lorkd_monai.bundle.writer import check_formats, expert_folder, refuse_foreign, write_expert_bundle
 from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
@@ -19,7 +19,7 @@ from lorkd_monai.networks.checkpoint import load_weights
 from lorkd_monai.networks.nested import cut_rank
 from lorkd_monai.transforms import postprocessing, preprocessing
 
-__all__ = ["describe_expert", "export_experts", "network_info", "refuse_existing_experts", "tasks_of_info"]
+__all__ = ["describe_expert", "expert_folders", "export_experts", "network_info", "tasks_of_info"]
 
 _STATISTICS = ("running_mean", "running_var")  # of norms: no parameters
 _log = logging.getLogger(__name__)
@@ -69,16 +69,26 @@ def tasks_of_info(info: Mapping[str, Any]) -> dict[str, TaskSpec]:
     return tasks
 
 
-def refuse_existing_experts(folder: str | Path, names: Sequence[str], overwrite: bool) -> None:
-    """Raise where one of these expert bundles stands in ``folder`` already and may not be replaced."""
-    existing = [name for name in names if (Path(folder) / name).exists()]
+def expert_folders(
+    folder: str | Path, tasks: Sequence[str], info: Mapping[str, Any], overwrite: bool
+) -> dict[str, Path]:
+    """Where the expert bundles of these tasks go, see `expert_folder`.
+
+    Raises:
+        LoRKDError: one stands there already and may not be replaced, or two tasks would have one name.
+    """
+    folders = {name: expert_folder(folder, name, info["kind"], info["spatial_dims"]) for name in tasks}
+    if len(set(folders.values())) < len(folders):
+        raise LoRKDError(f"two of the tasks {', '.join(folders)} would have one folder in {folder}: name another one")
+    existing = [path for path in folders.values() if path.exists()]
     if existing and not overwrite:
         raise LoRKDError(
-            f"{folder} already holds the experts {', '.join(existing)}: give another --output_dir, or say "
-            "--overwrite True to replace them"
+            f"{folder} already holds the experts {', '.join(path.name for path in existing)}: give another "
+            "--output_dir, or say --overwrite True to replace them"
         )
-    for name in existing:
-        refuse_foreign(Path(folder) / name)
+    for path in existing:
+        refuse_foreign(path)
+    return folders
 
 
 def export_experts(
@@ -93,6 +103,8 @@ def export_experts(
     rank: int | None = None,
 ) -> list[Path]:
     """Write one complete MONAI bundle for each task: ``<folder>/<task>_classification`` or ``…_segmentation``.
+
+    Where ``folder`` has the 3D expert of a task already, its 2D one is ``<task>_2d_…``, and the other way round.
 
     Args:
         network: the decomposed network, built from a backbone configuration, with :func:`network_info` as its info.
@@ -122,7 +134,8 @@ def export_experts(
     kind, dims = info["kind"], info["spatial_dims"]
     if rank is not None:
         ranks = {name: cut_rank(network, name, rank) for name in chosen}
-    refuse_existing_experts(folder, [expert_name(name, kind) for name in chosen], overwrite)
+    folders = expert_folders(folder, chosen, info, overwrite)
+    formats = check_formats(formats)
     written = []
     for name in chosen:
         config = network.backbone_config(name)
@@ -133,7 +146,7 @@ def export_experts(
             )
         written.append(
             write_expert_bundle(
-                Path(folder) / expert_name(name, kind),
+                folders[name],
                 network=(networks[name] if networks and name in networks else network.extract(name, rank)).cpu().eval(),
                 network_config=config,
                 task=specs[name],

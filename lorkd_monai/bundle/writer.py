@@ -32,9 +32,18 @@ from lorkd_monai.bundle.metadata import build_metadata
 from lorkd_monai.bundle.readme import data_license_text, readme_text
 from lorkd_monai.bundle.text import check_task_name, inert_text
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import read_json
 from lorkd_monai.locks import is_abandoned, mark_in_use
 
-__all__ = ["KINDS", "bundle_folder", "expert_name", "refuse_foreign", "write_expert_bundle", "write_teacher_bundle"]
+__all__ = [
+    "KINDS",
+    "bundle_folder",
+    "expert_folder",
+    "expert_name",
+    "refuse_foreign",
+    "write_expert_bundle",
+    "write_teacher_bundle",
+]
 
 KINDS = ("classification", "segmentation")
 LARGE = 25 * 2**20
@@ -51,6 +60,34 @@ def expert_name(task_name: str, kind: str) -> str:
     if kind not in KINDS:
         raise LoRKDError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     return f"{check_task_name(task_name)}_{kind}"
+
+
+def expert_folder(folder: str | Path, task_name: str, kind: str, spatial_dims: int) -> Path:
+    """Where in ``folder`` the expert of a task goes: ``<task>_<kind>``, if need be ``<task>_2d_<kind>`` or ``…_3d_…``.
+
+    The longer name is taken where the shorter one belongs to another expert, such as the 3D one of the same task.
+
+    Raises:
+        LoRKDError: other experts have both names, or see `expert_name`.
+    """
+    names = [expert_name(name, kind) for name in (task_name, f"{task_name}_{spatial_dims}d")]
+    for name in names:
+        if not _is_another_expert(Path(folder) / name, task_name, spatial_dims):
+            return Path(folder) / name
+    raise LoRKDError(
+        f"{folder} already holds other experts of the names {' and '.join(names)}: name another folder for the "
+        f"{spatial_dims}D expert of task {task_name!r}"
+    )
+
+
+def _is_another_expert(folder: Path, task_name: str, spatial_dims: int) -> bool:
+    try:
+        metadata = read_json(folder / "configs" / "metadata.json")
+        dims = len(metadata["network_data_format"]["inputs"]["image"]["spatial_shape"])
+    except (LoRKDError, KeyError, TypeError):
+        return False  # no expert, or none that can be read: what may be replaced is decided elsewhere
+    _, colon, name = str(metadata.get("task")).rpartition(": ")
+    return dims != spatial_dims or bool(colon and name != task_name)
 
 
 def _dump(content: Any, path: Path) -> None:

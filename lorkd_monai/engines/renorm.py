@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lorkd_monai.bundle.configs import default_inferer
-from lorkd_monai.bundle.export import export_experts, refuse_existing_experts
+from lorkd_monai.bundle.export import expert_folders, export_experts
 from lorkd_monai.bundle.parent import read_facts
-from lorkd_monai.bundle.writer import expert_name
+from lorkd_monai.bundle.writer import check_formats
 from lorkd_monai.data import DataList, TaskDataset, load_data_list
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table
 from lorkd_monai.errors import LoRKDError
@@ -82,7 +82,8 @@ def renorm_experts(
         raise LoRKDError(f"{checkpoint} does not say what its tasks are: expected a checkpoint of `training`")
     kind, dims, size = info["kind"], info["spatial_dims"], info["image_size"]
     chosen = [network.tasks[network.task_index(t)] for t in tasks] if tasks is not None else network.tasks
-    refuse_existing_experts(output, [expert_name(name, kind) for name in chosen], overwrite)
+    expert_folders(output, chosen, info, overwrite)
+    formats = check_formats(formats)
     data = load_data_list(dataset_dir, kind, dims)
     differing = [t for t in chosen if t not in data.tasks or data.tasks[t].num_classes != network.num_classes[t]]
     if differing:

@@ -11,9 +11,9 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
-from lorkd_monai.bundle.export import export_experts, refuse_existing_experts
+from lorkd_monai.bundle.export import expert_folders, export_experts
 from lorkd_monai.bundle.parent import resolved_facts, write_facts
-from lorkd_monai.bundle.writer import check_formats, expert_name
+from lorkd_monai.bundle.writer import check_formats
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import load_weights
 
@@ -40,7 +40,8 @@ class ExpertExport:
         tasks: which tasks; None: all.
 
     Raises:
-        LoRKDError: an unknown format; at the start of training, where experts exist and ``overwrite`` is not set.
+        LoRKDError: an unknown format, or one whose package is not installed; at the start of training, where experts
+            exist and ``overwrite`` is not set.
     """
 
     def __init__(
@@ -55,10 +56,9 @@ class ExpertExport:
         tasks: Sequence[str] | None = None,
     ) -> None:
         self.network, self.weights, self.folder = network, weights, Path(folder)
-        self.figures, self.parent, self.overwrite, self.formats = figures, dict(parent or {}), overwrite, formats
+        self.figures, self.parent, self.overwrite = figures, dict(parent or {}), overwrite
         self.tasks = network.tasks if tasks is None else list(tasks)
-        if formats is not None:
-            check_formats(formats)
+        self.formats = check_formats(formats)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, after its `RunCheckpoint`."""
@@ -69,8 +69,7 @@ class ExpertExport:
         """Refuse experts that exist, before any time is spent."""
         if self._unfinished.exists():
             return
-        names = [expert_name(task, self.network.info["kind"]) for task in self.tasks]
-        refuse_existing_experts(self.folder, names, self.overwrite)
+        expert_folders(self.folder, self.tasks, self.network.info, self.overwrite)
 
     def export(self, engine: Engine) -> None:
         """Write the bundles."""

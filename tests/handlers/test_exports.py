@@ -88,6 +88,24 @@ def test_unknown_format_is_refused_at_once(network, tmp_path):
         ExpertExport(network, None, tmp_path, formats=["exe"])
 
 
+def test_onnx_without_its_package_is_said_once_and_before_the_training(network, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("lorkd_monai.bundle.writer.onnx_is_installed", lambda: False)
+    with pytest.raises(LoRKDError, match=r"pip install 'lorkd-monai\[onnx\]'"):
+        ExpertExport(network, None, tmp_path, formats=["pt", "onnx"])
+    assert not caplog.records
+    export = ExpertExport(network, None, tmp_path / "experts")
+    assert [record.getMessage() for record in caplog.records if "onnx" in record.getMessage()] == [
+        "model.onnx is left out: the package onnx is not installed (pip install 'lorkd-monai[onnx]')"
+    ]
+    caplog.clear()
+    trainer(export, []).run([0])
+    assert "onnx" not in caplog.text
+    for expert in (tmp_path / "experts").iterdir():
+        assert sorted(path.name for path in (expert / "models").iterdir()) == [
+            "model.pt", "model.safetensors", "model.ts"
+        ]  # fmt: skip
+
+
 def test_killed_export_is_written_again(network, tmp_path, monkeypatch):
     import lorkd_monai.bundle.export as export
 
