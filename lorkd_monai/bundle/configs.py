@@ -50,6 +50,12 @@ _IMAGES = {
     "sorted(path for path in glob.glob(glob.escape(@dataset_dir) + '/*') if path.lower().endswith(tuple(@suffixes)) "
     "or glob.glob(glob.escape(path) + '/*.dcm'))",
 }
+# What the preprocessing refuses is one line; the first error of the chain that MONAI makes of it says what it is.
+_PLAIN_REFUSALS = (
+    "$setattr(sys, 'excepthook', lambda kind, error, trace: (lambda found: print('error: ' + found[1], "
+    "file=sys.stderr) if found else sys.__excepthook__(kind, error, trace))(re.search("
+    "'ValueError: refused: (.*)', ''.join(traceback.format_exception(error)))))"
+)
 _NO_WEIGHTS = (
     "$os.path.isfile(@ckpt_path) or sys.exit('error: no weights at ' + repr(@ckpt_path) + ': expected --bundle_root "
     "to be the folder of this bundle')"
@@ -96,6 +102,7 @@ def _no_items(split: str, dataset: str) -> str:
 
 
 _TRAINING = [
+    _PLAIN_REFUSALS,
     _NO_WEIGHTS,
     _no_items("training", "train#dataset"),
     _no_items("validation", "validate#dataset"),
@@ -145,7 +152,7 @@ def inference_config(
     class, the class index.
     """
     handlers = [_loader(network="@network_def"), {"_target_": "StatsHandler", "iteration_log": False}]
-    run = [_NO_WEIGHTS, _NO_IMAGES]
+    run = [_PLAIN_REFUSALS, _NO_WEIGHTS, _NO_IMAGES]
     if kind == "classification" and "SaveClassification" not in str(postprocessing):
         # CSVSaver writes no header: one is written first, and the saver appends to it.
         run += [
@@ -166,7 +173,7 @@ def inference_config(
         )
     run.append("$@evaluator.run()")
     config: dict[str, Any] = {
-        "imports": ["$import csv", "$import glob", "$import os", "$import sys"],
+        "imports": ["$import csv", "$import glob", "$import os", "$import re", "$import sys", "$import traceback"],
         "bundle_root": ".",
         "dataset_dir": "$str(@bundle_root) + '/data'",
         "output_dir": "$str(@bundle_root) + '/eval'",
@@ -333,7 +340,7 @@ def train_config(
         trained += [pad, crop]
     trained += _augmentation(["image", "label"] if segmentation else ["image"], image_size)
     return {
-        "imports": ["$import json", "$import os", "$import sys"],
+        "imports": ["$import json", "$import os", "$import re", "$import sys", "$import traceback"],
         "bundle_root": ".",
         "task": task_name,
         "dataset_dir": "$str(@bundle_root) + '/data'",
@@ -439,6 +446,7 @@ def evaluate_config(kind: str) -> dict[str, Any]:
         "validate#dataset#data": f"$@items('test', '{_STEMS['test']}')",
         "validate#handlers": [_loader(), {"_target_": "StatsHandler", "iteration_log": False}, saver],
         "run": [
+            _PLAIN_REFUSALS,
             _NO_WEIGHTS,
             _no_items("test", "validate#dataset"),
             _OTHER_CLASSES,
@@ -454,7 +462,9 @@ def multi_gpu_config(network_config: dict) -> dict[str, Any]:
     return {
         "imports": [
             "$import os",
+            "$import re",
             "$import sys",
+            "$import traceback",
             "$import torch._dynamo",  # later, its modules would keep the group as a default argument
             "$import torch.distributed as dist",
             "$import ignite.distributed as idist",

@@ -7,6 +7,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses.task import UNLABELLED
-from lorkd_monai.transforms.loading import ImageFacts
+from lorkd_monai.transforms.loading import ImageFacts, ItemLoader
 
 __all__ = [
     "SPLITS",
@@ -213,38 +214,32 @@ def read_npz_tasks(
             ]
             if split != "training" and None in known:
                 _log.warning("%s", _left_out(known.count(None), split, f"{where}: {entry['npz']}"))
+            bad = (
+                np.flatnonzero(~np.isfinite(images.reshape(len(images), -1)).all(1)) if images.dtype.kind == "f" else []
+            )
+            if len(bad):
+                problems.add(
+                    f"{where}: its arrays hold values that are not finite (NaN or infinity); replace them: "
+                    f"{entry['npz']}, {_NPZ_NAMES[split]}_images[{bad[0]}]"
+                )
             if name not in facts:
-                channels = images.shape[-1] if images.ndim == spatial_dims + 2 else 1
-                facts[name] = ImageFacts(spatial_dims, _visible(channels), 8 * images.dtype.itemsize, None)
+                facts[name] = _npz_facts(images, spatial_dims)
+            elif facts[name].values is not None and _values(images) is not None:
+                pairs = (facts[name].values, _values(images))
+                facts[name] = replace(facts[name], values=(min(p[0] for p in pairs), max(p[1] for p in pairs)))
     return facts
 
 
-def check_masks(items: dict[str, list[dict[str, Any]]], num_classes: dict[str, int], problems: Problems) -> None:
-    """Read every mask and note those with a value that is no class of their task."""
-    from monai.transforms import LoadImage
-
-    read = LoadImage(image_only=True)
+def check_masks(items: dict[str, list[dict[str, Any]]], loaders: dict[str, ItemLoader], problems: Problems) -> None:
+    """Read every mask and note those that are none of their task."""
     for rows in items.values():
         for item in rows:
             if item["label"] is None:
                 continue
             try:
-                values = np.unique(np.asarray(read(item["label"])))
-            except Exception as error:  # each reader raises its own kinds
-                problems.add(f"cannot read {item['label']}: {type(error).__name__}")
-                continue
-            fault = mask_fault(values, num_classes[item["task"]])
-            if fault:
-                problems.add(f"{item['label']}: {fault}")
-
-
-def mask_fault(values: np.ndarray, num_classes: int) -> str | None:
-    """Return what is wrong with the values of a mask, or None."""
-    bad = [v for v in values.tolist() if v != int(v) or not 0 <= v < num_classes]
-    if not bad:
-        return None
-    hint = " (write class ids into the mask, not grey values)" if bad == [255] else ""
-    return f"the mask holds {bad[0]:g}, its task has classes 0 to {num_classes - 1}{hint}"
+                loaders[item["task"]](item)
+            except LoRKDError as error:
+                problems.add(str(error).replace("\n", " "))
 
 
 def _entry_faults(entry: dict[str, Any], kind: str) -> list[str]:
@@ -351,5 +346,16 @@ def _npz_fault(images: Any, labels: Any, name: str, spatial_dims: int, entry: di
     return None
 
 
-def _visible(channels: int) -> int:
-    return channels - 1 if channels in (2, 4) else channels
+def _npz_facts(images: np.ndarray, spatial_dims: int) -> ImageFacts:
+    """A fourth (or second) channel that is white throughout is alpha; another one may be a modality."""
+    channels = images.shape[-1] if images.ndim == spatial_dims + 2 else 1
+    if spatial_dims == 2 and channels in (2, 4) and images.dtype.kind == "u":
+        channels -= bool((images[..., -1] == np.iinfo(images.dtype).max).all())
+    floats = images.dtype.kind == "f"
+    return ImageFacts(spatial_dims, channels, 8 * images.dtype.itemsize, None, _values(images), floats)
+
+
+def _values(images: np.ndarray) -> tuple[float, float] | None:
+    if images.dtype in (np.uint8, np.uint16) or not images.size:
+        return None
+    return float(images.min()), float(images.max())

@@ -34,8 +34,8 @@ from lorkd_monai.data.checks import (
 )
 from lorkd_monai.data.taken import remarks
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.transforms.loading import ImageFacts, describe_image
-from lorkd_monai.transforms.preprocessing import check_kind
+from lorkd_monai.transforms.loading import ImageFacts, ItemLoader, describe_image
+from lorkd_monai.transforms.preprocessing import check_kind, measured_intensity, preprocessing
 
 __all__ = ["DataList", "TaskSpec", "load_data_list", "measure_spacing"]
 
@@ -53,6 +53,7 @@ class TaskSpec:
     ``labels`` names the class ids 0..n-1. ``channels`` are those of its images. ``intensity`` is
     ``{"range": [low, high]}`` or ``{"percentiles": [low, high]}``, None for the default of its kind (see
     `lorkd_monai.transforms.default_intensity`). ``spacing`` (mm, axes of RAS) is what 3D segmentation resamples to.
+    ``measured`` says that the list states no intensity, so that 2D files of 8 and 16 bits each have their own depth.
     ``vista3d_class`` gives VISTA3D's index of each class id, for that teacher.
     ``score`` is False for a task that is there to try things out: its figures stand apart and count in no mean.
     ``licence`` and ``authors`` of its images are the task's own, else those of the list.
@@ -71,6 +72,7 @@ class TaskSpec:
     vista3d_class: dict[int, int] | None = None
     licence: str | None = None
     authors: list[str] | None = None
+    measured: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -185,7 +187,11 @@ def load_data_list(
     facts |= _first_images(entries, items, spatial_dims, problems)
     tasks = {name: _task(name, i, entry, facts[name], spatial_dims) for i, (name, entry) in enumerate(entries.items())}
     if check_labels and kind == "segmentation":
-        check_masks(items, {name: task.num_classes for name, task in tasks.items()}, problems)
+        both = {
+            name: preprocessing(task, kind, spatial_dims, task.channels or 1, 8, ("image", "label"))
+            for name, task in tasks.items()
+        }
+        check_masks(items, {name: ItemLoader(configs, spatial_dims) for name, configs in both.items()}, problems)
     if problems:
         problems.raise_all()
     data = DataList(str(content.get("name", file.parent.name)), folder, kind, spatial_dims, tasks, **items, **origin)
@@ -265,9 +271,10 @@ def _first_images(entries: dict, items: dict[str, list], dims: int, problems: Pr
     for name, entry in entries.items():
         if "npz" in entry:
             continue
-        image = next(item["image"] for item in rows if item["task"] == name)
+        images = [item["image"] for item in rows if item["task"] == name]
+        image = images[0]
         try:
-            facts[name] = describe_image(image)
+            facts[name] = _common_facts(images)
         except LoRKDError as error:
             problems.add(str(error).replace("\n", " "))
             continue
@@ -276,6 +283,16 @@ def _first_images(entries: dict, items: dict[str, list], dims: int, problems: Pr
     if problems:
         problems.raise_all()
     return facts
+
+
+def _common_facts(images: list) -> ImageFacts:
+    """Return the first image's facts; where its type of number tells no range, that of some of the others as well."""
+    facts = describe_image(images[0])
+    if facts.values is None:
+        return facts
+    known = [facts.values] + [describe_image(image).values for image in images[1 :: -(-len(images) // _MOST_HEADERS)]]
+    lows, highs = zip(*(values for values in known if values is not None), strict=True)
+    return dataclasses.replace(facts, values=(min(lows), max(highs)))
 
 
 def _prompts(name: str, value: object) -> dict[int, int] | None:
@@ -294,9 +311,10 @@ def _prompts(name: str, value: object) -> dict[int, int] | None:
 
 def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims: int) -> TaskSpec:
     intensity = entry.get("intensity")
-    if intensity is None and dims == 2 and facts.bits == 16:
-        intensity = {"range": [0, 65535]}
-    if intensity is None and dims == 3 and "npz" in entry and facts.bits == 8:
+    measured = intensity is None
+    if measured and dims == 2:
+        intensity = measured_intensity(facts, entry.get("modality"))
+    if measured and dims == 3 and "npz" in entry and facts.bits == 8:
         intensity = {"range": [0, 255]}
     spacing = entry.get("spacing")
     return TaskSpec(
@@ -310,6 +328,7 @@ def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims:
         intensity=intensity,
         spacing=None if spacing is None else tuple(map(float, spacing)),
         vista3d_class=_prompts(name, entry.get("vista3d_class")),
+        measured=measured,
         score=entry.get("score", not _NO_SCORE.search(entry.get("note") or "")),
         licence=entry["licence"],
         authors=entry["authors"],

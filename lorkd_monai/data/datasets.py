@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lorkd_monai import __version__
-from lorkd_monai.data.checks import mask_fault
 from lorkd_monai.data.datalist import DataList, TaskSpec
 from lorkd_monai.data.identity import file_stamps
 from lorkd_monai.data.samplers import Draw
 from lorkd_monai.errors import LoRKDError, find_lorkd_error
 from lorkd_monai.losses.task import UNLABELLED
-from lorkd_monai.transforms.loading import ItemLoader
-from lorkd_monai.transforms.preprocessing import default_intensity, preprocessing
+from lorkd_monai.transforms.gate import compiled, odd
+from lorkd_monai.transforms.loading import ItemLoader, drop_alpha
+from lorkd_monai.transforms.preprocessing import default_intensity, full_depth, preprocessing
 
 __all__ = ["TaskDataset"]
 
@@ -95,7 +97,10 @@ class TaskDataset(Dataset):
             name: preprocessing(task, data.kind, data.spatial_dims, in_channels, image_size, keys)
             for name, task in data.tasks.items()
         }
-        self._loaders = {name: ItemLoader(configs, data.spatial_dims) for name, configs in self._configs.items()}
+        self._loaders = {
+            name: ItemLoader(configs, data.spatial_dims, data.tasks[name].channels, f"an array of task {name!r}")
+            for name, configs in self._configs.items()
+        }
         self._without_mask = {
             name: ItemLoader(
                 preprocessing(task, data.kind, data.spatial_dims, in_channels, image_size), data.spatial_dims
@@ -141,7 +146,7 @@ class TaskDataset(Dataset):
     def _fill(self, cache_bytes: int, progress: bool, split: str) -> None:
         bar = tqdm(total=len(self), desc=f"preparing {split} images", disable=None if progress else True, leave=False)
         left = cache_bytes
-        with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        with bar, _named_together(split), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             for start in range(0, len(self), _CHUNK):
                 for index, item in self._prepared(range(start, min(start + _CHUNK, len(self))), pool):
                     left -= sum(value.nbytes for value in item.values())
@@ -161,11 +166,23 @@ class TaskDataset(Dataset):
                 groups.setdefault((self.items[index]["task"], array.shape), []).append((index, array))
         for (name, _), members in groups.items():
             images = self._preprocess_arrays([array for _, array in members], self.data.tasks[name])
+            self._look(images, [self.items[index]["image"] for index, _ in members], name)
             for (index, _), image in zip(members, images, strict=True):
                 yield index, {"image": _compact(image), "label": _class_tensor(self.items[index])}
         for start in range(0, len(single), 8):  # few at a time: no more are made in vain when the memory is full
             few = single[start : start + 8]
             yield from zip(few, pool.map(self._load, few), strict=True)
+
+    def _look(self, images: torch.Tensor, sources: list[Any], task: str) -> None:
+        """Name images that are odd after scaling, as the step of the configs does."""
+        limits = default_intensity(self.data.tasks[task], self.data.spatial_dims)["range"]
+        find, flat = compiled(f"$lambda low, high, mean: {odd(limits)}"), images.flatten(1)
+        facts = zip(flat.amin(1).tolist(), flat.amax(1).tolist(), flat.mean(1).tolist(), sources, strict=True)
+        for low, high, mean, source in facts:
+            words = find(low, high, mean)
+            if words:
+                name = source if isinstance(source, str) else f"an array of task {task!r}"
+                warnings.warn(f"look at {name}: {words}", stacklevel=2)
 
     def _small_array(self, index: int) -> np.ndarray | None:
         """Return an image to classify as an array if it needs nothing that differs from image to image, else None."""
@@ -173,10 +190,12 @@ class TaskDataset(Dataset):
         image, size = item["image"], self._target_size()
         if self.data.kind != "classification" or "range" not in default_intensity(self.data.tasks[item["task"]], dims):
             return None
-        if isinstance(image, str):
-            return self._loaders[item["task"]].read_small(image, size) if dims == 2 else None
-        small = isinstance(image, np.ndarray) and all(n <= most for n, most in zip(image.shape, size, strict=False))
-        return image if small else None
+        if isinstance(image, str) and dims == 2:
+            image = self._loaders[item["task"]].read_small(image, size)
+        full = full_depth(self.data.tasks[item["task"]], dims)
+        if not isinstance(image, np.ndarray) or (full and full != {"u1": 255, "u2": 65535}.get(image.dtype.str[1:])):
+            return None
+        return image if all(n <= most for n, most in zip(image.shape, size, strict=False)) else None
 
     def _load(self, index: int) -> dict[str, torch.Tensor]:
         if self._disk is None:
@@ -199,14 +218,8 @@ class TaskDataset(Dataset):
                 f"{item['image']} has {image.shape[0]} channels after preprocessing, "
                 f"the network takes {self.in_channels}."
             )
-        if not torch.isfinite(image).all():
-            raise LoRKDError(f"{item['image']} holds values that are not finite (NaN or infinity).")
         if self.data.kind == "classification":
             return {"image": _compact(image), "label": _class_tensor(item)}
-        if item["label"] is not None:
-            fault = mask_fault(np.unique(np.asarray(loaded["label"])), task.num_classes)
-            if fault:
-                raise LoRKDError(f"{item['label']}: {fault}.")
         spacing = torch.as_tensor(np.asarray(image.pixdim), dtype=torch.float32)
         if self._pad is not None:
             loaded = self._pad(loaded)
@@ -226,12 +239,12 @@ class TaskDataset(Dataset):
     def _preprocess_arrays(self, arrays: list[np.ndarray], task: TaskSpec) -> torch.Tensor:
         """Do what the stock transforms do, for arrays of one task together. Returns N×C×…, C = 1 for grey."""
         dims = self.data.spatial_dims
-        images = torch.from_numpy(np.stack(arrays).astype(np.float32))
+        stacked = np.stack(arrays)
+        stacked = drop_alpha(stacked, task.channels) if dims == 2 and stacked.ndim == 4 else stacked
+        images = torch.from_numpy(stacked.astype(np.float32))
         if not torch.isfinite(images).all():
             raise LoRKDError(f"task {task.name!r}: its arrays hold values that are not finite (NaN or infinity).")
         images = images.movedim(-1, 1) if images.ndim == dims + 2 else images.unsqueeze(1)
-        if dims == 2 and images.shape[1] in (2, 4):
-            images = images[:, :-1]
         if dims == 2 and self.in_channels == 1 and images.shape[1] == 3:
             images = (images * images.new_tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(1, keepdim=True)
         if images.shape[1] not in (1, self.in_channels):
@@ -259,6 +272,25 @@ class TaskDataset(Dataset):
             rows.append({**item, "made_from": json.dumps(made_from)})
         folder.mkdir(parents=True, exist_ok=True)
         return PersistentDataset(rows, Compose([_Step(self._prepare)]), cache_dir=folder)
+
+
+@contextmanager
+def _named_together(split: str) -> Iterator[None]:
+    """Make one warning for each oddity of the images, with the first of them and their number."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    found: dict[str, list[str]] = {}
+    seen: dict = {}
+    for warning in caught:
+        name, colon, words = str(warning.message).removeprefix("look at ").partition(": ")
+        if str(warning.message).startswith("look at ") and colon:
+            found.setdefault(words, []).append(name)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno, registry=seen)
+    for words, names in found.items():
+        more = f" ({len(names)} images of {split})" if len(names) > 1 else ""
+        warnings.warn(f"look at {names[0]}{more}: {words}", stacklevel=2)
 
 
 class _Step(Transform):

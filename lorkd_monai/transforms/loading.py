@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import warnings
@@ -19,6 +20,7 @@ from monai.transforms import Compose, LoadImage, LoadImaged
 from PIL import Image
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.transforms.gate import affine_fault, refusal
 
 __all__ = ["ImageFacts", "ItemLoader", "describe_image", "wrap_array"]
 
@@ -28,20 +30,28 @@ _NIFTI_SUFFIXES = (".nii", ".nii.gz")
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What can be known of an image without its preprocessing; ``spacing`` is in mm along the axes of RAS."""
+    """What can be known of an image without its preprocessing; ``spacing`` is in mm along the axes of RAS.
+
+    ``values`` are the least and the greatest one of a 2D image (or of all in an ``.npz`` file) whose type of number
+    does not tell the range, None for unsigned 8 and 16 bits; ``floats`` says which of the others it is.
+    """
 
     spatial_dims: int
     channels: int
     bits: int
     spacing: tuple[float, ...] | None
+    values: tuple[float, float] | None = None
+    floats: bool = False
 
 
-def wrap_array(array: np.ndarray, spatial_dims: int) -> MetaTensor:
+def wrap_array(array: np.ndarray, spatial_dims: int, channels: int | None = None) -> MetaTensor:
     """Return an array as `LoadImaged` would have returned it from a file that holds it.
 
     Args:
-        array: H×W[×C] or H×W×D[×C]; the channels come last, a fourth (or second) one of 2D images is alpha.
+        array: H×W[×C] or H×W×D[×C]; the channels come last.
         spatial_dims: 2 or 3.
+        channels: how many there are without alpha. None takes a fourth (or second) one of unsigned numbers in 2D for
+            alpha.
 
     Raises:
         LoRKDError: for an array with another number of axes.
@@ -51,16 +61,23 @@ def wrap_array(array: np.ndarray, spatial_dims: int) -> MetaTensor:
         raise LoRKDError(
             f"expected {spatial_dims} axes, or one more for channels, got an array of shape {array.shape}."
         )
-    if extra and spatial_dims == 2 and array.shape[-1] in (2, 4):
-        array = array[..., :-1]
+    array = drop_alpha(array, channels) if extra and spatial_dims == 2 else array
     tensor = torch.as_tensor(np.ascontiguousarray(array).astype(np.float32))
     affine = torch.eye(spatial_dims + 1, dtype=torch.float64)
     meta = {
         "original_channel_dim": -1 if extra else float("nan"),
         "original_affine": affine.clone(),
         "spatial_shape": np.asarray(array.shape[:spatial_dims]),
+        "mode": {"u1": "L", "u2": "I;16"}.get(array.dtype.str[1:], "F" if array.dtype.kind == "f" else "I"),
     }
     return MetaTensor(tensor, affine=affine, meta=meta)
+
+
+def drop_alpha(array: np.ndarray, channels: int | None) -> np.ndarray:
+    """Return one or more 2D images, …×C, without the channel of alpha that they may have beside their ``channels``."""
+    if channels is None:
+        channels = array.shape[-1] - (array.shape[-1] in (2, 4) and array.dtype.kind == "u")
+    return array[..., :-1] if array.shape[-1] == channels + 1 and channels in (1, 3) else array
 
 
 def describe_image(path: str | Sequence[str]) -> ImageFacts:
@@ -73,7 +90,7 @@ def describe_image(path: str | Sequence[str]) -> ImageFacts:
     """
     if not isinstance(path, str):
         facts = describe_image(path[0])
-        return ImageFacts(facts.spatial_dims, len(path), facts.bits, facts.spacing)
+        return dataclasses.replace(facts, channels=len(path))
     try:
         if path.lower().endswith(_PIL_SUFFIXES):
             return _describe_pil(path)
@@ -82,6 +99,8 @@ def describe_image(path: str | Sequence[str]) -> ImageFacts:
         with quiet_readers():
             image = LoadImage(image_only=True, ensure_channel_first=True)(path)
         return ImageFacts(image.ndim - 1, image.shape[0], 0, _ras_spacing(np.asarray(image.affine)))
+    except LoRKDError:
+        raise
     except Exception as error:  # each reader raises its own kinds
         raise LoRKDError(_cannot_read(path, error)) from error
 
@@ -92,6 +111,8 @@ class ItemLoader:
     Args:
         configs: dictionaries of `lorkd_monai.transforms.preprocessing`, which begin with ``LoadImaged``.
         spatial_dims: 2 or 3.
+        channels: of arrays, see `wrap_array`.
+        source: what an array is called in messages.
 
     Example::
 
@@ -100,11 +121,17 @@ class ItemLoader:
         load({"image": np.zeros((28, 28), "uint8")})["image"].shape
     """
 
-    def __init__(self, configs: Sequence[dict[str, Any]], spatial_dims: int) -> None:
+    def __init__(
+        self,
+        configs: Sequence[dict[str, Any]],
+        spatial_dims: int,
+        channels: int | None = None,
+        source: str = "an array",
+    ) -> None:
         parser = ConfigParser({"transforms": list(configs)})
         with quiet_readers():
             transforms = parser.get_parsed_content("transforms")
-        self.spatial_dims = spatial_dims
+        self.spatial_dims, self.channels, self.source = spatial_dims, channels, source
         self.files = Compose([t for t in transforms if isinstance(t, LoadImaged)])
         self.rest = Compose([t for t in transforms if not isinstance(t, LoadImaged)])
         self._reader = ConfigParser({"reader": configs[0].get("reader")}).get_parsed_content("reader")
@@ -113,17 +140,18 @@ class ItemLoader:
         """Return the item with its tensors. Raises a `LoRKDError` that names the file where that fails."""
         try:
             if isinstance(item["image"], np.ndarray):
-                item = {**item, "image": wrap_array(item["image"], self.spatial_dims)}
+                image = wrap_array(item["image"], self.spatial_dims, self.channels)
+                image.meta["filename_or_obj"] = self.source
+                item = {**item, "image": image}
             else:
                 item = self.files(item)
         except Exception as error:
-            raise LoRKDError(_cannot_read(_names(item), error)) from error
-        if isinstance(item.get("label"), MetaTensor):
-            _fit_mask(item["image"], item["label"], self.spatial_dims, _names(item))
+            raise LoRKDError(refusal(error) or _cannot_read(_names(item), error)) from error
         try:
             return self.rest(item)
         except Exception as error:
-            raise LoRKDError(f"cannot preprocess {_names(item)}: {_last_words(error)}") from error
+            words = refusal(error) or f"cannot preprocess {_names(item)}: {_last_words(error)}"
+            raise LoRKDError(words) from error
 
     def read_small(self, path: str, size: Sequence[int]) -> np.ndarray | None:
         """Return the array H×W[×C] of a 2D file no larger than ``size``; None for others and what cannot be read."""
@@ -152,15 +180,19 @@ def quiet_readers() -> Iterator[None]:
 def _describe_pil(path: str) -> ImageFacts:
     with Image.open(path) as image:
         mode = image.mode
+        values = tuple(map(float, image.getextrema())) if mode in ("I", "F") else None
     channels = 1 if mode in ("1", "L", "LA", "La", "F") or mode.startswith("I") else 3
-    bits = 16 if mode.startswith("I") else 32 if mode == "F" else 8
-    return ImageFacts(2, channels, bits, None)
+    bits = 16 if mode.startswith("I;16") else 32 if values else 8
+    return ImageFacts(2, channels, bits, None, values, mode == "F")
 
 
 def _describe_nifti(path: str) -> ImageFacts:
     import nibabel
 
     image = nibabel.load(path)
+    fault = affine_fault(torch.as_tensor(image.affine))
+    if fault:
+        raise LoRKDError(f"{path}{fault}")
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -179,22 +211,6 @@ def _ras_spacing(affine: np.ndarray) -> tuple[float, ...]:
     spacing = np.empty(3)
     spacing[world_axes] = lengths
     return tuple(float(length) for length in spacing)
-
-
-def _fit_mask(image: MetaTensor, mask: MetaTensor, spatial_dims: int, names: str) -> None:
-    """Refuse a mask that lies elsewhere than its image; give it the image's affine where they differ by rounding."""
-    sizes = [tuple(int(n) for n in t.meta["spatial_shape"])[:spatial_dims] for t in (image, mask)]
-    if sizes[0] != sizes[1]:
-        raise LoRKDError(f"{names}: the image is of size {sizes[0]}, its mask of {sizes[1]}; they must be the same.")
-    if spatial_dims == 2:
-        return
-    corners = np.asarray(np.meshgrid(*[(0, n - 1) for n in sizes[0]])).reshape(3, -1)
-    affine = np.asarray(image.affine, dtype=np.float64)
-    change = np.asarray(mask.affine, dtype=np.float64) - affine
-    shift = np.linalg.norm(change[:3, :3] @ corners + change[:3, 3:], axis=0).max()
-    if shift > 0.5 * np.linalg.norm(affine[:3, :3], axis=0).min():
-        raise LoRKDError(f"{names}: the mask lies up to {shift:.2f} mm beside its image; both need the same affine.")
-    mask.affine = image.affine.clone()
 
 
 def _names(item: dict[str, Any]) -> str:

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.transforms.gate import gate, scaled, upright
 
 if TYPE_CHECKING:
     from lorkd_monai.data.datalist import TaskSpec
+    from lorkd_monai.transforms.loading import ImageFacts
 
 __all__ = ["CT_WINDOW", "PERCENTILES", "default_intensity", "postprocessing", "preprocessing", "saving_handlers"]
 
@@ -25,7 +27,7 @@ PERCENTILES = (0.5, 99.5)
 
 # Grey and colour stay as they are, also 16-bit grey; palettes become colours, an alpha channel is dropped.
 _READ_COLOURS = (
-    "$lambda image: image if image.mode in ('L', 'RGB', 'F') or image.mode.startswith('I')"
+    "image if image.mode in ('L', 'RGB', 'F') or image.mode.startswith('I')"
     " else image.convert('L' if image.mode in ('1', 'LA', 'La') else 'RGB')"
 )
 # Weights of red, green and blue after ITU-R 601, which PIL's own conversion to grey uses.
@@ -55,9 +57,35 @@ def default_intensity(task: TaskSpec, spatial_dims: int) -> dict[str, Any]:
     """
     if task.intensity is not None:
         return task.intensity
-    if spatial_dims == 2:
-        return {"range": [0.0, 255.0]}
-    if (task.modality or "").strip().upper() == "CT":
+    return {"range": [0.0, 255.0]} if spatial_dims == 2 else _volume_intensity(task.modality)
+
+
+def full_depth(task: TaskSpec, spatial_dims: int) -> float | None:
+    """Return the value of white of a 2D task whose files are read by their own depth; None where a range is stated."""
+    if spatial_dims == 3 or not (task.intensity is None or task.measured):
+        return None
+    low, high = default_intensity(task, 2).get("range", (None, None))
+    return high if low == 0 and high in (1, 255, 65535) else None
+
+
+def measured_intensity(facts: ImageFacts, modality: str | None) -> dict[str, Any] | None:
+    """Return the intensity of a 2D task whose list states none, by what its images hold; None for 0 to 255.
+
+    8 and 16 bits have their full range, also in wider whole numbers; floats 0..1 or 0..255 where they fit one of these.
+    Others, as HU or z-scores, are scaled as volumes: CT by `CT_WINDOW`, the rest by the `PERCENTILES` of each image.
+    """
+    if facts.values is None:
+        return {"range": [0, 65535]} if facts.bits == 16 else None
+    low, high = facts.values
+    if facts.floats and low >= -0.1 * high and (high <= 1.1 or 25 < high <= 280.5):  # resampling overshoots
+        return {"range": [0, 1]} if high <= 1.1 else None
+    if not facts.floats and low >= 0 and high <= 65535:
+        return {"range": [0, 65535]} if high > 255 else None
+    return _volume_intensity(modality)
+
+
+def _volume_intensity(modality: str | None) -> dict[str, Any]:
+    if (modality or "").strip().upper() == "CT":
         return {"range": list(CT_WINDOW)}
     return {"percentiles": list(PERCENTILES)}
 
@@ -109,6 +137,8 @@ def preprocessing(
     masks = len(keys) == 2
     steps = _loading(spatial_dims, masks)
     steps.append({"_target_": "EnsureChannelFirstd", "keys": keys})
+    channels, full = _channels(task, spatial_dims, in_channels), full_depth(task, spatial_dims)
+    steps.append(gate(spatial_dims, channels, full, task.num_classes if masks else None))
     if spatial_dims == 3:
         steps.append({"_target_": "Orientationd", "keys": keys, "axcodes": "RAS", "labels": None})
         if kind == "segmentation" and task.spacing is not None:
@@ -116,7 +146,8 @@ def preprocessing(
             steps.append({"_target_": "Spacingd", "keys": keys, "pixdim": list(map(float, task.spacing)), "mode": mode})
     if spatial_dims == 2 and in_channels == 1:
         steps.append({"_target_": "Lambdad", "keys": "image", "func": _TO_GREY})
-    steps.append(_intensity(default_intensity(task, spatial_dims)))
+    intensity = default_intensity(task, spatial_dims)
+    steps += [_intensity(intensity), scaled(intensity.get("range"))]
     if in_channels > 1:
         steps.append({"_target_": "Lambdad", "keys": "image", "func": _TO_CHANNELS.format(channels=int(in_channels))})
     if kind == "classification":
@@ -219,13 +250,20 @@ def saving_handlers(kind: str, output_dir: str = "@output_dir") -> list[dict[str
     ]
 
 
+def _channels(task: TaskSpec, spatial_dims: int, in_channels: int) -> list[int]:
+    """Numbers of channels that an image of a task may have: grey and colours stand for each other in 2D."""
+    if spatial_dims == 2 and in_channels in (1, 3) and task.channels in (None, 1, 3):
+        return [1, 3]
+    return [1, in_channels] if task.channels is None else [task.channels]
+
+
 def _loading(spatial_dims: int, masks: bool) -> list[dict[str, Any]]:
     if spatial_dims == 3:
         return [{"_target_": "LoadImaged", "keys": ["image", "label"] if masks else ["image"]}]
-    image = {"_target_": "PILReader", "reverse_indexing": False, "converter": _READ_COLOURS}
+    image = {"_target_": "PILReader", "reverse_indexing": False, "converter": upright(_READ_COLOURS)}
     steps = [{"_target_": "LoadImaged", "keys": ["image"], "reader": image}]
     if masks:  # a palette's indices are the classes, so masks are not converted
-        mask = {"_target_": "PILReader", "reverse_indexing": False}
+        mask = {"_target_": "PILReader", "reverse_indexing": False, "converter": upright()}
         steps.append({"_target_": "LoadImaged", "keys": ["label"], "reader": mask})
     return steps
 
