@@ -97,14 +97,9 @@ class TaskDataset(Dataset):
             name: preprocessing(task, data.kind, data.spatial_dims, in_channels, image_size, keys)
             for name, task in data.tasks.items()
         }
-        self._loaders = {
-            name: ItemLoader(configs, data.spatial_dims, data.tasks[name].channels, f"an array of task {name!r}")
-            for name, configs in self._configs.items()
-        }
+        self._loaders = {name: self._loader(name, configs) for name, configs in self._configs.items()}
         self._without_mask = {
-            name: ItemLoader(
-                preprocessing(task, data.kind, data.spatial_dims, in_channels, image_size), data.spatial_dims
-            )
+            name: self._loader(name, preprocessing(task, data.kind, data.spatial_dims, in_channels, image_size))
             for name, task in data.tasks.items()
             if any(item["label"] is None and item["task"] == name for item in self.items)
         }
@@ -142,6 +137,10 @@ class TaskDataset(Dataset):
         result = {**item, "image": image.expand(self.in_channels, *image.shape[1:]), "label": item["label"].long()}
         result["task"] = torch.tensor(self.task_of_item[index])
         return result
+
+    def _loader(self, name: str, configs: list[dict[str, Any]]) -> ItemLoader:
+        task = self.data.tasks[name]
+        return ItemLoader(configs, self.data.spatial_dims, task.channels, f"an array of task {name!r}")
 
     def _fill(self, cache_bytes: int, progress: bool, split: str) -> None:
         bar = tqdm(total=len(self), desc=f"preparing {split} images", disable=None if progress else True, leave=False)
