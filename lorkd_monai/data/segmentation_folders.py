@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,14 @@ from lorkd_monai.arguments import as_path
 from lorkd_monai.data.builders import Sources, finish, task_folders
 from lorkd_monai.data.checks import SPLITS
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
+from lorkd_monai.data.taken import Skipped
 from lorkd_monai.data.writing import refuse_existing
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.preprocessing import check_kind
 
 __all__ = ["from_segmentation_folders"]
+
+_log = logging.getLogger(__name__)
 
 
 def from_segmentation_folders(
@@ -61,14 +65,20 @@ def from_segmentation_folders(
     refuse_existing(output, overwrite)
     tasks: dict[str, dict[str, Any]] = {}
     rows: list[Row] = []
+    skipped = Skipped()
     for task, folder in task_folders(sources).items():
         content = _read(folder)
         tasks[task] = _entry(content, folder)
         is_nnunet = "channel_names" in content or _is_numbered(content, folder)
-        found = _nnunet_rows(task, folder, content) if is_nnunet else _decathlon_rows(task, folder, content)
-        if not found:
+        found = (_nnunet_rows if is_nnunet else _decathlon_rows)(task, folder, content, skipped)
+        if not any(row.label for row in found):
+            skipped.tell()
             raise LoRKDError(f"{folder} has no image with a mask.")
+        said, there = content.get("numTraining"), sum(row.split in (None, "training") for row in found)
+        if isinstance(said, int) and said != there:
+            _log.warning("task %r: dataset.json says numTraining %d, and there are %d.", task, said, there)
         rows += found
+    skipped.tell()
     unsplit = [row for row in rows if row.split is None]
     fractions = tuple(fractions)
     _split(rows, unsplit, fractions, seed, read_patients(rows, patients_csv, patient_regex))
@@ -127,51 +137,98 @@ def _is_numbered(content: dict[str, Any], folder: Path) -> bool:
     return images.is_dir() and any(re.search(r"_0000\.", path.name) for path in images.iterdir())
 
 
-def _decathlon_rows(task: str, folder: Path, content: dict[str, Any]) -> list[Row]:
+def _decathlon_rows(task: str, folder: Path, content: dict[str, Any], skipped: Skipped) -> list[Row]:
     rows = []
+    listed_files = set()
     for split in SPLITS:
         listed = content.get(split, [])
         for item in listed if isinstance(listed, list) else []:
             if isinstance(item, str) and split == "test":
-                continue  # the Decathlon's test images have no masks
-            if not isinstance(item, dict) or not all(isinstance(item.get(k), str) for k in ("image", "label")):
+                skipped.add("test images without masks: nothing can be measured on them", folder / item)
+                listed_files.add(os.path.normpath(folder / item))
+                continue
+            whole = isinstance(item, dict) and isinstance(item.get("image"), str) and "label" in item
+            if not whole or not isinstance(item["label"], (str, type(None))):
                 raise LoRKDError(f"{folder}: expected {{'image': …, 'label': …}} in {split!r}, got {str(item)[:100]}.")
-            image, label = (os.path.normpath(folder / item[key]) for key in ("image", "label"))
-            rows.append(Row(task, image, label, None if split == "training" else split))
+            image, label = (item[key] and os.path.normpath(folder / item[key]) for key in ("image", "label"))
+            listed_files |= {image, label}
+            # Without a mask an image can be of use in training only.
+            rows.append(Row(task, image, label, None if split == "training" and label else split))
+    for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        for path in _files_of(folder / part, skipped):
+            if os.path.normpath(path) not in listed_files:
+                skipped.add("files that dataset.json does not list", path)
     return rows
 
 
-def _nnunet_rows(task: str, folder: Path, content: dict[str, Any]) -> list[Row]:
+def _nnunet_rows(task: str, folder: Path, content: dict[str, Any], skipped: Skipped) -> list[Row]:
     rows = []
+    named = content.get("channel_names") or content.get("modality") or {}
     for part, split in (("Tr", None), ("Ts", "test")):
         images, masks = folder / f"images{part}", folder / f"labels{part}"
-        if not images.is_dir() or not masks.is_dir():
-            if part == "Tr":
-                raise LoRKDError(f"{folder} must have the folders imagesTr and labelsTr.")
-            continue
-        ending = content.get("file_ending") or _common_ending(masks)
-        channels: dict[str, list[str]] = {}
-        for path in sorted(images.iterdir()):
-            match = re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", path.name)
-            if match and path.name[0] != ".":
-                channels.setdefault(match[1], []).append(str(path))
-        for mask in sorted(masks.iterdir()):
-            if mask.name[0] == "." or not mask.name.endswith(ending):
+        if part == "Tr" and not (images.is_dir() and masks.is_dir()):
+            raise LoRKDError(f"{folder} must have the folders imagesTr and labelsTr.")
+        ending = content.get("file_ending") or _common_ending(masks if masks.is_dir() else images)
+        channels: dict[str, dict[int, str]] = {}
+        for path in _files_of(images, skipped):
+            match = re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", path.name, re.IGNORECASE)
+            if match:
+                channels.setdefault(match[1], {})[int(match[2])] = str(path)
+            else:
+                skipped.add(
+                    f"files of images{part} without a channel number and {ending}, as in case_0000{ending}", path
+                )
+        cases = set()
+        for mask in _files_of(masks, skipped):
+            if not mask.name.lower().endswith(ending.lower()):
+                skipped.add(f"files of labels{part} whose names do not end in {ending}", mask)
                 continue
             case = mask.name[: -len(ending)]
+            cases.add(case)
             if case not in channels:
                 raise LoRKDError(f"the mask {mask} has no image {images / case}_0000{ending}.")
-            files = channels[case]
+            files = _in_order(channels[case], len(named), images / case, ending)
             rows.append(Row(task, files[0] if len(files) == 1 else files, str(mask), split))
+        for case in sorted(channels.keys() - cases):
+            skipped.add(f"images of images{part} without a mask", images / case)
     counts = {1 if isinstance(row.image, str) else len(row.image) for row in rows}
-    expected = content.get("channel_names") or content.get("modality") or {}
-    if len(counts) > 1 or (expected and counts and counts != {len(expected)}):
-        raise LoRKDError(f"{folder}: cases have {sorted(counts)} channel files, dataset.json names {len(expected)}.")
+    if len(counts) > 1:
+        raise LoRKDError(f"{folder}: cases have {sorted(counts)} channel files, dataset.json names {len(named)}.")
     return rows
+
+
+def _in_order(files: dict[int, str], expected: int, case: Path, ending: str) -> list[str]:
+    """The channel files of a case by their numbers, which must be 0, 1, … without a gap."""
+    count = expected or max(files) + 1
+    missing = [number for number in range(count) if number not in files]
+    if missing:
+        raise LoRKDError(
+            f"the channel file {case}_{missing[0]:04d}{ending} is missing: the case has the channels "
+            f"{', '.join(f'{number:04d}' for number in sorted(files))}"
+            + (f", dataset.json names {expected}." if expected else ".")
+        )
+    if len(files) > count:
+        raise LoRKDError(
+            f"{files[max(files)]}: cases have [{len(files)}] channel files, dataset.json names {expected}."
+        )
+    return [files[number] for number in range(count)]
+
+
+def _files_of(folder: Path, skipped: Skipped) -> list[Path]:
+    """The files of a folder by name, without hidden ones; none where there is no such folder."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name[0] == ".":
+            skipped.add("hidden files and folders", path)
+        elif path.is_dir():
+            skipped.add("folders among the images", path)
+        else:
+            found.append(path)
+    return found
 
 
 def _common_ending(folder: Path) -> str:
-    names = [path.name for path in folder.iterdir() if path.name[0] != "."]
+    names = [path.name.lower() for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
     return next(
         (e for e in (".nii.gz", ".nii", ".png", ".nrrd", ".mha", ".tif") if any(n.endswith(e) for n in names)), ""
     )

@@ -328,6 +328,63 @@ def test_folders_of_another_form_are_refused(tmp_path):
         from_segmentation_folders(bad, tmp_path / "out")
 
 
+def test_channel_files_by_their_numbers(tmp_path):
+    folder = nnunet(tmp_path, channels=3)
+    image = load_data_list(from_segmentation_folders(folder, tmp_path / "out"), "segmentation", 3).training[0]["image"]
+    assert [path[-11:] for path in image] == ["0000.nii.gz", "0001.nii.gz", "0002.nii.gz"]
+    gone = folder / "imagesTr" / "head_Tr4_0001.nii.gz"
+    gone.rename(folder / "imagesTr" / "head_Tr4_0003.nii.gz")  # as many files as before
+    with pytest.raises(LoRKDError, match=rf"{gone} is missing: the case has the channels 0000, 0002, 0003, .* names 3"):
+        from_segmentation_folders(folder, tmp_path / "out2")
+    shutil.copy(folder / "imagesTr" / "head_Tr4_0003.nii.gz", gone)
+    with pytest.raises(
+        LoRKDError, match=r"head_Tr4_0003\.nii\.gz: cases have \[4\] channel files, dataset.json names 3"
+    ):
+        from_segmentation_folders(folder, tmp_path / "out2")
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**content, "channel_names": {"0": "CT"}}))
+    with pytest.raises(LoRKDError, match="cases have [[]3] channel files, dataset.json names 1"):
+        from_segmentation_folders(folder, tmp_path / "out2")
+
+
+def test_what_segmentation_folders_leave_out_is_told(tmp_path, caplog):
+    head = nnunet(tmp_path, test_cases=0, numTraining=12)
+    nifti(head / "imagesTr" / "alone_0000.nii.gz")
+    nifti(head / "imagesTr" / "unnumbered.nii.gz")
+    nifti(head / "imagesTs" / "t1_0000.nii.gz")
+    nifti(head / "labelsTr" / "._head_Tr1.nii.gz")
+    (head / "labelsTr" / "notes.txt").write_text("no mask")
+    spleen = decathlon(tmp_path)
+    nifti(spleen / "imagesTr" / "more.nii.gz")
+    from_segmentation_folders([head, spleen], tmp_path / "out")
+    for line in (
+        f"skipped 1: images of imagesTr without a mask ({head / 'imagesTr' / 'alone'})",
+        "skipped 1: files of imagesTr without a channel number and .nii.gz, as in case_0000.nii.gz (",
+        f"skipped 1: images of imagesTs without a mask ({head / 'imagesTs' / 't1'})",
+        f"skipped 1: hidden files and folders ({head / 'labelsTr' / '._head_Tr1.nii.gz'})",
+        f"skipped 1: files of labelsTr whose names do not end in .nii.gz ({head / 'labelsTr' / 'notes.txt'})",
+        "skipped 1: test images without masks: nothing can be measured on them (",
+        f"skipped 1: files that dataset.json does not list ({spleen / 'imagesTr' / 'more.nii.gz'})",
+        "task 'head': dataset.json says numTraining 12, and there are 10.",
+    ):
+        assert line in caplog.text
+
+
+def test_segmentation_suffixes_in_large_letters_and_masks_of_null(tmp_path):
+    folder = nnunet(tmp_path, channels=1)
+    for path in [*folder.glob("*Tr/*"), *folder.glob("*Ts/*")]:
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    data = load_data_list(from_segmentation_folders(folder, tmp_path / "out"), "segmentation", 3)
+    assert sum(data.counts()["head"].values()) == 13
+    folder = decathlon(tmp_path)
+    content = json.loads((folder / "dataset.json").read_text())
+    for item in content["training"][:4]:
+        item["label"] = None
+    (folder / "dataset.json").write_text(json.dumps(content))
+    data = load_data_list(from_segmentation_folders(folder, tmp_path / "out2", fractions=(1, 0, 0)), "segmentation", 3)
+    assert data.unlabelled == 4 and len(data.training) == 10
+
+
 def test_combining_lists(tmp_path):
     make_phantoms(tmp_path / "a", "classification", 2, num_images=10, image_size=16)
     other = from_class_folders(class_folders(tmp_path / "source"), tmp_path / "b")
