@@ -17,7 +17,6 @@ import fire
 from lorkd_monai.arguments import as_names, as_path
 from lorkd_monai.cli_study import report, study
 from lorkd_monai.errors import LoRKDError, show_errors_plainly
-from lorkd_monai.files import read_json
 
 __all__ = ["COMMANDS", "main"]
 
@@ -115,7 +114,7 @@ def export(
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
         rank: cut nested experts to at most this rank; figures are then taken from --figures only.
     """
-    from lorkd_monai.bundle.export import export_experts
+    from lorkd_monai.bundle.export import export_experts, read_figures
     from lorkd_monai.bundle.parent import read_facts
     from lorkd_monai.networks.checkpoint import load_decomposition
 
@@ -124,9 +123,8 @@ def export(
     if figures is not None and not measured.is_file():
         raise LoRKDError(f"figures: there is no file {measured}")
     usable = measured.is_file() and (rank is None or figures is not None)  # those beside the file are at full rank
-    known = read_json(measured) if usable else {}
-    known = known.get("experts", known)
     net = load_decomposition(file, _backbone(backbone))
+    known = read_figures(measured, net.info) if usable else {}
     written = export_experts(
         net,
         as_path(output, "output"),

@@ -3,6 +3,7 @@
 from lorkd_monai.bundle.checker import Problem, check_bundle, check_origin
 from lorkd_monai.bundle.export import export_experts, network_info
 from lorkd_monai.bundle.formats import measure
+from lorkd_monai.bundle.overrides import check_overrides
 from lorkd_monai.bundle.pack import load_expert, pack_bundle, push_bundle
 from lorkd_monai.bundle.serving import TaskInference
 from lorkd_monai.bundle.writer import expert_name, write_expert_bundle, write_teacher_bundle
@@ -12,6 +13,7 @@ __all__ = [
     "TaskInference",
     "check_bundle",
     "check_origin",
+    "check_overrides",
     "export_experts",
     "expert_name",
     "load_expert",

@@ -13,13 +13,15 @@ from torch import nn
 
 from lorkd_monai.bundle.writer import check_formats, expert_folder, refuse_foreign, write_expert_bundle
 from lorkd_monai.data import DataList, TaskSpec
+from lorkd_monai.data.identity import differences, split_digests
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import read_json
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import load_weights
 from lorkd_monai.networks.nested import cut_rank
 from lorkd_monai.transforms import postprocessing, preprocessing
 
-__all__ = ["describe_expert", "expert_folders", "export_experts", "network_info", "tasks_of_info"]
+__all__ = ["describe_expert", "expert_folders", "export_experts", "network_info", "read_figures", "tasks_of_info"]
 
 _STATISTICS = ("running_mean", "running_var")  # of norms: no parameters
 _log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ def network_info(data: DataList, in_channels: int, image_size: int | Sequence[in
         "in_channels": in_channels,
         "image_size": image_size if isinstance(image_size, int) else list(image_size),
         "tasks": {name: asdict(task) for name, task in data.tasks.items()},
+        "images": split_digests(data),
     }
 
 
@@ -67,6 +70,30 @@ def tasks_of_info(info: Mapping[str, Any]) -> dict[str, TaskSpec]:
             "`training`, or a network with info=network_info(…)"
         ) from e
     return tasks
+
+
+def read_figures(path: str | Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """The experts' figures in a JSON file of `training` or `evaluating`, by task.
+
+    Args:
+        path: the file.
+        info: of the decomposition that they are said to be of.
+
+    Raises:
+        LoRKDError: no JSON object, or figures of tasks with other classes.
+    """
+    content = read_json(path)
+    specs = tasks_of_info(info)
+    now = {name: {"classes": list(task.labels.values())} for name, task in specs.items()}
+    told = content.get("data", {}).get("tasks", {}) if "experts" in content else {}
+    before = {name: {"classes": told[name]["classes"]} for name in now if name in told}
+    differing = differences(before, {name: now[name] for name in before})
+    if differing:
+        raise LoRKDError(
+            f"{path} holds figures of other classes than this decomposition's: {'; '.join(differing)}. Name the file "
+            "that `evaluating` wrote for it"
+        )
+    return content.get("experts", content)
 
 
 def expert_folders(

@@ -43,6 +43,7 @@ _log = logging.getLogger(__name__)
 
 # What a note says of a task whose images prove nothing: "for wiring, never for a score", "wiring only".
 _NO_SCORE = re.compile(r"wiring only|never (for )?a score|\bno score\b", re.IGNORECASE)
+_MEASURED = ("channels", "intensity", "spacing")  # on a task's images, where the list does not state them
 _MOST_HEADERS = 50  # images per task whose headers are read for the median spacing
 
 
@@ -87,7 +88,8 @@ class DataList:
     An item of ``training``, ``validation`` and ``test`` is ``{"image": …, "label": …, "task": name}``. An image is an
     absolute path (a list of paths: one file per channel) or an array H×W[×C] or H×W×D[×C]; a label is a class id or
     the path of a mask, or None for a training image that has none. ``licence`` and ``authors`` are what the list says
-    of all its images; see `TaskSpec` for one task's.
+    of all its images; see `TaskSpec` for one task's. ``stated`` has what the list itself says of a task among channels,
+    intensity and spacing; the rest was measured on its images.
     """
 
     name: str
@@ -100,6 +102,7 @@ class DataList:
     test: list[dict[str, Any]] = field(default_factory=list, repr=False)
     licence: str | None = None
     authors: list[str] | None = None
+    stated: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     @property
     def num_classes(self) -> dict[str, int]:
@@ -194,7 +197,9 @@ def load_data_list(
         check_masks(items, {name: ItemLoader(configs, spatial_dims) for name, configs in both.items()}, problems)
     if problems:
         problems.raise_all()
-    data = DataList(str(content.get("name", file.parent.name)), folder, kind, spatial_dims, tasks, **items, **origin)
+    stated = {name: [k for k in _MEASURED if entry.get(k) is not None] for name, entry in entries.items()}
+    name = str(content.get("name", file.parent.name))
+    data = DataList(name, folder, kind, spatial_dims, tasks, **items, **origin, stated=stated)
     for line in remarks(data):
         _log.warning("%s", line)
     return measure_spacing(data) if kind == "segmentation" and spatial_dims == 3 else data

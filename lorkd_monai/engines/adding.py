@@ -13,6 +13,8 @@ from torch import nn
 from lorkd_monai.bundle.export import tasks_of_info
 from lorkd_monai.data import DataList
 from lorkd_monai.data.checks import SPLITS
+from lorkd_monai.data.identity import split_digests
+from lorkd_monai.engines.trained_tasks import as_trained
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import (
@@ -102,6 +104,7 @@ def network_with_new_tasks(
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(True)
     _describe(net, {**info["tasks"], **{name: dataclasses.asdict(data.tasks[name]) for name in new}})
+    net.info["images"] = split_digests(data)
     return net
 
 
@@ -131,19 +134,13 @@ def new_tasks_of(data: DataList, net: LoRKDNet) -> DataList:
         net: as :func:`network_with_new_tasks` gives it.
 
     Raises:
-        LoRKDError: a task of both that has other classes in the list.
+        LoRKDError: a task of both that is another one in the list, see `as_trained`.
     """
-    new, known = added_tasks(net), tasks_of_info(net.info)
-    for name, task in data.tasks.items():
-        if name in known and known[name].labels != task.labels:
-            raise LoRKDError(
-                f"task {name!r} of the data list {data.name!r} has the classes {list(task.labels.values())}, but the "
-                f"decomposition's task of that name has {list(known[name].labels.values())}: name one otherwise, or "
-                "leave it out of the list"
-            )
+    new, trained = added_tasks(net), as_trained(data, net.info, "the decomposition")
+    known = trained.tasks
     kept = {split: known if split == "test" else new for split in SPLITS}
     items = {split: [item for item in data.split(split) if item["task"] in kept[split]] for split in SPLITS}
-    return dataclasses.replace(data, tasks=known, **items)
+    return dataclasses.replace(trained, **items)
 
 
 def added_tasks(net: LoRKDNet) -> list[str]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lorkd_monai.bundle.configs import default_inferer
-from lorkd_monai.bundle.export import tasks_of_info
 from lorkd_monai.data import DataList, TaskDataset, load_data_list
 from lorkd_monai.engines.evaluation import evaluate_tasks
+from lorkd_monai.engines.trained_tasks import as_trained
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks import LoRKDNet
@@ -65,16 +65,14 @@ def rank_curve(
         raise LoRKDError(
             "this decomposition was not trained with nested experts, so none can be cut: train with --nested True"
         )
-    known, info = tasks_of_info(network.info), network.info
+    info = network.info
     chosen = network.tasks if tasks is None else [network.tasks[network.task_index(t)] for t in tasks]
-    differing = [t for t in chosen if t in data.tasks and data.tasks[t].labels != known[t].labels]
-    if differing:
-        raise LoRKDError(f"task {differing[0]!r} has other classes in the data list {data.name!r} than in the network")
+    own = as_trained(data, info, "the decomposition", chosen)
     items = [item for item in data.split(split) if item["task"] in chosen]
     lacking = [t for t in tasks or () if t not in {item["task"] for item in items}]
     if lacking or not items:
         raise LoRKDError(f"the data list {data.name!r} has no {split} images of {lacking or chosen}")
-    own = dataclasses.replace(data, tasks=known, training=[], validation=[], test=items)
+    own = dataclasses.replace(own, training=[], validation=[], test=items)
     dataset = TaskDataset(own, "test", info["in_channels"], info["image_size"])
     loader = DataLoader(dataset, batch_size=1 if data.kind == "segmentation" else 64)
     size = info["image_size"]

@@ -18,6 +18,7 @@ from lorkd_monai.bundle.parent import read_facts
 from lorkd_monai.bundle.writer import check_formats
 from lorkd_monai.data import DataList, TaskDataset, load_data_list
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table
+from lorkd_monai.engines.trained_tasks import as_trained
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.checkpoint import load_decomposition
 from lorkd_monai.networks.norms import reestimate_norms
@@ -91,6 +92,7 @@ def renorm_experts(
             f"the data list {dataset_dir} has no task {differing[0]!r} with {network.num_classes[differing[0]]} "
             f"classes, which the decomposition has; its tasks are {', '.join(data.tasks)}"
         )
+    data = as_trained(data, info, str(checkpoint), chosen)
     patch = size if (kind, dims) == ("segmentation", 3) else None
     inferer = default_inferer(kind, (size,) * dims if isinstance(size, int) else tuple(size))
     experts: dict[str, nn.Module] = {}

@@ -20,12 +20,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorkd_monai import __version__
 from lorkd_monai.bundle.parent import teacher_facts
-from lorkd_monai.data import DataList, TaskBatchSampler
+from lorkd_monai.data import DataList, TaskBatchSampler, TaskDataset
+from lorkd_monai.data.identity import split_digests, task_identity
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table, write_figures
+from lorkd_monai.engines.trained_tasks import as_trained, other_images
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, TaskChannels
-from lorkd_monai.networks.checkpoint import load_weights
+from lorkd_monai.networks.checkpoint import load_weights, read_decomposition_spec
 from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.networks.teacher_bundle import load_teacher, teacher_from_checkpoint
 from lorkd_monai.networks.teacher_cache import CachedTeacher
@@ -350,13 +352,14 @@ def report_figures(
         loader: the images to measure on.
         data: the data list.
         device: where to run.
-        path: JSON file to write: ``{"experts": …, "teacher": …}``.
+        path: JSON file to write: ``{"experts": …, "teacher": …, "data": …}``, the last with what they were measured on.
         teacher_bundle: folder of the teacher; left out where it does not exist or does not know all tasks measured.
         inferer: such as sliding windows.
         teacher_intensity: what the teacher wants of the images, see `find_teacher`.
 
     Raises:
-        LoRKDError: there are no test images, no weights yet, or they belong to another decomposition.
+        LoRKDError: there are no test images, no weights yet, or they belong to another decomposition, or were trained on
+            tasks that the list describes in another way, see `as_trained`.
     """
     if not len(loader):
         raise LoRKDError(
@@ -366,15 +369,37 @@ def report_figures(
     if not Path(weights).exists():
         run_id = "adding" if Path(weights).parent.name == "adding" else "training"
         raise LoRKDError(f"no trained weights at {weights}: run `{run_id}` with the same --output_dir first")
-    network.load_state_dict(load_weights(weights))
-    figures = {"experts": evaluate_tasks(network.eval(), loader, data, device, inferer)}
+    state = load_weights(weights)
+    network.load_state_dict(state)
+    info = read_decomposition_spec(state, str(weights)).get("info") or {}
+    trained = as_trained(data, info, str(weights))
+    loader = _prepared_as(trained, data, loader)
+    figures: dict[str, Any] = {"experts": evaluate_tasks(network.eval(), loader, trained, device, inferer)}
     if teacher_bundle is not None and Path(teacher_bundle).is_dir():
-        teacher = find_teacher(teacher_bundle, data, intensity=teacher_intensity, split="test")
-        if _knows(teacher, data, "test"):
-            figures["teacher"] = evaluate_tasks(teacher, loader, data, device, inferer)
-    write_figures(path, figures)
+        teacher = find_teacher(teacher_bundle, trained, intensity=teacher_intensity, split="test")
+        if _knows(teacher, trained, "test"):
+            figures["teacher"] = evaluate_tasks(teacher, loader, trained, device, inferer)
+    tasks = {name: task_identity(task, data.spatial_dims) for name, task in trained.tasks.items()}
+    write_figures(path, {**figures, "data": {"name": data.name, "tasks": tasks, "images": split_digests(data)}})
+    if other_images(data, info, "test"):
+        print("These are other test images, or other labels, than those of the list of the training.\n")
     score = "balanced_accuracy" if data.kind == "classification" else "dice"
     print(f"{score} on {len(loader.dataset)} images, with 95 % bootstrap intervals\n")
     print(figures_table(figures, score, data.scored))
     print(f"\nAll figures: {path}")
     return figures
+
+
+def _prepared_as(trained: DataList, data: DataList, loader: DataLoader) -> DataLoader:
+    """The loader of images that are prepared as a decomposition learned them, where the list says otherwise."""
+
+    def preparation(tasks: DataList) -> dict[str, Any]:
+        return {
+            name: (default_intensity(task, data.spatial_dims), task.spacing and tuple(task.spacing))
+            for name, task in tasks.tasks.items()
+        }
+
+    if preparation(trained) == preparation(data):
+        return loader
+    images = loader.dataset
+    return test_loader(TaskDataset(trained, "test", images.in_channels, images.image_size), loader.batch_size)

@@ -87,7 +87,7 @@ def test_evaluating_reports_experts_and_teacher(bundle_run, phantoms, trained, t
     shutil.rmtree(output / "teacher")
     done = bundle_run("evaluating", phantoms, output)
     assert done.code == 0, done.err
-    assert list(json.loads((output / "figures.json").read_text())) == ["experts"]
+    assert list(json.loads((output / "figures.json").read_text())) == ["experts", "data"]
 
 
 @pytest.fixture(scope="module")

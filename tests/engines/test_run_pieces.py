@@ -247,7 +247,10 @@ def test_report(data, network, write_teacher, tmp_path, capsys):
     save_weights(weights, network.state_dict())
     teacher = write_teacher(list(data.tasks.values()))
     figures = engines.report_figures(network, weights, loader, data, "cpu", path, teacher)
-    assert json.loads(path.read_text()) == figures
+    written = json.loads(path.read_text())
+    about = written.pop("data")
+    assert written == figures
+    assert about["tasks"]["ct"]["classes"] == list(data.tasks["ct"].labels.values())
     assert figures.keys() == {"experts", "teacher"}
     said = capsys.readouterr().out
     assert "| task | n | experts | teacher |" in said
