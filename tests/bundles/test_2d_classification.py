@@ -81,7 +81,7 @@ def test_evaluating_reports_experts_and_teacher(bundle_run, phantoms, trained, t
     assert done.code == 0, done.err
     assert "| task | n | experts | teacher |" in done.out
     figures = json.loads((output / "figures.json").read_text())
-    assert list(figures) == ["experts", "teacher"]
+    assert list(figures) == ["experts", "teacher", "data"]
     assert figures["experts"] == json.loads((output / "training" / "figures.json").read_text())
     assert figures["teacher"] == json.loads((output / "pretraining" / "figures.json").read_text())
     shutil.rmtree(output / "teacher")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorkd_monai.locks import claimed
+
 
 def refused(run: object, *words: str) -> None:
     """The run ended with one message ``error: …`` that holds these words, and nothing else."""
@@ -217,6 +219,90 @@ def test_resume_with_other_settings(bundle_run, phantoms, output):
     refused(done, "other settings: seed was 0, now 5")
 
 
+def rename_a_class(content):
+    content["tasks"]["ct"]["labels"]["0"] = "something else"
+
+
+def turn_classes_round(content):
+    names = list(content["tasks"]["ct"]["labels"].values())
+    content["tasks"]["ct"]["labels"] = {str(i): name for i, name in enumerate(reversed(names))}
+
+
+def move_an_image(content):
+    own = next(item for item in content["training"] if item["task"] == "ct")
+    content["training"].remove(own)
+    content["test"].append(own)
+
+
+def relabel_an_image(content):
+    own = next(item for item in content["training"] if item["task"] == "ct")
+    own["label"] = 1 - min(own["label"], 1)
+
+
+def state_an_intensity(content):
+    content["tasks"]["ct"]["intensity"] = {"range": [0, 1000]}
+
+
+LISTS = {
+    "class name": (rename_a_class, "something else"),
+    "class order": (turn_classes_round, "classes was"),
+    "intensity": (state_an_intensity, "1000"),
+    "split": (move_an_image, "digest of the test images and labels"),
+    "label": (relabel_an_image, "digest of the training images and labels"),
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_resume_with_a_list_that_means_something_else(case, bundle_run, data, output):
+    change, words = LISTS[case]
+    spoil(data, change)
+    for run_id, folder in (("training", "experts"), ("pretraining", "teacher")):
+        shutil.rmtree(output / folder)
+        before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+        more = {"transfer_weight": 0} if run_id == "training" else {}
+        done = bundle_run(run_id, data, output, max_epochs=5, pretrain_epochs=5, **more)
+        refused(done, "last.pt", "other settings", words, "--output_dir")
+        assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+@pytest.mark.parametrize("case", ["class name", "class order", "intensity"])
+def test_evaluating_under_another_meaning(case, bundle_run, data, output):
+    change, words = LISTS[case]
+    spoil(data, change)
+    refused(bundle_run("evaluating", data, output), "does not mean what", "training/model.pt", words, "task 'ct'")
+    assert not (output / "figures.json").exists()
+
+
+def test_evaluating_on_other_images_is_said(bundle_run, data, output):
+    shutil.rmtree(output / "teacher")
+    line = "other test images"
+    assert line not in bundle_run("evaluating", data, output).out
+    spoil(data, move_an_image)
+    done = bundle_run("evaluating", data, output)
+    assert done.code == 0 and line in done.out
+
+
+def test_a_second_run_leaves_the_first_alone(bundle_run, phantoms, output):
+    with claimed(output / "training", ""):
+        before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+        done = bundle_run("training", phantoms, output, overwrite=True)
+        refused(done, str(output / "training"), "in use", "--output_dir")
+        assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+        assert bundle_run("evaluating", phantoms, output).code == 0
+    assert bundle_run("training", phantoms, output, overwrite=True).code == 0
+    assert not list(output.rglob("*.lock"))
+
+
+@pytest.mark.parametrize("run_id", ["pretraining", "training", "evaluating"])
+def test_keys_and_paths_of_the_call(run_id, bundle_run, phantoms, tmp_path):
+    refused(bundle_run(run_id, phantoms, tmp_path / "out", max_epoch=3), "--max_epoch (did you mean --max_epochs?)")
+    refused(bundle_run(run_id, phantoms, tmp_path / "out", train__max_epoch=3), "--train#max_epoch (did you mean")
+    refused(bundle_run(run_id, phantoms, 2026), "--output_dir: expected a path, got 2026; write ./2026")
+    refused(bundle_run(run_id, 2025, tmp_path / "out"), "--dataset_dir: expected a path, got 2025")
+    refused(bundle_run(run_id, phantoms, tmp_path / "out", teacher_bundle=7), "--teacher_bundle: expected a path")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_resume_from_garbage(bundle_run, phantoms, output):
     shutil.rmtree(output / "experts")
     last = output / "training" / "last.pt"
@@ -234,6 +320,7 @@ def test_teacher_weights_that_are_no_state_dict(bundle_run, phantoms, output):
 
 def test_teacher_that_does_not_fit(bundle_run, data, output):
     shutil.rmtree(output / "experts")
+    shutil.rmtree(output / "training")
 
     def other_classes(content):
         for task in content["tasks"].values():
