@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -45,6 +46,9 @@ def release(folder: str | os.PathLike | None = None) -> None:
         if not _claims[path].is_locked:
             del _claims[path]
             _remove(path / ".in_use.lock")
+
+
+atexit.register(release)  # the lock ends anyway; its file would stay
 
 
 @contextmanager

@@ -37,7 +37,11 @@ def begin_run(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:
     problem = idist.broadcast(problem, src=0)
     if problem != "none":
         raise LoRKDError(problem)
-    refuse_other_run(folder, settings)
+    try:
+        refuse_other_run(folder, settings)
+    except LoRKDError:
+        end_run()
+        raise
 
 
 def end_run() -> None:

@@ -252,17 +252,21 @@ LISTS = {
 }
 
 
+def files_of(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("case", LISTS)
 def test_resume_with_a_list_that_means_something_else(case, bundle_run, data, output):
     change, words = LISTS[case]
     spoil(data, change)
     for run_id, folder in (("training", "experts"), ("pretraining", "teacher")):
         shutil.rmtree(output / folder)
-        before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+        before = files_of(output)
         more = {"transfer_weight": 0} if run_id == "training" else {}
         done = bundle_run(run_id, data, output, max_epochs=5, pretrain_epochs=5, **more)
         refused(done, "last.pt", "other settings", words, "--output_dir")
-        assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+        assert files_of(output) == before
 
 
 @pytest.mark.parametrize("case", ["class name", "class order", "intensity"])
@@ -284,10 +288,10 @@ def test_evaluating_on_other_images_is_said(bundle_run, data, output):
 
 def test_a_second_run_leaves_the_first_alone(bundle_run, phantoms, output):
     with claimed(output / "training", ""):
-        before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+        before = files_of(output)
         done = bundle_run("training", phantoms, output, overwrite=True)
         refused(done, str(output / "training"), "in use", "--output_dir")
-        assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+        assert files_of(output) == before
         assert bundle_run("evaluating", phantoms, output).code == 0
     assert bundle_run("training", phantoms, output, overwrite=True).code == 0
     assert not list(output.rglob("*.lock"))
