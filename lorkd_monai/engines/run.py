@@ -358,8 +358,8 @@ def report_figures(
         teacher_intensity: what the teacher wants of the images, see `find_teacher`.
 
     Raises:
-        LoRKDError: there are no test images, no weights yet, or they belong to another decomposition, or were trained on
-            tasks that the list describes in another way, see `as_trained`.
+        LoRKDError: there are no test images, no weights yet, or they belong to another decomposition or were trained
+            on tasks that the list describes in another way, see `as_trained`.
     """
     if not len(loader):
         raise LoRKDError(
