@@ -38,7 +38,7 @@ def evaluate_tasks(
     pixel in 2D) and 95 % Hausdorff distance, on the preprocessed images, see `segmentation_figures`.
 
     Args:
-        network: takes (image, task).
+        network: takes (image, task). It is back on its device afterwards, and in its mode.
         loader: batches as `TaskDataset` gives them.
         data: the data list, for the tasks and their classes.
         device: where to run.
@@ -73,13 +73,17 @@ def collect_predictions(
     Raises:
         LoRKDError: there are no images.
     """
-    names = list(data.tasks)
-    kept: dict[str, list[dict[str, Tensor]]] = {name: [] for name in names}
-    evaluator = TaskEvaluator(device, loader, network.to(device), inferer=inferer)
-    evaluator.add_event_handler("ITERATION_COMPLETED", lambda engine: _keep(engine.state.output, data, names, kept))
     if not len(loader):
         raise LoRKDError("there is nothing to evaluate: the split has no images")
-    evaluator.run()
+    names = list(data.tasks)
+    kept: dict[str, list[dict[str, Tensor]]] = {name: [] for name in names}
+    before = next((tensor.device for tensor in network.parameters()), device)
+    evaluator = TaskEvaluator(device, loader, network.to(device), inferer=inferer)
+    evaluator.add_event_handler("ITERATION_COMPLETED", lambda engine: _keep(engine.state.output, data, names, kept))
+    try:
+        evaluator.run()
+    finally:
+        network.to(before)
     return {
         name: {key: torch.stack([case[key] for case in cases]) for key in cases[0]}
         for name, cases in kept.items()

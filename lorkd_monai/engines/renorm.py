@@ -50,7 +50,7 @@ def renorm_experts(
     batch_size: int = 16,
     overwrite: bool = False,
     formats: Sequence[str] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> tuple[list[Path], str]:
     """Write expert bundles whose batch-norm statistics are estimated anew on the training images of their task.
 
@@ -66,7 +66,7 @@ def renorm_experts(
         batch_size: images of one batch of the estimation.
         overwrite: replace bundles that exist.
         formats: file formats of the weights, see `write_expert_bundle`.
-        device: where to run.
+        device: where to run; None: on a GPU where there is one.
 
     Returns:
         The bundles' folders, and a Markdown table of the figures before and after; empty without test images.
@@ -77,6 +77,7 @@ def renorm_experts(
     """
     if type(batch_size) is not int or batch_size < 1:
         raise LoRKDError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = load_decomposition(checkpoint).eval()
     info = network.info
     if "kind" not in info:
@@ -109,6 +110,7 @@ def renorm_experts(
         reestimate_norms(expert, (batch["image"].to(device) for batch in loader))
         if own.test:
             after |= _measure(expert, own, info, inferer, device)
+        expert.cpu()
     facts = {**read_facts(checkpoint), "norms": "batch-norm statistics estimated anew on the task's own images"}
     written = export_experts(network, output, chosen, after, facts, overwrite, formats, networks=experts)
     score = "balanced_accuracy" if kind == "classification" else "dice"

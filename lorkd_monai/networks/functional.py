@@ -60,7 +60,8 @@ def eks(
         routing: the task of each row; any order.
         kwargs: further arguments of the layer (``output_size`` of transposed convolutions).
     """
-    if routing.uniform is not None and (not torch.is_grad_enabled() or not op.batched(x)):
+    forced = dispatch.wanted() == "factored" and op.batched(x)
+    if routing.uniform is not None and not forced and (not torch.is_grad_enabled() or not op.batched(x)):
         t = routing.uniform
         return op(x, fuse(weight, factors_a[t], factors_b[t], scales[t]), bias, **kwargs)
     if routing.uniform is None and not routing.rounds:
@@ -111,9 +112,9 @@ class _Call:
 
     def strategy(self) -> str:
         """The strategy to take: forced or chosen."""
-        if len(self.spans) == 1:
-            return "split"  # merged once: nothing to gain
         wanted = dispatch.wanted()
+        if len(self.spans) == 1 and wanted != "factored":
+            return "split"  # merged once: nothing to gain
         return dispatch.choose(self._situation) if wanted == "auto" else wanted
 
     @property

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from fnmatch import fnmatchcase
 
 import torch
@@ -33,6 +35,9 @@ from lorkd_monai.networks.spec import (
 )
 
 __all__ = ["LoRKDNet"]
+
+# The task that `serving` serves in this thread or asyncio task, by the id of its network.
+_SERVING: ContextVar[Mapping[int, int]] = ContextVar("lorkd_serving", default={})  # noqa: B039 (never changed)
 
 
 class LoRKDNet(nn.Module):
@@ -174,8 +179,8 @@ class LoRKDNet(nn.Module):
             "tasks": self.num_classes,
             "rank": dict(self._rank),
             **self._options,
-            "backbone": self._config,
-            "info": self.info,
+            "backbone": copy.deepcopy(self._config),
+            "info": copy.deepcopy(self.info),
         }
 
     @classmethod
@@ -238,7 +243,8 @@ class LoRKDNet(nn.Module):
         Args:
             x: batch, BCHW[D].
             task: task of each sample: a name, an index, a LongTensor[B] or a list of either; a single one serves the
-                whole batch (also as a tensor of length 1). May be left out after :meth:`switch_to`.
+                whole batch (also as a tensor of length 1). May be left out in :meth:`serving` and after
+                :meth:`switch_to`.
             return_features: also return the head's input, pooled over space: B × F.
             rank: cut the experts to at most this rank, one for all or by task, see :meth:`extract`.
             kwargs: passed to the backbone; tensors with B rows are routed with the batch.
@@ -257,9 +263,11 @@ class LoRKDNet(nn.Module):
             return MetaTensor(y, meta=x.meta, applied_operations=x.applied_operations)
         narrow = None
         if task is None:
-            if self._serving is None:
-                raise LoRKDError("task is needed: give the task of each sample, or call switch_to(task) first")
-            task = self._serving
+            task = _SERVING.get().get(id(self), self._serving)
+            if task is None:
+                raise LoRKDError(
+                    "task is needed: give the task of each sample, or call it inside `with serving(task):`"
+                )
             narrow = self._num_classes[self.tasks[task]]
         routing = self._routing(task, x.shape[0], rank)
         plain = routing.uniform is not None and routing.ranks is None and not return_features
@@ -388,10 +396,32 @@ class LoRKDNet(nn.Module):
                 setattr(plain, attribute, self._num_classes[self.tasks[task]])
         return plain
 
-    def switch_to(self, task: str | int) -> None:
-        """Serve one task: calls without ``task`` give what :meth:`extract` of it gives, bit for bit.
+    @contextmanager
+    def serving(self, task: str | int) -> Iterator[LoRKDNet]:
+        """Serve one task inside the block: calls without ``task`` give what :meth:`extract` of it gives, bit for bit.
 
-        W0 is not touched: the fused weights stand beside it.
+        It holds for the thread (or asyncio task) that entered the block, so that two of them serve different tasks from
+        one network; inside, it counts before :meth:`switch_to`.
+
+        Raises:
+            LoRKDError: unknown task.
+
+        Example::
+
+            with net.serving("breast"):
+                y = net(x)                    # B × 2
+        """
+        token = _SERVING.set({**_SERVING.get(), id(self): self.task_index(task)})
+        try:
+            yield self
+        finally:
+            _SERVING.reset(token)
+
+    def switch_to(self, task: str | int) -> None:
+        """Serve one task from now on: calls without ``task`` give what :meth:`extract` of it gives, bit for bit.
+
+        It holds for the whole process: where several threads share the network, use :meth:`serving`. W0 is not touched:
+        the fused weights stand beside it.
         """
         self._serving = self.task_index(task)
 

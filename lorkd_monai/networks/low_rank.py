@@ -107,11 +107,12 @@ class LowRankLayer(RoutedModule):
         self.scales.append(float(scale))
         self.num_tasks = len(self.lora_A)
 
-    def resize_expert(self, task: int, rank: int, scale: float) -> None:
-        """Give one task's expert uninitialised factors of another rank, which are to be loaded."""
-        shapes = factor_shapes(self.layer.weight.shape, rank, self.layout)
-        for factors, shape in zip((self.lora_A, self.lora_B), shapes, strict=True):
-            factors[task] = nn.Parameter(factors[task].new_empty(shape), factors[task].requires_grad)
+    @torch.no_grad()
+    def replace_expert(self, task: int, a: Tensor, b: Tensor, scale: float) -> None:
+        """Give one task's expert other factors, of any rank; they are copied, in this layer's type and device."""
+        for factors, new in ((self.lora_A, a), (self.lora_B, b)):
+            old = factors[task]
+            factors[task] = nn.Parameter(new.to(old, copy=True), old.requires_grad)
         self.scales[task] = float(scale)
 
     @torch.compiler.disable  # the routing differs from batch to batch: compiled, each would be compiled anew

@@ -76,6 +76,9 @@ def cut_expert_state(net: LoRKDNet, task: str | int, rank: int) -> dict[str, Ten
 def exchange_expert(net: LoRKDNet, task: str | int, state: Mapping[str, Tensor], rank: int) -> None:
     """Put an expert of any rank in the place of a task's; nothing is changed where it does not fit.
 
+    The new factors are complete before the first of them is put in place. A call that runs meanwhile may still meet
+    layers of both experts: :class:`~lorkd_monai.networks.pool.ExpertPool` exchanges between two batches.
+
     Args:
         net: the decomposition.
         task: name or index.
@@ -95,7 +98,8 @@ def exchange_expert(net: LoRKDNet, task: str | int, state: Mapping[str, Tensor],
     if problems:
         raise LoRKDError(f"expert of task {net.tasks[index]!r} does not fit: " + "; ".join(problems[:6]))
     for name, layer in net.expert_layers.items():
-        layer.resize_expert(index, ranks[name], net.layer_scale(ranks[name]))
+        a, b = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
+        layer.replace_expert(index, a, b, net.layer_scale(ranks[name]))
     net._rank[net.tasks[index]] = rank
     net._view.clear()
-    net.load_expert_state_dict(index, state)
+    net.load_expert_state_dict(index, state)  # what the factors are not: head and norms

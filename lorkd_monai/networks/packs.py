@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from lorkd_monai.networks.lorkd_net import LoRKDNet
 from lorkd_monai.networks.nested import cut_expert_state, cut_rank, cut_ranks, exchange_expert
 from lorkd_monai.networks.spec import SPEC_KEY
 
-__all__ = ["fingerprint", "load_expert", "load_pack", "save_expert", "save_pack"]
+__all__ = ["PackedExpert", "fingerprint", "load_expert", "load_pack", "read_expert", "save_expert", "save_pack"]
 
 SHARED = "shared.safetensors"
 _FORM = "lorkd-pack-1"
@@ -163,10 +164,59 @@ def load_pack(
     return net.eval()
 
 
-def load_expert(net: LoRKDNet, file: str | os.PathLike) -> str:
-    """Put the expert of a pack's file into a running decomposition: in place of its task's, or as a new task.
+@dataclass(frozen=True)
+class PackedExpert:
+    """An expert as its file holds it: checked to belong to a decomposition, not yet part of it."""
 
-    It may have another rank than the one that it replaces.
+    file: Path
+    task: str
+    num_classes: int
+    rank: int
+    info: dict[str, Any] | None
+    state: dict[str, Tensor]
+
+    def put_into(self, net: LoRKDNet) -> None:
+        """Put the expert in the place of its task's, or add its task.
+
+        Raises:
+            LoRKDError: it does not fit; ``net`` is then unchanged.
+        """
+        try:
+            if self.task in net.tasks:
+                exchange_expert(net, self.task, self.state, self.rank)
+                return
+            net.add_task(self.task, self.num_classes, self.rank)
+            try:
+                net.load_expert_state_dict(self.task, self.state)
+            except LoRKDError:
+                net.remove_task(self.task)
+                raise
+        except LoRKDError as e:
+            raise LoRKDError(f"{self.file}: {e}") from e
+        if self.info is not None and "tasks" in net.info:
+            net.info["tasks"][self.task] = {**self.info, "index": net.task_index(self.task)}
+
+
+def read_expert(net: LoRKDNet, file: str | os.PathLike) -> PackedExpert:
+    """Read the expert of a pack's file for a decomposition, and change nothing yet.
+
+    Raises:
+        LoRKDError: the file is truncated, no expert, or of another backbone.
+    """
+    path = Path(file)
+    header = _read_header(path)
+    if "task" not in header:
+        raise LoRKDError(f"{file} holds the shared weights of a pack, no expert: expected an expert_<task>.safetensors")
+    _check_fingerprint(header, fingerprint(net), str(file))
+    numbers = int(header["num_classes"]), int(header["rank"])
+    return PackedExpert(path, header["task"], *numbers, json.loads(header["info"]), _read_tensors(path))
+
+
+def load_expert(net: LoRKDNet, file: str | os.PathLike) -> str:
+    """Put the expert of a pack's file into a decomposition: in place of its task's, or as a new task.
+
+    It may have another rank than the one that it replaces. ``net`` must not be called meanwhile; where it serves, use
+    :meth:`ExpertPool.exchange <lorkd_monai.networks.pool.ExpertPool.exchange>` and ``add``.
 
     Returns:
         The name of the task.
@@ -174,21 +224,9 @@ def load_expert(net: LoRKDNet, file: str | os.PathLike) -> str:
     Raises:
         LoRKDError: the file is truncated, belongs to another backbone, or does not fit; ``net`` is then unchanged.
     """
-    header = _read_header(Path(file))
-    if "task" not in header:
-        raise LoRKDError(f"{file} holds the shared weights of a pack, no expert: expected an expert_<task>.safetensors")
-    _check_fingerprint(header, fingerprint(net), str(file))
-    task, state = header["task"], _read_tensors(Path(file))
-    if task in net.tasks:
-        exchange_expert(net, task, state, int(header["rank"]))
-        return task
-    net.add_task(task, int(header["num_classes"]), int(header["rank"]))
-    try:
-        net.load_expert_state_dict(task, state)
-    except LoRKDError:
-        net.remove_task(task)
-        raise
-    return task
+    expert = read_expert(net, file)
+    expert.put_into(net)
+    return expert.task
 
 
 def _expert_state(net: LoRKDNet, task: str, rank: int) -> dict[str, Tensor]:

@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.functional import eks_strategy
 from lorkd_monai.networks.lorkd_net import LoRKDNet
 from lorkd_monai.networks.outputs import first_tensor
+from lorkd_monai.networks.packs import read_expert
 
-__all__ = ["ExpertPool"]
+__all__ = ["ExpertPool", "PoolFullError"]
+
+_FUSE_AFTER = 8  # passes of one task in a row after which fusing its expert, the price of a few passes, pays
+
+
+class PoolFullError(LoRKDError):
+    """More requests wait than the pool holds: ask again later, or turn the caller away."""
 
 
 class ExpertPool:
     """One backbone and all its experts behind one call, for any number of threads.
 
     Requests that wait at the same moment and have images of the same shape and type go through the network together,
-    whatever their tasks are: one routed pass. Answers are those of the extracted experts, to round-off.
+    whatever their tasks are: one routed pass. Where one task is asked for many times in a row, its expert is fused
+    and kept, so that a pass costs that of a plain network. Answers are those of the extracted experts, to round-off.
 
     Args:
-        net: the decomposition; it is put into evaluation mode and must not be trained while it serves.
-        device: where to run.
+        net: the decomposition. Where it is in training mode or on another device it is copied, and the caller's stays
+            as it is; otherwise the pool uses it as it is, and it must not be changed or trained meanwhile.
+        device: where to run; None: where ``net`` is.
         max_batch: most images in one pass.
+        max_waiting: most requests that wait for a pass.
 
     Raises:
-        LoRKDError: ``max_batch`` below 1.
+        LoRKDError: ``max_batch`` or ``max_waiting`` below 1.
 
     Example::
 
         with ExpertPool(load_pack("pack"), max_batch=16) as pool:
-            logits = pool.predict(image, "breast")       # image C×H×W -> 2 logits
+            logits = pool.predict(image, "breast")           # image C×H×W -> 2 logits
+            pool.exchange("newer/expert_breast.safetensors")  # requests go on meanwhile
     """
 
-    def __init__(self, net: LoRKDNet, device: torch.device | str = "cpu", max_batch: int = 16) -> None:
-        if not isinstance(max_batch, int) or max_batch < 1:
-            raise LoRKDError(f"max_batch must be a whole number of at least 1, got {max_batch!r}")
-        self.device = torch.device(device)
-        self.net = net.to(self.device).eval()
+    def __init__(
+        self,
+        net: LoRKDNet,
+        device: torch.device | str | None = None,
+        max_batch: int = 16,
+        max_waiting: int = 1024,
+    ) -> None:
+        for name, value in (("max_batch", max_batch), ("max_waiting", max_waiting)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise LoRKDError(f"{name} must be a whole number of at least 1, got {value!r}")
+        here = next(net.parameters()).device
+        self.device = here if device is None else torch.empty(0, device=device).device  # "cuda" -> cuda:0
+        self.net = net if here == self.device and not net.training else copy.deepcopy(net).to(self.device).eval()
         self.max_batch = max_batch
-        self._requests: queue.SimpleQueue[tuple[Tensor, int, Future] | None] = queue.SimpleQueue()
+        self._requests: queue.Queue[tuple[Tensor, int, Future] | None] = queue.Queue(max_waiting)
         self._lock = threading.Lock()
+        self._between = threading.Lock()  # held while the network runs, and while its experts change
+        self._repeated: tuple[int, int] = (-1, 0)  # a task, and how many passes in a row were of it alone
         self._closed = False
         self._worker = threading.Thread(target=self._serve, name="ExpertPool", daemon=True)
         self._worker.start()
@@ -63,6 +88,7 @@ class ExpertPool:
 
         Raises:
             LoRKDError: an unknown task, an image that is no tensor of numbers, or a closed pool.
+            PoolFullError: ``max_waiting`` requests wait already.
         """
         index = self.net.task_index(task)
         if not isinstance(image, Tensor) or image.ndim < 2:
@@ -71,7 +97,13 @@ class ExpertPool:
         with self._lock:  # nothing may be put behind the end mark
             if self._closed:
                 raise LoRKDError("the pool is closed")
-            self._requests.put((image.detach(), index, future))
+            try:
+                self._requests.put_nowait((image.detach(), index, future))
+            except queue.Full:
+                raise PoolFullError(
+                    f"the pool is full: {self._requests.maxsize} requests wait. Ask again later, or give it a larger "
+                    "max_waiting"
+                ) from None
         return future
 
     def predict(self, image: Tensor, task: str | int) -> Tensor:
@@ -88,6 +120,41 @@ class ExpertPool:
             LoRKDError: as :meth:`submit`. What the network raises for an image reaches the caller of that image only.
         """
         return self.submit(image, task).result()
+
+    def exchange(self, file: str | os.PathLike) -> str:
+        """Put a newer expert in the place of its task's while requests go on.
+
+        The file is read and checked first; then the expert is put in place between two passes, so that each request is
+        answered by the old one or by the new one.
+
+        Args:
+            file: ``expert_<task>.safetensors`` of a pack of the same shared weights; its rank may be another.
+
+        Returns:
+            The name of the task.
+
+        Raises:
+            LoRKDError: the file is no expert of this backbone, its task is not served here, or it does not fit. The
+                pool then serves what it served before.
+        """
+        return self._put(file, served=True)
+
+    def add(self, file: str | os.PathLike) -> str:
+        """Serve one more task, whose expert is in ``file``, while requests go on; see :meth:`exchange`.
+
+        Raises:
+            LoRKDError: as :meth:`exchange`, or the task is served already.
+        """
+        return self._put(file, served=False)
+
+    def _put(self, file: str | os.PathLike, served: bool) -> str:
+        expert = read_expert(self.net, file)
+        with self._between:
+            if (expert.task in self.net.tasks) != served:
+                known, other = ("not served", "add") if served else ("served already", "exchange")
+                raise LoRKDError(f"{file} holds the expert of task {expert.task!r}, which is {known} here: {other} it")
+            expert.put_into(self.net)
+        return expert.task
 
     def close(self) -> None:
         """Answer what is waiting, and stop."""
@@ -147,7 +214,18 @@ class ExpertPool:
 
     @torch.no_grad()
     def _run(self, images: list[Tensor], tasks: list[int]) -> list[Tensor]:
-        classes = list(self.net.num_classes.values())
         batch = torch.stack(images).to(self.device)
-        output = first_tensor(self.net(batch, torch.tensor(tasks)))
+        with self._between:
+            classes = list(self.net.num_classes.values())
+            with nullcontext() if self._fusing_pays(tasks) else eks_strategy("factored"):
+                output = first_tensor(self.net(batch, torch.tensor(tasks)))
         return [row[: classes[task]].clone() for row, task in zip(output, tasks, strict=True)]
+
+    def _fusing_pays(self, tasks: list[int]) -> bool:
+        """Whether to leave a pass to the network, which fuses the expert of a batch of one task and keeps it."""
+        if len(set(tasks)) > 1:
+            self._repeated = (-1, 0)
+            return True  # nothing is fused
+        task, times = self._repeated
+        self._repeated = (tasks[0], times + 1 if task == tasks[0] else 1)
+        return self._repeated[1] > _FUSE_AFTER or self.net._view.keeps(tasks[0])

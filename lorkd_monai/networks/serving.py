@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lorkd_monai.networks import dispatch
 from lorkd_monai.networks.outputs import widen_classes
 
 if TYPE_CHECKING:
@@ -43,8 +44,14 @@ class PlainView:
         self._kept: _Kept | None = None
 
     def usable(self) -> bool:
-        """True where a call may go through the view: evaluation mode, no gradients, not while compiling."""
-        return not (self._net.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        """True where a call may go through the view: evaluation mode, no gradients, nothing forced, not compiling."""
+        differs = self._net.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return not differs and dispatch.wanted() == "auto"
+
+    def keeps(self, task: int) -> bool:
+        """True where the network of ``task`` is there already."""
+        kept = self._kept
+        return kept is not None and kept.task == task
 
     def clear(self) -> None:
         """Forget the view."""

@@ -87,8 +87,9 @@ class Teacher(nn.Module):
             if head is not None:
                 raise
             heads = []  # only features need it
-        for name in heads:
-            network.get_submodule(name).register_forward_pre_hook(_note_head_input)
+        for module in (network.get_submodule(name) for name in heads):
+            if _note_head_input not in module._forward_pre_hooks.values():  # another Teacher on the same network has it
+                module.register_forward_pre_hook(_note_head_input)
         self._known = [c is not None for c in self.channels.values()]
         self.eval()
 

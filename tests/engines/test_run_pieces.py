@@ -9,6 +9,7 @@ import pytest
 import torch
 from monai.networks.nets import ResNet
 from small_networks import SMALL_RESNET
+from torch import nn
 
 from lorkd_monai import engines
 from lorkd_monai.bundle import network_info
@@ -232,6 +233,29 @@ def test_figures_are_those_of_the_network(data, network):
         accuracy = (predicted == torch.stack([item["label"] for item in own])).double().mean().item()
         assert figures[name]["accuracy"]["value"] == pytest.approx(accuracy)
         assert figures[name]["accuracy"]["n"] == len(own)
+
+
+class Moves(nn.Module):
+    """A network that lives on another device than the images, and notes where it is sent."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.elsewhere, self.network, self.places = nn.Parameter(torch.empty(1, device="meta")), network, []
+
+    def to(self, device):
+        self.places.append(torch.device(device).type)
+        return self
+
+    def forward(self, x, task):
+        return self.network(x, task)
+
+
+def test_the_network_is_where_and_as_it_was_after_an_evaluation(data, network):
+    moves = Moves(network).train()
+    split = TaskDataset(data, "test", 3, 16, progress=False)
+    engines.evaluate_tasks(moves, engines.test_loader(split), data, "cpu", resamples=20)
+    assert moves.places == ["cpu", "meta"]
+    assert moves.training
 
 
 def test_nothing_to_evaluate(data, network):

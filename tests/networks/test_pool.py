@@ -1,5 +1,6 @@
 """The expert pool: the extracted experts' answers, from any number of threads."""
 
+import copy
 import os
 import statistics
 import threading
@@ -11,7 +12,9 @@ import torch
 from test_packs import decomposition
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.pool import ExpertPool
+from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.networks.packs import load_pack, save_pack
+from lorkd_monai.networks.pool import ExpertPool, PoolFullError
 
 SHAPES = [(1, 32, 32), (1, 24, 40)]
 
@@ -97,3 +100,132 @@ def test_bad_requests():
             pool.predict([[0.0]], "xray")
     with pytest.raises(LoRKDError, match="max_batch must be a whole number"):
         ExpertPool(decomposition(), max_batch=0)
+
+
+def newer(net, folder, task, seed=7):
+    """A pack file of ``net`` with another expert of ``task``, and what the expert answers."""
+    other = copy.deepcopy(net)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in other.expert_tensors(other.task_index(task)).values():
+            if tensor.is_floating_point():
+                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor) + 0.1)
+    save_pack(other, folder)
+    return folder / f"expert_{task}.safetensors", other.extract(task).eval()
+
+
+def test_experts_are_exchanged_and_added_under_load_without_a_wrong_answer(tmp_path):
+    net = decomposition(tasks={"a": 2, "b": 3, "c": 4})
+    save_pack(net, tmp_path / "pack")
+    served = load_pack(tmp_path / "pack", tasks=["a", "b"])
+    files, allowed = {}, {}
+    for task in "abc":
+        file, plain = newer(net, tmp_path / f"newer_{task}", task)
+        files[task], allowed[task] = file, [net.extract(task).eval(), plain]
+    image = torch.rand(1, 32, 32)
+    with torch.no_grad():
+        answers = {t: [plain(image[None])[0] for plain in plains] for t, plains in allowed.items()}
+    assert all((old - new).abs().max() > 0.01 for old, new in answers.values())
+    wrong, asked, seen, stop = [], [0], set(), []
+
+    def client():
+        while not stop:
+            for future, task in [(pool.submit(image, t), t) for t in pool.tasks]:
+                got = future.result()
+                fits = [i for i, y in enumerate(answers[task]) if torch.allclose(got, y, rtol=1e-4, atol=1e-5)]
+                seen.update((task, i) for i in fits)
+                wrong.extend([] if fits else [task])
+                asked[0] += 1
+
+    with ExpertPool(served) as pool:
+        client_thread = threading.Thread(target=client)
+        client_thread.start()
+        old = {t: tmp_path / "pack" / f"expert_{t}.safetensors" for t in "ab"}
+        for _ in range(20):
+            assert pool.exchange(files["a"]) == "a"
+            pool.exchange(files["b"])
+            pool.exchange(old["a"])
+            pool.exchange(old["b"])
+        assert pool.add(files["c"]) == "c"
+        torch.testing.assert_close(pool.predict(image, "c"), answers["c"][1])
+        stop.append(1)
+        client_thread.join()
+    assert not wrong and asked[0] > 20
+    assert {("a", 0), ("a", 1), ("b", 0), ("b", 1)} <= seen
+
+
+def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
+    net = decomposition()
+    save_pack(net, tmp_path / "pack")
+    good, other = tmp_path / "pack/expert_breast.safetensors", tmp_path / "other"
+    save_pack(decomposition(seed=3), other)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(good.read_bytes()[:-7])
+    image = torch.rand(1, 32, 32)
+    with ExpertPool(net) as pool:
+        before = {t: pool.predict(image, t) for t in pool.tasks}
+        for file, words in (
+            (other / "expert_breast.safetensors", "other shared weights"),
+            (cut, "no complete file"),
+            (tmp_path / "pack/shared.safetensors", "no expert"),
+            (tmp_path / "missing.safetensors", "no complete file"),
+        ):
+            with pytest.raises(LoRKDError, match=words):
+                pool.exchange(file)
+        with pytest.raises(LoRKDError, match="served already here: exchange it"):
+            pool.add(good)
+        others = copy.deepcopy(net)
+        others.remove_task("breast")
+        others.add_task("breast", 5)
+        others.add_task("retina", 2)
+        wider, _ = newer(others, tmp_path / "wider", "breast")
+        with pytest.raises(LoRKDError, match=r"expert_breast.safetensors: expert of task 'breast' does not fit"):
+            pool.exchange(wider)
+        with pytest.raises(LoRKDError, match="not served here: add it"):
+            pool.exchange(tmp_path / "wider/expert_retina.safetensors")
+        assert all(torch.equal(pool.predict(image, t), y) for t, y in before.items())
+
+
+def test_requests_of_changing_tasks_fuse_nothing(monkeypatch):
+    fused = []
+    extract = LoRKDNet._plain
+    monkeypatch.setattr(LoRKDNet, "_plain", lambda net, *a, **k: fused.append(1) or extract(net, *a, **k))
+    net = decomposition().double()
+    plain = {t: net.extract(t).eval() for t in net.tasks}
+    fused.clear()
+    image = torch.rand(1, 32, 32, dtype=torch.float64)
+    with ExpertPool(net) as pool, torch.no_grad():
+        for task in ["breast", "xray"] * 10 + ["breast"] * 8:
+            torch.testing.assert_close(pool.predict(image, task), plain[task](image[None])[0], rtol=1e-9, atol=1e-12)
+        assert not fused
+        for _ in range(20):
+            torch.testing.assert_close(pool.predict(image, "breast"), plain["breast"](image[None])[0])
+        assert len(fused) == 1
+
+
+def test_a_full_pool_says_so_and_answers_what_it_took(monkeypatch):
+    go = threading.Event()
+    run = ExpertPool._run
+    monkeypatch.setattr(ExpertPool, "_run", lambda pool, *args: go.wait() and run(pool, *args))
+    with ExpertPool(decomposition(), max_batch=1, max_waiting=3) as pool:
+        taken = []
+        with pytest.raises(PoolFullError, match="the pool is full: 3 requests wait"):
+            for _ in range(20):
+                taken.append(pool.submit(torch.rand(1, 32, 32), "xray"))
+        go.set()
+        assert len(taken) >= 3 and all(f.result().shape == (3,) for f in taken)
+        assert pool.predict(torch.rand(1, 32, 32), "xray").shape == (3,)
+    with pytest.raises(LoRKDError, match="max_waiting must be a whole number"):
+        ExpertPool(decomposition(), max_waiting=0)
+
+
+def test_the_callers_network_stays_where_and_as_it_is():
+    net = decomposition().train()
+    with ExpertPool(net) as pool:
+        assert net.training and not pool.net.training
+        assert pool.predict(torch.rand(1, 32, 32), "xray").shape == (3,)
+    with ExpertPool(net.eval(), device="meta") as pool:
+        assert {p.device.type for p in net.parameters()} == {"cpu"}
+        assert {p.device.type for p in pool.net.parameters()} == {"meta"}
+    with ExpertPool(net) as pool:
+        assert pool.net is net  # no second copy where none is needed

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import pytest
 import torch
 from torch import nn
 
+from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from tests.networks.common import TASKS, made, main_outputs
 from tests.networks.zoo import ZOO
+from tests.small_networks import SMALL_RESNET as SMALL
 
 LAYERS = {
     "Conv1d": (nn.Conv1d(3, 4, 3, padding=1), (3, 8)),
@@ -107,3 +112,67 @@ def test_switches_between_routed_calls_and_changes():
         assert same(net(x), net.extract(2)(x))
         net.load_expert_state_dict(2, net.expert_state_dict(2))
         assert same(net(x), net.extract(2)(x))
+
+
+def test_two_threads_serve_different_tasks_of_one_network():
+    net = LoRKDNet(SMALL, {"a": 2, "b": 3}, rank=2).double().eval()
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    ready, wrong = threading.Barrier(2), []
+
+    def serve(task):
+        ready.wait()
+        with torch.no_grad():
+            for _ in range(30):
+                with net.serving(task) as served:
+                    wrong.extend([] if torch.equal(served(x), plain[task](x)) else [task])
+
+    with torch.no_grad():
+        plain = {task: net.extract(task).eval() for task in net.tasks}
+        net.switch_to("b")
+        threads = [threading.Thread(target=serve, args=(task,)) for task in net.tasks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert net(x).shape == (2, 3)  # what switch_to said still holds outside
+
+
+def test_serving_ends_with_its_block_also_after_an_error_and_inside_another():
+    net, other = (LoRKDNet(SMALL, {"a": 2, "b": 3}, rank=2).eval() for _ in range(2))
+    x = torch.rand(1, 3, 32, 32)
+    with net.serving("a"):
+        with net.serving("b"), other.serving("a"):
+            assert net(x).shape == (1, 3) and other(x).shape == (1, 2)
+        with pytest.raises(LoRKDError, match="unknown task 'c'"), net.serving("c"):
+            pass
+        with pytest.raises(ZeroDivisionError), net.serving("b"):
+            raise ZeroDivisionError
+        assert net(x).shape == (1, 2)
+        with pytest.raises(LoRKDError, match="task is needed"):
+            other(x)
+    with pytest.raises(LoRKDError, match="task is needed"):
+        net(x)
+
+
+def test_serving_holds_for_one_asyncio_task():
+    net = LoRKDNet(SMALL, {"a": 2, "b": 3}, rank=2).eval()
+
+    async def ask(task):
+        with net.serving(task):
+            await asyncio.sleep(0.01)
+            return net(torch.rand(1, 3, 32, 32)).shape[1]
+
+    async def both():
+        return await asyncio.gather(ask("a"), ask("b"))
+
+    assert asyncio.run(both()) == [2, 3]
+
+
+def test_the_spec_is_a_copy():
+    net = LoRKDNet(SMALL, {"a": 2}, rank=2, info={"tasks": {"a": {"labels": {"0": "no"}}}})
+    spec = net.spec()
+    spec["info"]["tasks"]["a"]["labels"]["0"] = "yes"
+    spec["backbone"]["layers"][0] = 7
+    assert net.info["tasks"]["a"]["labels"]["0"] == "no"
+    assert net.spec()["backbone"]["layers"] == [1, 1, 1, 1]

@@ -107,6 +107,14 @@ def test_features_and_outputs_of_other_networks(network, size, width):
     assert y.shape[:2] == (2, 5) and features.shape == (2, width)
 
 
+def test_a_second_teacher_on_one_network_adds_no_hook():
+    network = resnet10(spatial_dims=2, n_input_channels=1, num_classes=2)
+    teachers = [Teacher(network, None, {"a": 2}) for _ in range(3)]
+    assert sum(len(m._forward_pre_hooks) for m in network.modules()) == 1
+    x = torch.rand(2, 1, 32, 32)
+    assert all(torch.equal(t(x, 0, return_features=True)[1], teachers[0].features_of(x)) for t in teachers)
+
+
 def test_features_of_a_network_whose_head_is_not_found():
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5))
     x = torch.rand(2, 1, 4, 4)
