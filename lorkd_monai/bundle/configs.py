@@ -461,6 +461,7 @@ def multi_gpu_config(network_config: dict) -> dict[str, Any]:
     first = "$dist.get_rank() > 0"
     return {
         "imports": [
+            "$import json",
             "$import os",
             "$import re",
             "$import sys",
