@@ -257,13 +257,19 @@ def _loss(kind: str, network_config: dict) -> tuple[dict[str, Any], str]:
 
 def _or_arrays(preprocessing: list[dict], spatial_dims: int) -> list[dict]:
     """``preprocessing`` that takes, in place of a file, an array with its channels last, as an .npz file holds it."""
-    visible = "x[..., :-1] if x.ndim == 3 and x.shape[-1] in (2, 4) else x" if spatial_dims == 2 else "x"
+    # A second or fourth channel of a picture is alpha, unless the network takes so many.
+    alpha = (
+        "x.ndim == 3 and x.shape[-1] in (2, 4) and x.shape[-1] != @_meta_#network_data_format#inputs#image#num_channels"
+    )
+    visible = f"x[..., :-1] if {alpha} else x" if spatial_dims == 2 else "x"
     wrap = {
         "_target_": "Lambdad",
         "_disabled_": "$not @arrays",
         "keys": "image",
-        "func": f"$lambda x: (lambda x: monai.data.MetaTensor(torch.as_tensor(np.asarray(x, np.float32)), "
-        f"meta={{'original_channel_dim': -1 if x.ndim > {spatial_dims} else 'no_channel'}}))({visible})",
+        "func": "$lambda x: (lambda x: monai.data.MetaTensor(torch.as_tensor("
+        f"np.ascontiguousarray(x).astype(np.float32)), meta={{'original_channel_dim': -1 if x.ndim > {spatial_dims} else 'no_channel', 'mode': {{'u1': 'L', "
+        "'u2': 'I;16'}.get(x.dtype.str[1:], 'F' if x.dtype.kind == 'f' else 'I'), 'filename_or_obj': 'an image of ' + "
+        f"@entry['npz']}}))({visible})",
     }
     steps = [
         {**step, "_disabled_": "$bool(@arrays)"} if isinstance(step, dict) and step.get("_target_") == "LoadImaged"

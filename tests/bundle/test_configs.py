@@ -100,15 +100,18 @@ def test_a_folder_that_is_a_number_and_a_list_by_another_name(make_case, tmp_pat
     check_items(case, evaluated(case.folder, tmp_path / "c", dataset_dir="2024", data_list=str(elsewhere)), file)
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("2d_classification", (36, 40)), ("2d_classification", (36, 40, 3)),
-                                             ("2d_classification", (36, 40, 4)), ("3d_classification", (18, 20, 16)),
-                                             ("3d_classification", (18, 20, 16, 1))])  # fmt: skip
-def test_arrays_of_an_npz_file(make_case, tmp_path, kind, shape):
+@pytest.mark.parametrize(("kind", "shape", "dtype"), [
+    ("2d_classification", (36, 40), "uint8"), ("2d_classification", (36, 40, 3), "uint8"),
+    ("2d_classification", (36, 40, 4), "uint8"), ("2d_classification", (36, 40), "uint16"),
+    ("3d_classification", (18, 20, 16), "uint8"), ("3d_classification", (18, 20, 16, 1), "float32"),
+])  # fmt: skip
+def test_arrays_of_an_npz_file(make_case, tmp_path, kind, shape, dtype):
     case = make_case(kind)
     noise = np.random.default_rng(0)
     arrays = {}
     for stem, count in (("train", 4), ("val", 3), ("test", 9)):
-        arrays[f"{stem}_images"] = noise.integers(0, 256, (count, *shape), dtype=np.uint8)
+        top = 2**16 if dtype == "uint16" else 256
+        arrays[f"{stem}_images"] = noise.integers(0, top, (count, *shape)).astype(dtype)
         arrays[f"{stem}_labels"] = (np.arange(count) % 3)[:, None]
     np.savez(tmp_path / "all.npz", **arrays)
     write_list(tmp_path, {}, case.arguments["task"].name, entry={"npz": "all.npz"})
