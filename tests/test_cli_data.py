@@ -85,6 +85,25 @@ def test_folders_by_patient(lorkd, tmp_path):
     assert not patients[0] & patients[1]
 
 
+def test_what_was_taken_and_left_out_is_printed(lorkd, tmp_path):
+    source = class_folder(tmp_path / "breast")
+    (source / "ill" / "notes.txt").write_text("no image")
+    out = lorkd("data", "folders", source, tmp_path / "list").splitlines()
+    assert out[0] == f"skipped 1: files with the suffix .txt ({source / 'ill' / 'notes.txt'})"
+    assert out[1:-1] == [
+        "| task | class | training | validation | test |",
+        "|---|---|---|---|---|",
+        "| breast | healthy | 7 | 1 | 2 |",
+        "| breast | ill | 7 | 1 | 2 |",
+        "| all | | 14 | 2 | 4 |",
+    ]
+    assert out[-1] == str(tmp_path / "list" / "dataset.json")
+    out = lorkd("data", "segmentation", decathlon(tmp_path, "Task09_Spleen", "CT"), tmp_path / "other",
+                "--fractions", "[0.75,0.25,0]")  # fmt: skip
+    assert "the list has no test images: experts are written without figures\n" in out
+    assert "| spleen |  | 6 | 2 | 0 |\n| all | | 6 | 2 | 0 |" in out
+
+
 def test_medmnist_and_combine(lorkd, tmp_path):
     arrays = {}
     for split in ("train", "val", "test"):

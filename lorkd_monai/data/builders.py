@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from lorkd_monai.arguments import as_path
-from lorkd_monai.data.checks import SPLITS, Problems, check_task_name, read_origin
+from lorkd_monai.data.checks import NPZ_ARRAYS, SPLITS, Problems, check_task_name, read_origin
 from lorkd_monai.data.class_folders import SUFFIXES, ClassImage, class_images, holds_tasks, visible_folders
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
 from lorkd_monai.data.taken import Skipped
@@ -126,11 +126,14 @@ def from_medmnist(
     output = as_path(output, "output")
     refuse_existing(output, overwrite)
     tasks: dict[str, dict[str, Any]] = {}
+    skipped = Skipped()
     for task, file in task_folders(sources).items():
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 labels = [arrays[key] for key in arrays.files if key.endswith("_labels")]
                 names = arrays["class_names"].tolist() if "class_names" in arrays.files else None
+                for key in sorted(set(arrays.files) - NPZ_ARRAYS):
+                    skipped.add("arrays of other names than MedMNIST's", f"{file}: {key}")
         except Exception as error:  # zip, value and system errors alike
             raise LoRKDError(f"{file} is no npz file of plain arrays: {error}") from error
         if not labels or any(part.dtype.kind not in "ui" or not part.size for part in labels):
@@ -139,6 +142,7 @@ def from_medmnist(
         names = names if names is not None and len(names) >= count else [f"class {i}" for i in range(count)]
         labels_of_ids = {str(i): str(name) for i, name in enumerate(names)}
         tasks[task] = {"npz": _relative(str(file), output), "labels": labels_of_ids}
+    skipped.tell()
     return finish(output, "classification", spatial_dims, tasks, [], facts, overwrite)
 
 

@@ -18,6 +18,7 @@ from lorkd_monai.losses.task import UNLABELLED
 from lorkd_monai.transforms.loading import ImageFacts, ItemLoader
 
 __all__ = [
+    "NPZ_ARRAYS",
     "SPLITS",
     "Problems",
     "check_items",
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 SPLITS = ("training", "validation", "test")
 _NPZ_NAMES = {"training": "train", "validation": "val", "test": "test"}
+NPZ_ARRAYS = {f"{name}_{part}" for name in _NPZ_NAMES.values() for part in ("images", "labels")} | {"class_names"}
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SHOWN = 20
 

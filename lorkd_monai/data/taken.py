@@ -53,8 +53,8 @@ def remarks(data: DataList) -> list[str]:
     lines = []
     for task, counts in _label_counts(data).items():
         if data.kind == "classification":
-            missing = [name for label, name in data.tasks[task].labels.items() if not counts[name]["training"]]
-            if missing:
+            missing = [name for name in data.tasks[task].labels.values() if not counts[name]["training"]]
+            if missing and "(no label)" not in counts:  # the teacher may show it the others
                 lines.append(
                     f"task {task!r}: no training image of the class{'es' * (len(missing) > 1)} {', '.join(missing)}; "
                     "its expert cannot learn to name what it never saw"

@@ -36,8 +36,8 @@ class TeacherExport:
         overwrite: replace a bundle that exists.
 
     Raises:
-        LoRKDError: at the start of training, where the bundle exists and ``overwrite`` is not set, or what stands
-            there is none.
+        LoRKDError: at the start of training, where a task has no labelled image, the bundle exists and ``overwrite`` is
+            not set, or what stands there is none.
     """
 
     def __init__(
@@ -61,7 +61,15 @@ class TeacherExport:
         engine.add_event_handler(Events.COMPLETED, self.export)
 
     def check(self, engine: Engine) -> None:
-        """Refuse a bundle that exists, before any time is spent."""
+        """Refuse a bundle that exists, and a task that nothing can be learnt of, before any time is spent."""
+        labelled = {item["task"] for item in self.data.training if item["label"] is not None}
+        missing = [task for task in self.data.tasks if task not in labelled]
+        if missing:
+            raise LoRKDError(
+                f"task {missing[0]!r} of the data list {self.data.name!r} has no training image with a label, and a "
+                "teacher learns from labels alone: give it some, or name a teacher that knows the task with "
+                "--teacher_bundle"
+            )
         if self.folder.exists() and not self.overwrite:
             raise LoRKDError(
                 f"{self.folder} exists already: it is this output folder's teacher. Run `training` with it, give "

@@ -72,6 +72,16 @@ def test_images_without_labels_need_a_teacher(bundle_run, data, tmp_path):
     assert not list((tmp_path / "out").rglob("*.pt"))
 
 
+def test_a_teacher_needs_labels_of_every_task(bundle_run, data, tmp_path):
+    def nothing_known(content: dict) -> None:
+        for item in content["training"]:
+            item["label"] = -1 if item["task"] == "ct" else item["label"]
+
+    spoil(data, nothing_known)
+    done = bundle_run("pretraining", data, tmp_path / "out")
+    refused(done, "task 'ct'", "has no training image with a label", "--teacher_bundle")
+
+
 def test_images_without_labels_learn_from_the_teacher(bundle_run, data, tmp_path):
     spoil(data, no_labels)
     for run_id in ("pretraining", "training"):

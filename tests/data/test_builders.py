@@ -166,6 +166,14 @@ def test_medmnist_files(tmp_path):
     assert plain.tasks["breastmnist"].labels == {0: "class 0", 1: "class 1", 2: "class 2"}
 
 
+def test_medmnist_arrays_that_are_left_out_are_told(tmp_path, caplog):
+    file = medmnist_file(tmp_path / "a.npz", extra_images=np.zeros((2, 28, 28)))
+    with caplog.at_level("INFO", "lorkd_monai.data"):
+        from_medmnist(file, tmp_path / "out")
+    assert f"skipped 1: arrays of other names than MedMNIST's ({file}: extra_images)" in caplog.text
+    assert "| a | class 2 | 2 | 2 | 2 |\n| all | | 6 | 6 | 6 |" in caplog.text
+
+
 def test_fetching_medmnist(tmp_path):
     source = medmnist_file(tmp_path / "server" / "breastmnist.npz")
     url = source.parent.as_uri()
