@@ -21,12 +21,20 @@ __all__ = ["affine_fault", "compiled", "gate", "odd", "refusal", "scaled", "upri
 # In the expressions, x is a plain tensor C×H×W[×D], m what is known of it (``meta``) and a its affine.
 _NAME = "str(m.get('filename_or_obj', 'the image'))"
 _MODE = "str(m.get('mode'))"  # PIL's, which tells a file's depth
-# The further pictures of an MPO are previews of the first.
-_ONE_PICTURE = (
-    "torch._check_value(image.format == 'MPO' or getattr(image, 'n_frames', 1) == 1, lambda: 'refused: ' "
-    "+ str(image.filename) + ' holds ' + str(image.n_frames) + ' pages or frames, expected one; save each as a file')"
+# The further pictures of an MPO are previews of the first. Pillow 13 mixes up the pixels of a TIFF that lies on its
+# side.
+_PICTURE_FAULT = (
+    "' holds ' + str(image.n_frames) + ' pages or frames, expected one; save each as a file of its own' "
+    "if image.format != 'MPO' and getattr(image, 'n_frames', 1) > 1 else "
+    "' lies on its side, as its orientation tag says; turn it and save it without the tag' "
+    "if image.format == 'TIFF' and image.tag_v2.get(274, 1) > 4 else ''"
 )
 _TURN = "monai.utils.optional_import('PIL.ImageOps', name='exif_transpose')[0](image, in_place=True)"
+# LoadImage tries other readers where one fails: what cannot be used raises when it is asked for its pixels.
+_REFUSED = (
+    "type('Refused', (), {'format': property(lambda refused: torch._check_value(False, "
+    "lambda: 'refused: ' + str(image.filename) + fault))})()"
+)
 _AFFINE = (
     "(': its affine holds NaN or infinity; mend its header' if not a.isfinite().all() else "
     "': its affine has a spacing of 0 mm, or axes in one plane (spacing ' + str(a[:3, :3].norm(dim=0).tolist()) + "
@@ -52,7 +60,8 @@ def affine_fault(affine: Any) -> str:
 
 def upright(then: str = "image") -> str:
     """Return the converter of a `PILReader`: one picture, turned as its orientation tag says, and ``then``."""
-    return f"$lambda image: ({_ONE_PICTURE}, {_TURN}, {then})[-1]"
+    good = f"({_TURN}, {then})[-1]"
+    return f"$lambda image: (lambda fault: {_REFUSED} if fault else {good})({_PICTURE_FAULT})"
 
 
 def gate(
@@ -121,7 +130,8 @@ def _image_faults(spatial_dims: int, channels: Sequence[int], full: float | None
     wanted = " or ".join(map(str, sorted(set(channels))))
     faults = [
         *_axes(spatial_dims),
-        f"' has ' + str(x.shape[0]) + ' channels, expected {wanted}; save the one that is meant as a file of its own' "
+        f"' has ' + str(x.shape[0]) + ' channel' + 's' * (x.shape[0] > 1) + ', expected {wanted}; save the one that "
+        "is meant as a file of its own' "
         f"if x.shape[0] not in {tuple(channels)} else ''",
         "' holds values that are not finite (NaN or infinity); replace them' "
         "if not (x.sum().isfinite() or x.isfinite().all()) else ''",
@@ -161,8 +171,8 @@ def _mask_faults(spatial_dims: int, num_classes: int) -> list[str]:
         *_axes(spatial_dims),
         "': the mask has ' + str(x.shape[0]) + ' channels, expected one of class ids; write one, such as the argmax of "
         f"one-hot channels' if not ({one}) else ''",
-        f"'' if {good} else (lambda bad: ': the mask holds ' + '{{:.7g}}'.format(float(bad.min())) + ', its task has "
-        f"classes 0 to {last}' + ({hint}))({bad})",
+        f"(lambda x: '' if {good} else (lambda bad: ': the mask holds ' + '{{:.7g}}'.format(float(bad.min())) + ', its "
+        f"task has classes 0 to {last}' + ({hint}))({bad}))(x[:1])",
     ]
 
 
@@ -193,7 +203,10 @@ def _axes(spatial_dims: int) -> list[str]:
         f"' has the axes ' + str(tuple(x.shape[1:])) + ', expected {spatial_dims} of them' "
         f"if x.ndim != {spatial_dims + 1} else ''"
     ]
-    return faults + [_AFFINE] * (spatial_dims == 3)
+    # MONAI puts another affine in place of one that is none: the file itself has the first.
+    stored = f"torch.as_tensor(monai.utils.optional_import('nibabel')[0].load({_NAME}).affine)"
+    nifti = f"{_NAME}.lower().endswith(('.nii', '.nii.gz'))"
+    return faults + [f"(lambda a: {_AFFINE})({stored} if {nifti} else a)"] * (spatial_dims == 3)
 
 
 def _checked(key: str, faults: Sequence[str], result: str) -> str:
