@@ -267,8 +267,9 @@ def _or_arrays(preprocessing: list[dict], spatial_dims: int) -> list[dict]:
         "_disabled_": "$not @arrays",
         "keys": "image",
         "func": "$lambda x: (lambda x: monai.data.MetaTensor(torch.as_tensor("
-        f"np.ascontiguousarray(x).astype(np.float32)), meta={{'original_channel_dim': -1 if x.ndim > {spatial_dims} else 'no_channel', 'mode': {{'u1': 'L', "
-        "'u2': 'I;16'}.get(x.dtype.str[1:], 'F' if x.dtype.kind == 'f' else 'I'), 'filename_or_obj': 'an image of ' + "
+        f"np.ascontiguousarray(x).astype(np.float32)), meta={{'original_channel_dim': -1 if x.ndim > {spatial_dims} "
+        "else 'no_channel', 'mode': {'u1': 'L', 'u2': 'I;16'}.get(x.dtype.str[1:], 'F' if x.dtype.kind == 'f' else "
+        "'I'), 'filename_or_obj': 'an image of ' + "
         f"@entry['npz']}}))({visible})",
     }
     steps = [
