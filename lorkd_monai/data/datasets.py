@@ -108,10 +108,13 @@ class TaskDataset(Dataset):
             size = [patch_size] * 3 if isinstance(patch_size, int) else list(patch_size)
             self._pad = SpatialPadd(keys, spatial_size=size, allow_missing_keys=True)
             self._crop = RandCropByPosNegLabeld(
-                keys, "label", size, fg_indices_key="foreground", bg_indices_key="background"
-            )
+                (*keys, "seen"), "label", size, fg_indices_key="foreground", bg_indices_key="background",
+                allow_missing_keys=True,
+            )  # fmt: skip
         self._disk = None if cache_dir is None else self._on_disk(Path(cache_dir), size if self._crop else None)
         self._cache: dict[int, dict[str, torch.Tensor]] = {}
+        self._seen_by: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._seen: dict[int, torch.Tensor] = {}
         self._fill(cache_bytes, progress, split)
 
     @property
@@ -129,6 +132,9 @@ class TaskDataset(Dataset):
         index, seed = draw if isinstance(draw, tuple) else (draw, draw)
         item = self._cache.get(index)
         item = self._load(index) if item is None else item
+        if self._seen_by is not None:
+            seen = self._seen.get(index)
+            item = {**item, "seen": self._see(index) if seen is None else seen}
         if self._crop is not None:
             self._crop.set_random_state(seed)
             item = self._crop(item)[0]
@@ -141,6 +147,30 @@ class TaskDataset(Dataset):
     def _loader(self, name: str, configs: list[dict[str, Any]]) -> ItemLoader:
         task = self.data.tasks[name]
         return ItemLoader(configs, self.data.spatial_dims, task.channels, f"an array of task {name!r}")
+
+    def show_to(self, made: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Give each volume as ``"seen"`` too: as a teacher sees it, in the voxels and the axes of ``"image"``.
+
+        Its values come from its file, with nothing cut off, and figures of it are those of the whole volume. Pictures
+        hold all their values in ``"image"`` already: nothing is done for these.
+
+        Args:
+            made: makes what the teacher sees of the data's values C×H×W×D.
+        """
+        if self.data.spatial_dims == 2:
+            return
+        self._seen_by, self._values = made, {}
+        for name, task in self.data.tasks.items():
+            configs = preprocessing(task, self.data.kind, 3, self.in_channels, self.image_size)
+            self._values[name] = self._loader(name, [c for c in configs if "ScaleIntensity" not in c["_target_"]])
+        bar = tqdm(list(self._cache), desc="preparing what the teacher sees", disable=None, leave=False)
+        self._seen = {index: self._see(index) for index in bar}
+
+    def _see(self, index: int) -> torch.Tensor:
+        item = self.items[index]
+        values = _plain(self._values[item["task"]]({"image": item["image"]})["image"])
+        seen = self._seen_by(values)
+        return seen if self._pad is None else _plain(self._pad({"image": seen})["image"])
 
     def _fill(self, cache_bytes: int, progress: bool, split: str) -> None:
         bar = tqdm(total=len(self), desc=f"preparing {split} images", disable=None if progress else True, leave=False)

@@ -24,11 +24,12 @@ from lorkd_monai.data import DataList, TaskBatchSampler, TaskDataset
 from lorkd_monai.data.identity import split_digests, task_identity
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table, write_figures
 from lorkd_monai.engines.trained_tasks import as_trained, other_images
+from lorkd_monai.engines.trainer import show_volumes
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.networks.checkpoint import load_weights, read_decomposition_spec
-from lorkd_monai.networks.teacher import Teacher
+from lorkd_monai.networks.teacher import Teacher, check_channels
 from lorkd_monai.networks.teacher_bundle import load_teacher, teacher_from_checkpoint
 from lorkd_monai.networks.teacher_cache import CachedTeacher
 from lorkd_monai.networks.teacher_channels import channels_by_name
@@ -128,6 +129,7 @@ def find_teacher(
     split: str = "training",
     in_channels: int | None = None,
     image_size: int | Sequence[int] | None = None,
+    from_files: bool = False,
 ) -> Teacher | CachedTeacher | None:
     """The teacher of a decomposition from a MONAI bundle folder, or from a checkpoint and its network's config.
 
@@ -146,6 +148,8 @@ def find_teacher(
         backbone: MONAI config of the network of a weights file (``teacher_backbone`` in the bundles).
         split: what it is to teach or to be measured on.
         in_channels, image_size: of the student's images, where they are known: the teacher's are checked against them.
+        from_files: it is for a `DecompositionTrainer` with a `TaskDataset`, which shows it the values of the volumes'
+            files. Else they are made of the student's, and the teacher is refused where these do not do.
 
     Raises:
         LoRKDError: there is no such folder or file, or it does not fit.
@@ -177,6 +181,7 @@ def find_teacher(
     ranges = {name: None if own is None else (float(own[0]), float(own[1])) for name, own in seen.items()}
     teacher = load_teacher(
         teacher_bundle, data.tasks, intensity=intensity, ranges=ranges, only=present, image_channels=in_channels,
+        from_files=from_files,
         images=[item["image"] for item in data.split(split)],
     )  # fmt: skip
     coloured = [name for name in present if data.spatial_dims == 2 and data.tasks[name].channels == 3]
@@ -185,6 +190,10 @@ def find_teacher(
             f"the teacher {Path(teacher_bundle).name} takes colours and the images of {', '.join(coloured)} have them, "
             "but the student's are grey: give --in_channels 3"
         )
+    for task in present if in_channels is not None and teacher.in_channels is not None else ():
+        own = data.tasks[task].channels
+        if own is not None and own != in_channels:  # they are repeated for the student, or become grey
+            check_channels(teacher.in_channels, own, data.spatial_dims, f"the teacher {Path(teacher_bundle).name}")
     _log.info("%s", _given(Path(teacher_bundle).name, teacher, data, present, in_channels, image_size))
     return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
 
@@ -376,8 +385,10 @@ def report_figures(
     loader = _prepared_as(trained, data, loader)
     figures: dict[str, Any] = {"experts": evaluate_tasks(network.eval(), loader, trained, device, inferer)}
     if teacher_bundle is not None and Path(teacher_bundle).is_dir():
-        teacher = find_teacher(teacher_bundle, trained, intensity=teacher_intensity, split="test")
+        teacher = find_teacher(teacher_bundle, trained, intensity=teacher_intensity, split="test", from_files=True)
         if _knows(teacher, trained, "test"):
+            if teacher.intensity is not None and teacher.intensity.from_files:
+                show_volumes(loader, teacher.intensity)
             figures["teacher"] = evaluate_tasks(teacher, loader, trained, device, inferer)
     tasks = {name: task_identity(task, data.spatial_dims) for name, task in trained.tasks.items()}
     write_figures(path, {**figures, "data": {"name": data.name, "tasks": tasks, "images": split_digests(data)}})

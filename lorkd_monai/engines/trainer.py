@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lorkd_monai.engines.distributed import average_gradients, share_buffers
-from lorkd_monai.errors import find_lorkd_error
+from lorkd_monai.errors import LoRKDError, find_lorkd_error
 from lorkd_monai.losses import LoRKDLoss
-from lorkd_monai.transforms import fixed_view
+from lorkd_monai.networks.teacher_intensity import TeacherView
+from lorkd_monai.transforms import augment_together, fixed_view
 
 __all__ = ["AutocastInferer", "DecompositionTrainer", "TaskEvaluator"]
 
@@ -63,6 +64,20 @@ class AutocastInferer(Inferer):
             return self.inferer(inputs, network, *args, **kwargs)
 
 
+def show_volumes(loader: DataLoader | Iterable, view: TeacherView) -> None:
+    """Let a loader's batches hold what a teacher sees of each volume as ``seen``.
+
+    Raises:
+        LoRKDError: its data set can't.
+    """
+    if not hasattr(getattr(loader, "dataset", None), "show_to"):
+        raise LoRKDError(
+            "this teacher wants the values of the volumes' files: train it with a TaskDataset, or load it without "
+            "from_files"
+        )
+    loader.dataset.show_to(view.of_values)
+
+
 def move_batch(batch: dict[str, Tensor], device: torch.device, non_blocking: bool = False) -> dict[str, Tensor]:
     """The tensors of a batch on the device; everything else as it is."""
     return {k: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -78,7 +93,8 @@ class _StepOutput(list):
 class DecompositionTrainer(SupervisedTrainer):
     """Train a decomposed network on batches of mixed tasks, with the knowledge of a frozen teacher.
 
-    Batches are dicts with ``image``, ``label`` and ``task`` (see `TaskDataset`). Each step augments the batch, asks the
+    Batches are dicts with ``image``, ``label`` and ``task`` (see `TaskDataset`); with ``seen`` where a teacher from
+    elsewhere wants other values of volumes than the student. Each step augments the batch, asks the
     teacher about the very images that the network sees, and minimises the objective. The objective's terms are in
     ``engine.state.output["terms"]`` after each step and, as means over the epoch, in ``engine.state.metrics``.
 
@@ -129,6 +145,9 @@ class DecompositionTrainer(SupervisedTrainer):
         self.augment = augment
         self.seed = seed
         self._views: int | None = getattr(teacher, "views", None)
+        view = getattr(teacher, "intensity", None)
+        if view is not None and view.from_files:
+            show_volumes(train_data_loader, view)
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -175,24 +194,30 @@ class DecompositionTrainer(SupervisedTrainer):
     ) -> tuple[Tensor, Tensor, tuple, dict]:
         batch = move_batch(batch, device, non_blocking)
         image, label, task = batch["image"], batch["label"], batch["task"]
+        seen, channels = batch.get("seen"), image.shape[1]
+        image = image if seen is None else torch.cat([image, seen], 1)
         if self.augment is not None:
+            augment = self.augment if seen is None else augment_together(self.augment, channels)
             is_mask = label.ndim == image.ndim
             iteration = self.state.iteration * idist.get_world_size() + self.state.rank
             if self._views is None:
-                image, mask = self.augment(image, label if is_mask else None, iteration)
+                image, mask = augment(image, label if is_mask else None, iteration)
             else:
                 view = (self.state.epoch - 1) % self._views
-                image, mask = fixed_view(self.augment, image, label if is_mask else None, view)
+                image, mask = fixed_view(augment, image, label if is_mask else None, view)
             label = mask if is_mask else label
+        asked, shown = image, {}
+        if seen is not None:
+            image, asked, shown = image[:, :channels], image[:, channels:], {"shown": True}
         teacher_out = teacher_features = has_teacher = None
         extra = {}
         if self.teacher is not None and self.objective.transfer_weight > 0:
             with torch.no_grad(), torch.autocast(device.type, enabled=bool(self.amp)):
                 if self.objective.feature_transfer is not None:
-                    teacher_out, teacher_features = self.teacher(image, task, return_features=True)
+                    teacher_out, teacher_features = self.teacher(asked, task, return_features=True, **shown)
                     extra = {"return_features": True}
                 else:
-                    teacher_out = self.teacher(image, task)
+                    teacher_out = self.teacher(asked, task, **shown)
             has_teacher = self.teacher.has_logits(task)
         self._step = {
             "task": task,
@@ -238,7 +263,7 @@ class TaskEvaluator(SupervisedEvaluator):
     Args:
         device: where to run.
         val_data_loader: gives batches as `TaskDataset` does.
-        network: takes (image, task).
+        network: takes (image, task); a teacher where the batches hold what it sees, as ``seen``.
         kwargs: passed to MONAI's `SupervisedEvaluator`: ``inferer``, ``key_val_metric``, ``val_handlers``, ….
     """
 
@@ -260,6 +285,8 @@ class TaskEvaluator(SupervisedEvaluator):
         self, batch: dict[str, Tensor], device: torch.device, non_blocking: bool, **kwargs: object
     ) -> tuple[Tensor, Tensor, tuple, dict]:
         self._batch = move_batch(batch, device, non_blocking)
+        if "seen" in self._batch:
+            return self._batch["seen"], self._batch["label"], (self._batch["task"],), {"shown": True}
         return self._batch["image"], self._batch["label"], (self._batch["task"],), {}
 
     def _keep_batch(self, engine: Engine) -> None:

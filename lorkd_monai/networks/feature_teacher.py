@@ -33,7 +33,7 @@ class FeatureTeacher(Teacher):
 
     @torch.no_grad()
     def forward(
-        self, x: Tensor, task: Tensor | int | Sequence[int], return_features: bool = False
+        self, x: Tensor, task: Tensor | int | Sequence[int], return_features: bool = False, shown: bool = False
     ) -> tuple[None, Tensor]:
         """No logits, and the features: B × D.
 
@@ -42,12 +42,12 @@ class FeatureTeacher(Teacher):
         """
         if not return_features:
             raise LoRKDError("this teacher has features only, no classes: train with the transfer of features")
-        return None, self.features_of(x, task)
+        return None, self.features_of(x, task, shown)
 
     @torch.no_grad()
-    def features_of(self, x: Tensor, task: Tensor | int | Sequence[int] = 0) -> Tensor:
+    def features_of(self, x: Tensor, task: Tensor | int | Sequence[int] = 0, shown: bool = False) -> Tensor:
         """The encoder's output, pooled: B × D."""
-        y = first_tensor(self.network(self._adapted(x, self._rows(x, task))))
+        y = first_tensor(self.network(self._adapted(x, self._rows(x, task), shown)))
         if y.ndim < 2 or y.shape[0] != x.shape[0] or (self.tokens and y.ndim != 3):
             raise LoRKDError(
                 f"the teacher's output has shape {tuple(y.shape)}; expected features of {x.shape[0]} images"

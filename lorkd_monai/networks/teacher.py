@@ -116,7 +116,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, x: Tensor, task: Tensor | int | Sequence[int], return_features: bool = False
+        self, x: Tensor, task: Tensor | int | Sequence[int], return_features: bool = False, shown: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The teacher's logits for each sample's own task.
 
@@ -125,6 +125,7 @@ class Teacher(nn.Module):
                 for one that takes one.
             task: task index of each sample, LongTensor[B]; a single one serves the whole batch.
             return_features: also return the input of the network's last layer, pooled over space: B × D.
+            shown: the batch has the teacher's own intensities already, see `TaskDataset.show_to`.
 
         Returns:
             B × C_max × …, C_max being the most classes of a task: -inf past a sample's own classes and in a class
@@ -135,7 +136,7 @@ class Teacher(nn.Module):
             LoRKDError: a task out of range, image channels that don't fit, or an output with too few channels.
         """
         tasks = self._rows(x, task)
-        x = self._adapted(x, tasks)
+        x = self._adapted(x, tasks, shown)
         with _collect_head_inputs() as found:
             y = first_tensor(self.network(x))
         if self.intensity is not None:
@@ -187,9 +188,9 @@ class Teacher(nn.Module):
             raise LoRKDError(f"task {wrong[:1] or 'is empty'}: the teacher serves tasks 0 to {len(self._known) - 1}")
         return tasks
 
-    def _adapted(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
+    def _adapted(self, x: Tensor, tasks: Sequence[int], shown: bool = False) -> Tensor:
         x = self._channels_adapted(x.as_tensor() if hasattr(x, "as_tensor") else x)
-        return x if self.intensity is None else self.intensity(x, tasks)
+        return x if self.intensity is None else self.intensity(x, tasks, shown)
 
     def _channels_adapted(self, x: Tensor) -> Tensor:
         wanted, came = self.in_channels, x.shape[1]

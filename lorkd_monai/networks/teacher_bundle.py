@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from monai.bundle import ConfigParser
@@ -39,6 +39,7 @@ def load_teacher(
     ranges: Mapping[str, tuple[float, float] | None] | None = None,
     images: Sequence[object] | None = None,
     image_channels: int | None = None,
+    from_files: bool = False,
     features_only: bool | None = None,
     only: Sequence[str] | None = None,
 ) -> Teacher:
@@ -63,6 +64,7 @@ def load_teacher(
             without them the student's images are taken as they are.
         images: the images (files or arrays) that it will see, for teachers that take volumes as they are stored.
         image_channels: of the student's images; they are checked against the teacher's where they are given.
+        from_files: volumes will come with the values of their files, see `TaskDataset.show_to`.
         features_only: the network is an encoder without classes, see `FeatureTeacher`; None: where the metadata calls
             its output's type "feature", "features" or "embedding".
         only: the tasks to look up; the teacher then has no logits for the others. None: all.
@@ -88,7 +90,9 @@ def load_teacher(
     channels_in, dims = _input_channels(formats) or channels_of(network), _dims_of(network)
     if image_channels is not None and channels_in is not None:
         _check_image(channels_in, image_channels, dims, formats, f"the teacher {folder.name}")
-    view = _view_of(folder, parser, config_file, intensity, ranges, names, tasks, dims, channels_in or 1, images)
+    view = _view_of(
+        folder, parser, config_file, intensity, ranges, names, tasks, sought, dims, channels_in or 1, images, from_files
+    )
     if features_only is None:
         features_only = str(_first(formats, "outputs").get("type")) in _FEATURES
     if features_only:
@@ -193,9 +197,11 @@ def _view_of(
     ranges: Mapping[str, tuple[float, float] | None] | None,
     names: Mapping[int, str],
     tasks: Mapping[str, object],
+    sought: Collection[str],
     dims: int,
     channels: int,
     images: Sequence[object] | None,
+    from_files: bool,
 ) -> TeacherView | None:
     """How the teacher is shown the student's images; None where it takes them as they are."""
     if intensity == "auto" and (ranges is None or _is_own(names, tasks)):
@@ -203,9 +209,10 @@ def _view_of(
     others = [f for n in _CONFIGS if (f := folder / "configs" / n).is_file() and f != config_file]
     parsers = [(config_file, parser), *((file, _parser(folder, file)) for file in others)]
     own = find_steps(folder, parsers, strict=intensity == "auto")
-    ranges = dict.fromkeys(tasks) if ranges is None else ranges
-    ct = [name for name, task in tasks.items() if str(getattr(task, "modality", None)).strip().upper() == "CT"]
-    view = teacher_view(own, intensity, ranges, dims, channels, images, ct, f"the teacher {folder.name}")
+    # What it is not asked about makes no difference to it.
+    ranges = {name: (ranges or {}).get(name) if name in sought else (0.0, 1.0) for name in tasks}
+    ct = [name for name in sought if str(getattr(tasks[name], "modality", None)).strip().upper() == "CT"]
+    view = teacher_view(own, intensity, ranges, dims, channels, images, ct, f"the teacher {folder.name}", from_files)
     return None if intensity == "same" and view.axes is None else view
 
 

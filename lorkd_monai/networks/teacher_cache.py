@@ -71,7 +71,7 @@ class CachedTeacher(nn.Module):
         try:
             return super().__getattr__(item)
         except AttributeError:
-            if item in ("activation", "channels", "in_channels", "network", "num_classes", "tasks"):
+            if item in ("activation", "channels", "in_channels", "intensity", "network", "num_classes", "tasks"):
                 return getattr(super().__getattr__("teacher"), item)
             raise
 
@@ -89,7 +89,7 @@ class CachedTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, x: Tensor, task: Tensor | int | Sequence[int], return_features: bool = False
+        self, x: Tensor, task: Tensor | int | Sequence[int], return_features: bool = False, shown: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """What `Teacher` gives for each sample, from the cache where it is there.
 
@@ -98,14 +98,14 @@ class CachedTeacher(nn.Module):
         """
         x = x.as_tensor() if hasattr(x, "as_tensor") else x
         tasks = self.teacher._rows(x, task)
-        keys = self._keys(x, tasks, return_features)
+        keys = self._keys(x, tasks, return_features, shown)
         known = [self._read(key) for key in keys]
         missing = [i for i, answer in enumerate(known) if answer is None]
         self.asked += len(keys)
         self.answered_from_disk += len(keys) - len(missing)
         if missing:
             rows = torch.tensor(missing, device=x.device)
-            out = self.teacher(x.index_select(0, rows), [tasks[i] for i in missing], return_features=return_features)
+            out = self.teacher(x.index_select(0, rows), [tasks[i] for i in missing], return_features, shown)
             out, features = out if return_features else (out, None)
             counts = list(self.teacher.num_classes.values())
             for place, i in enumerate(missing):
@@ -123,10 +123,10 @@ class CachedTeacher(nn.Module):
             return logits
         return logits, torch.stack([answer["features"] for answer in known]).to(x.device)
 
-    def _keys(self, x: Tensor, tasks: Sequence[int], features: bool) -> list[str]:
+    def _keys(self, x: Tensor, tasks: Sequence[int], features: bool, shown: bool) -> list[str]:
         device = x.device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-        about = [self._mark, str(x.dtype), list(x.shape[1:]), features, autocast]
+        about = [self._mark, str(x.dtype), list(x.shape[1:]), features, autocast, *(["shown"] if shown else [])]
         rows = x.detach().cpu().contiguous()
         return [
             hashlib.sha256(json.dumps([*about, self.teacher.tasks[task]]).encode() + _bytes(row)).hexdigest()

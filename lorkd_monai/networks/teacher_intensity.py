@@ -4,8 +4,9 @@ Student and teacher see one augmented sample. The student's images are the data'
 task's range: x = (v - low) / (high - low), cut off outside. A teacher from elsewhere wants other numbers. So v is made
 of x again, and goes through the very transforms of the teacher's bundle; see `teacher_steps` for which these are.
 
-What the student's range cuts off, the teacher doesn't see either, and a transform that takes figures of an image
-(its mean, its largest value) takes those of the student's patch and not of the whole image.
+What the student's range cuts off, the teacher doesn't see then either, and a transform that takes figures of an image
+(its mean, its largest value) takes those of the student's patch. In training on volumes it is otherwise: each one's
+values come from its file, whole and uncut (`TaskDataset.show_to`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class TeacherView:
         steps: transforms of one image C×… of the data's values, one after the other.
         ranges: of each task, in the order of the tasks, the data's values that the student sees as 0 and 1.
         axes: of the teacher's images; None: the student's.
+        from_files: it wants volumes that come with the values of their files, see `TaskDataset.show_to`.
         words: says what it is, in a word or a hash: answers are kept under it.
         told: the same for the reader of a log.
     """
@@ -64,17 +66,22 @@ class TeacherView:
     steps: Sequence[Callable[[Tensor], Tensor]] = ()
     ranges: Sequence[Range] = ()
     axes: Axes | None = None
+    from_files: bool = False
     words: str = ""
     told: str = ""
 
-    def __call__(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
-        """The teacher's images: B×C×…, the task of each row in ``tasks``."""
+    def __call__(self, x: Tensor, tasks: Sequence[int], shown: bool = False) -> Tensor:
+        """The teacher's images: B×C×…, the task of each row in ``tasks``. ``shown``: they have its values already."""
         if self.axes is not None:
             x = self.axes.turned(x)
-        if not self.steps:
+        if shown or not self.steps:
             return x
         images = (values_of(image, self.ranges[t]) for image, t in zip(x, tasks, strict=True))
         return torch.stack([run(self.steps, image).to(x) for image in images])
+
+    def of_values(self, image: Tensor) -> Tensor:
+        """One image C×… of the data's values as the teacher sees it, in the student's axes."""
+        return run(self.steps, image.clone()).to(image)
 
     def answer(self, y: Tensor, x: Tensor) -> Tensor:
         """The teacher's output for ``x`` in the student's axes; scores without spatial axes stay as they are."""

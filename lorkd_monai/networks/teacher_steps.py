@@ -206,6 +206,7 @@ def teacher_view(
     images: Sequence[Any] | None = None,
     ct: Sequence[str] = (),
     name: str = "the teacher",
+    from_files: bool = False,
 ) -> TeacherView:
     """How a teacher is shown the student's images.
 
@@ -218,6 +219,7 @@ def teacher_view(
         images: the data's files (or arrays), which tell how they are stored where the teacher takes them so.
         ct: tasks whose images are of CT.
         name: of the teacher, for messages.
+        from_files: volumes will come with the values of their files (`TaskDataset.show_to`), not with the student's.
 
     Raises:
         LoRKDError: a step that fails, or that wants values that the student's images do not hold.
@@ -234,14 +236,17 @@ def teacher_view(
     known = {task: (0.0, 1.0) if r is None else r for task, r in ranges.items()}
     pointwise = _try(named, source, channels, dims, known)
     steps = [step for _, step in named]
-    if steps and any(r is None for r in ranges.values()):
+    from_files = from_files and dims == 3 and bool(steps)
+    if steps and not from_files and any(r is None for r in ranges.values()):
         _check_percentiles(steps, source, [task for task, r in ranges.items() if r is None], channels, dims)
     if intensity == "auto":
         if own.cropped and not pointwise:
             raise _cannot(source, f"{own.cropped} before it takes figures of the image that is left")
-        for task in ct if dims == 3 else ():
+        for task in ct if dims == 3 and not from_files else ():
             _check_cut(steps, source, task, known[task], pointwise, channels)
-    told = [_axes_words(axes, dims), _value_words(steps, known, pointwise, channels)]
+    # Volumes of CT come whole, and of what is scaled by percentiles nothing is known beforehand.
+    shown = [_CT if from_files and task in ct else own for task, own in ranges.items()]
+    told = [_axes_words(axes, dims), _value_words(steps, shown, pointwise, channels)]
     told += [f"intensities as said ({intensity})"] if intensity != "auto" else []
     told += (
         []
@@ -249,7 +254,7 @@ def teacher_view(
         else [f"its steps: {' '.join(own.names)}", *(f"not done: {_size_words(s)}" for s in own.sizes)]
     )
     words = f"{intensity} {'' if own is None else own.mark}"
-    return TeacherView(steps, list(known.values()), axes, words, ", ".join(told))
+    return TeacherView(steps, list(known.values()), axes, from_files, words, ", ".join(told))
 
 
 def _try(
@@ -427,12 +432,12 @@ def _stored_as(turn: np.ndarray) -> np.ndarray:
     return nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), turn)
 
 
-def _value_words(steps: Sequence[Callable], known: Mapping[str, Range], pointwise: bool, channels: int) -> str:
+def _value_words(steps: Sequence[Callable], own: Sequence[Range | None], pointwise: bool, channels: int) -> str:
     if not steps:
         return "values 0..1 as the student's"
-    if not pointwise:
+    if not pointwise or None in own:
         return "values by the figures of each image"
-    ramps = [torch.linspace(*own, 257).view(1, -1, 1, 1).repeat(channels, 1, 1, 1) for own in known.values()]
+    ramps = [torch.linspace(*r, 257).view(1, -1, 1, 1).repeat(channels, 1, 1, 1) for r in own]
     shown = torch.cat([run(steps, ramp) for ramp in ramps])
     return f"values {float(shown.min()):.4g}..{float(shown.max()):.4g}"
 

@@ -10,7 +10,7 @@ from .preprocessing import (
     preprocessing,
     saving_handlers,
 )
-from .views import fixed_view
+from .views import augment_together, fixed_view
 
 __all__ = [
     "CT_WINDOW",
@@ -18,6 +18,7 @@ __all__ = [
     "BatchAugment",
     "ImageFacts",
     "ItemLoader",
+    "augment_together",
     "default_intensity",
     "describe_image",
     "fixed_view",

@@ -8,7 +8,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["fixed_view"]
+__all__ = ["augment_together", "fixed_view"]
+
+
+def augment_together(augment: Callable, channels: int) -> Callable:
+    """An augmentation of images that hold, after the student's ``channels``, what a teacher sees of them.
+
+    Both are changed in the same way. ``augment`` is for values in 0..1: the teacher's go there and back by their own
+    range, so that its contrast and brightness change as the student's do.
+
+    Args:
+        augment: ``augment(image, mask or None, iteration)``, see `BatchAugment`; the same for the same iteration.
+        channels: of the student's images.
+    """
+
+    def both(image: Tensor, label: Tensor | None, iteration: int) -> tuple[Tensor, Tensor | None]:
+        own, mask = augment(image[:, :channels], label, iteration)
+        seen = image[:, channels:]
+        low, high = (f(seen.flatten(1), 1).view(-1, *[1] * (seen.ndim - 1)) for f in (torch.amin, torch.amax))
+        span = (high - low).clamp_min(torch.finfo(seen.dtype).tiny)
+        shown, _ = augment((seen - low) / span, None, iteration)
+        return torch.cat([own, shown * span + low], 1), mask
+
+    return both
 
 
 def fixed_view(augment: Callable, image: Tensor, label: Tensor | None, view: int) -> tuple[Tensor, Tensor | None]:
