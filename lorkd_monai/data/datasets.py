@@ -162,7 +162,10 @@ class TaskDataset(Dataset):
         self._seen_by, self._values = made, {}
         for name, task in self.data.tasks.items():
             configs = preprocessing(task, self.data.kind, 3, self.in_channels, self.image_size)
-            self._values[name] = self._loader(name, [c for c in configs if "ScaleIntensity" not in c["_target_"]])
+            scaling = next(i for i, c in enumerate(configs) if c["_target_"].startswith("ScaleIntensityRange"))
+            self._values[name] = self._loader(
+                name, configs[:scaling] + configs[scaling + 2 :]
+            )  # and what looks after it
         bar = tqdm(list(self._cache), desc="preparing what the teacher sees", disable=None, leave=False)
         self._seen = {index: self._see(index) for index in bar}
 

@@ -23,6 +23,7 @@ import nibabel
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, Randomizable
 from PIL import Image
 from torch import Tensor
@@ -50,7 +51,8 @@ class OwnSteps:
         key: the image's key; None for transforms of arrays.
         names: of all these transforms, in order.
         opening: those that load the image and turn its axes.
-        sizes: those that change its size, and are not executed; ``cropped`` names the first that leaves voxels out.
+        sizes: those that change its size, and are not executed; ``cropped``: the first that leaves voxels out
+            or adds some, and the number of ``values`` before it.
         values: name and transform of those that change values.
         unknown: what can't be followed.
         several: the keys of the images, where it takes more than one.
@@ -67,7 +69,7 @@ class OwnSteps:
     unknown: list[str] = field(default_factory=list)
     several: list[str] = field(default_factory=list)
     repeats: int = 1
-    cropped: str | None = None
+    cropped: tuple[str, int] | None = None
     mark: str = ""
 
     @property
@@ -175,7 +177,8 @@ def _sorted(steps: Sequence[Any], source: str) -> OwnSteps:
             own.repeats *= getattr(step, "repeater", step).repeats
         elif plain in _SIZES or module.startswith("monai.transforms.croppad"):
             own.sizes.append(step)
-            own.cropped = own.cropped or (None if plain in _SIZES else name)
+            if plain not in _SIZES and own.cropped is None:
+                own.cropped = name, len(own.values)
         elif plain in _CASTS or module.startswith("monai.transforms.intensity"):
             own.values.append((name, partial(_applied, step, own.key)))
         elif _changes(step, own.key):
@@ -183,8 +186,9 @@ def _sorted(steps: Sequence[Any], source: str) -> OwnSteps:
     return own
 
 
-def _applied(step: Any, key: str | None, image: Any) -> Any:
-    return step(image) if key is None else step({key: image})[key]
+def _applied(step: Any, key: str | None, image: Tensor) -> Any:
+    # As loaded images are: a step of the whole item may look at what came with one.
+    return step(image) if key is None else step({key: MetaTensor(image)})[key]
 
 
 def _changes(step: Any, key: str | None) -> bool:
@@ -234,19 +238,20 @@ def teacher_view(
     named = own.values if intensity == "auto" else [(f"intensity {intensity}", step) for step in given_steps(intensity)]
     source = own.source if intensity == "auto" else name
     known = {task: (0.0, 1.0) if r is None else r for task, r in ranges.items()}
-    pointwise = _try(named, source, channels, dims, known)
+    alone = _try(named, source, channels, dims, known)
+    pointwise = all(alone)
     steps = [step for _, step in named]
     from_files = from_files and dims == 3 and bool(steps)
     if steps and not from_files and any(r is None for r in ranges.values()):
         _check_percentiles(steps, source, [task for task, r in ranges.items() if r is None], channels, dims)
     if intensity == "auto":
-        if own.cropped and not pointwise:
-            raise _cannot(source, f"{own.cropped} before it takes figures of the image that is left")
+        if own.cropped and not all(alone[own.cropped[1] :]):
+            raise _cannot(source, f"{own.cropped[0]} before it takes figures of the image that is left")
         for task in ct if dims == 3 and not from_files else ():
             _check_cut(steps, source, task, known[task], pointwise, channels)
     # Volumes of CT come whole, and of what is scaled by percentiles nothing is known beforehand.
     shown = [_CT if from_files and task in ct else own for task, own in ranges.items()]
-    told = [_axes_words(axes, dims), _value_words(steps, shown, pointwise, channels)]
+    told = [_axes_words(axes, dims), _value_words(steps, shown, pointwise, channels, dims)]
     told += [f"intensities as said ({intensity})"] if intensity != "auto" else []
     told += (
         []
@@ -259,12 +264,12 @@ def teacher_view(
 
 def _try(
     named: Sequence[tuple[str, Callable]], source: str, channels: int, dims: int, known: Mapping[str, Range]
-) -> bool:
-    """Run the steps on a small image of each task; return whether each value depends on itself alone."""
-    pointwise = True
+) -> list[bool]:
+    """Run the steps on a small image of each task; return for each step whether a value depends on itself alone."""
+    alone = [True] * len(named)
     for low, high in known.values():
         image = _sample(low, high, channels, dims)
-        for name, step in named:
+        for i, (name, step) in enumerate(named):
             try:
                 after = run([step], image.clone())
             except Exception as error:
@@ -281,9 +286,9 @@ def _try(
                 if not _same(moved.flatten(1), after.flatten(1)[:, order]):
                     raise _cannot(source, f"{name}, which moves or mixes voxels")
             part = run([step], image[..., :2].clone())
-            pointwise = pointwise and _same(part, after[..., :2])
+            alone[i] = alone[i] and _same(part, after[..., :2])
             image = after
-    return pointwise
+    return alone
 
 
 def _sample(low: float, high: float, channels: int, dims: int) -> Tensor:
@@ -432,12 +437,14 @@ def _stored_as(turn: np.ndarray) -> np.ndarray:
     return nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), turn)
 
 
-def _value_words(steps: Sequence[Callable], own: Sequence[Range | None], pointwise: bool, channels: int) -> str:
+def _value_words(
+    steps: Sequence[Callable], own: Sequence[Range | None], pointwise: bool, channels: int, dims: int
+) -> str:
     if not steps:
         return "values 0..1 as the student's"
     if not pointwise or None in own:
         return "values by the figures of each image"
-    ramps = [torch.linspace(*r, 257).view(1, -1, 1, 1).repeat(channels, 1, 1, 1) for r in own]
+    ramps = [torch.linspace(*r, 257).view(1, -1, *[1] * (dims - 1)).repeat(channels, *[1] * dims) for r in own]
     shown = torch.cat([run(steps, ramp) for ramp in ramps])
     return f"values {float(shown.min()):.4g}..{float(shown.max()):.4g}"
 

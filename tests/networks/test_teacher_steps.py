@@ -45,6 +45,7 @@ from lorkd_monai.data import TaskSpec
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.teacher_bundle import load_teacher
 from lorkd_monai.networks.teacher_cache import fingerprint
+from lorkd_monai.transforms import ItemLoader, preprocessing
 
 CT_FORMS = {
     "spleen": {"preprocessing": compose(LOAD, FIRST, RAS, SPACING, CT, TYPED)},
@@ -66,6 +67,9 @@ CT_FORMS = {
     },
     "@steps": {"steps": [LOAD, FIRST, RAS, CT], "preprocessing": {"_target_": "Compose", "transforms": "@steps"}},
     "@pre": {"pre": compose(LOAD, FIRST, RAS, CT), "preprocessing": "@pre"},
+    "cut after all": {
+        "preprocessing": compose(LOAD, FIRST, RAS, ZSCORE, step("SpatialPadd", spatial_size=[4, 4, 4])),
+    },
     "nested": {"preprocessing": compose(compose(LOAD, compose(FIRST, RAS)), compose(CT))},
     "list": {"preprocessing": [LOAD, FIRST, RAS, CT]},
     "expression": {"a": [LOAD, FIRST], "b": [RAS, CT], "preprocessing": {**compose(), "transforms": "$@a + @b"}},
@@ -234,6 +238,23 @@ def test_2d_equal(form, tmp_path):
     task, file = task_of(channels=1 if grey else 3), write_picture(tmp_path, colours=not grey)
     x = student_image(file, task, 2, 1 if grey else 3, "classification")
     check_equal(teacher_of(folder, task, 2, image_channels=x.shape[1]), folder, file, x)
+
+
+@pytest.mark.parametrize(("dims", "modality"), [(2, "US"), (3, "CT"), (3, "MR")])
+def test_an_expert_of_our_own_as_the_teacher(dims, modality, tmp_path):
+    """Its configs hold steps that look at the whole item: they are executed, too."""
+    task = task_of(modality=modality, spacing=(1.5, 1.5, 2.0) if dims == 3 else None, channels=1)
+    kind = "classification" if dims == 2 else "segmentation"
+    configs = preprocessing(task, kind, dims, 1, [12, 16] if dims == 2 else 16)
+    folder = write_bundle(tmp_path / "bundle", {"preprocessing": compose(*configs)}, dims=dims)
+    file = write_picture(tmp_path, colours=False) if dims == 2 else write_volume(tmp_path)
+    teacher = teacher_of(folder, task, dims, images=[file], from_files=True)
+    x = student_image(file, task, dims, 1, kind)
+    if modality == "MR":  # whose values are those of its own percentiles: they come from the file
+        values = ItemLoader([c for c in configs if c["_target_"] in ("LoadImaged", "EnsureChannelFirstd")], 3)
+        x = teacher.intensity.of_values(values({"image": file})["image"].as_tensor())[None]
+    seen = teacher._adapted(x, [0], shown=modality == "MR")
+    torch.testing.assert_close(seen, own_tensor(folder, file), rtol=1e-5, atol=1e-5)
 
 
 def test_grey_of_colours_is_a_mean(tmp_path):
