@@ -64,17 +64,17 @@ KEYS = {
 }
 
 NOTES = {
-    "2d_classification": """* Images are PNG, JPEG or TIFF files, or arrays of an `.npz` file in MedMNIST's form.
+    "2d_classification": """* Images are PNG, JPEG, TIFF or DICOM files, or arrays of an `.npz` file in MedMNIST's form.
 * Figures: balanced accuracy, accuracy, AUROC, with 95 % bootstrap intervals.
 * An expert writes `predictions.csv`: file, the probability of each class, the class.""",
-    "3d_classification": """* Volumes are NIfTI files, with itk also NRRD, MHA or folders of DICOM slices, or
-  arrays of an `.npz` file. Files are turned to RAS; arrays are taken as they are.
+    "3d_classification": """* Volumes are NIfTI, NRRD or MHA files, folders of DICOM slices, or arrays of an
+  `.npz` file. Files are turned to RAS; arrays are taken as they are.
 * CT is windowed to -160..240 HU and other volumes to their percentiles 0.5 and 99.5, unless the task has an
   `"intensity"` in the data list.
 * Figures: balanced accuracy, accuracy, AUROC, with 95 % bootstrap intervals.
 * An expert writes `predictions.csv`: file, the probability of each class, the class.""",
-    "2d_segmentation": """* Images may have any size and proportions: the longer side becomes `image_size`, the rest
-  is padded. A mask holds class numbers, not grey values.
+    "2d_segmentation": """* Images are PNG, JPEG, TIFF or DICOM files of any size and proportions: the
+  longer side becomes `image_size`, the rest is padded. A mask holds class numbers, not grey values.
 * Figures: Dice, normalised surface Dice and 95 % Hausdorff distance (in pixels of the preprocessed image), with 95 %
   bootstrap intervals.
 * An expert writes `<name>_seg.png`, 8 bit, with the rows and columns of the image.""",
@@ -85,7 +85,7 @@ NOTES = {
   a window over the whole volume.
 * Figures: Dice, normalised surface Dice (tolerance 1 mm) and 95 % Hausdorff distance (mm), with 95 % bootstrap
   intervals.
-* An expert writes `<name>_seg.nii.gz`, uint8, with the affine and shape of the volume. It reads NIfTI, and with itk
+* An expert writes `<name>_seg.nii.gz`, uint8, with the affine and shape of the volume. It reads NIfTI,
   NRRD, MHA and folders of DICOM slices.
 * More detail in the decoder: `--rank_pattern "{'*submodule.2*': 2}"` (the extended paper doubles the
   decoder's rank).""",
@@ -150,7 +150,10 @@ python -m monai.bundle run --bundle_root $E --config_file $E/configs/inference.j
   --dataset_dir IMAGES --output_dir ANSWERS
 ```
 
-`IMAGES` is an image or a folder of images. The same answers from the decomposition, without an export:
+`IMAGES` is an image or a folder of images. Where images share a name, those of the outputs say their folders or
+suffixes too. What another run wrote is replaced only with `--overwrite true`.
+
+The same answers from the decomposition, without an export:
 
 ```bash
 python -m monai.bundle run --bundle_root B --config_file B/configs/inference.yaml --output_dir OUT \\

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorkd_monai.bundle.text import check_task_name
+from lorkd_monai.transforms.dicom import IS_DICOM
 
 __all__ = ["LOGGING", "evaluate_config", "inference_config", "multi_gpu_config", "train_config"]
 
@@ -42,13 +43,13 @@ _NO_IMAGES = (
     "$@images or sys.exit('error: no image in ' + repr(str(@dataset_dir)) + ': expected --dataset_dir to be an image "
     "or a folder of images (' + ' '.join(@suffixes) + ')')"
 )
-# In 3D a folder of .dcm files is an image too.
+# In 3D a folder of DICOM files is an image too.
 _IMAGES = {
     2: "$[@dataset_dir] if os.path.isfile(@dataset_dir) else sorted(path for path in "
-    "glob.glob(glob.escape(@dataset_dir) + '/*') if path.lower().endswith(tuple(@suffixes)))",
-    3: "$[@dataset_dir] if os.path.isfile(@dataset_dir) or glob.glob(glob.escape(@dataset_dir) + '/*.dcm') else "
-    "sorted(path for path in glob.glob(glob.escape(@dataset_dir) + '/*') if path.lower().endswith(tuple(@suffixes)) "
-    "or glob.glob(glob.escape(path) + '/*.dcm'))",
+    "glob.glob(glob.escape(@dataset_dir) + '/*') if path.lower().endswith(tuple(@suffixes)) or @is_dicom(path))",
+    3: "$[@dataset_dir] if os.path.isfile(@dataset_dir) else [path for path in [@dataset_dir, "
+    "*sorted(glob.glob(glob.escape(@dataset_dir) + '/*'))] if os.path.isfile(path) and "
+    "path.lower().endswith(tuple(@suffixes)) or any(map(@is_dicom, sorted(glob.glob(glob.escape(path) + '/*'))))]",
 }
 # What the preprocessing refuses is one line; the first error of the chain that MONAI makes of it says what it is.
 _PLAIN_REFUSALS = (
@@ -56,6 +57,34 @@ _PLAIN_REFUSALS = (
     "file=sys.stderr) if found else sys.__excepthook__(kind, error, trace))(re.search("
     "'ValueError: refused: (.*)', ''.join(traceback.format_exception(error)))))"
 )
+# The name of an image's output: its own without the suffix, as MONAI makes it. Where images share that, the folders
+# come before it, and then the suffix stays. Digits after a point are no suffix: folders are named by UIDs.
+_NAMES = {
+    "short_names": "$[os.path.basename(path) if os.path.isdir(path) else re.sub(r'(\\.[^.]+)?\\.gz$|"
+    "\\.[^.]*[A-Za-z][^.]*$', '', os.path.basename(path)) for path in map(os.path.abspath, @paths)]",
+    "common_folder": "$os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in @paths] or [os.sep])",
+    "folders": "$['_'.join([*pathlib.Path(os.path.relpath(os.path.dirname(os.path.abspath(path)), @common_folder))"
+    ".parts, '']) for path in @paths]",
+    "possible_names": "$[(name, folder + name, folder + os.path.basename(os.path.abspath(path))) for path, folder, "
+    "name in zip(@paths, @folders, @short_names)]",
+    "output_names": "$(lambda times: {path: next((name for name in names if times[name] == 1), names[-1]) for path, "
+    "names in zip(@paths, @possible_names)})(collections.Counter(name for names in @possible_names for name in "
+    "set(names)))",
+}
+# With a point at its end the name is taken whole: MONAI cuts what follows the last one.
+_OUTPUT_NAME = (
+    "$lambda meta, _: {'subject': @output_names[path] + '.' if path in @output_names else path for path in "
+    "[meta['filename_or_obj']]}"
+)
+_OUTPUTS = "$[str(@output_dir) + '/' + @output_names[path] + '_{}{}' for path in @paths]"
+_QUOTED = "$lambda name: '\"' + name.replace('\"', '\"\"') + '\"' if set(name) & set(',\"\\n\\r') else name"
+_PROBLEM = (
+    "$next((f'{path!r} would be written twice: expected each image once' for path, times in "
+    "collections.Counter(@outputs if len(@outputs) > 1 else @paths).items() if times > 1), '') or next((f'{path!r} is "
+    "there already, the result of another run: expected an --output_dir without it, or --overwrite true' for path in "
+    "@outputs if os.path.exists(path) and str(@overwrite).lower() != 'true'), '')"
+)
+_IMPORTS = ("collections", "csv", "glob", "os", "pathlib", "re", "sys", "traceback")
 _NO_WEIGHTS = (
     "$os.path.isfile(@ckpt_path) or sys.exit('error: no weights at ' + repr(@ckpt_path) + ': expected --bundle_root "
     "to be the folder of this bundle')"
@@ -111,8 +140,17 @@ _TRAINING = [
 ]
 
 
-def _compose(steps: list[dict]) -> dict[str, Any]:
+def _compose(steps: Sequence[dict | str]) -> dict[str, Any]:
     return {"_target_": "Compose", "transforms": copy.deepcopy(steps)}
+
+
+def _saver(step: Any) -> dict[str, Any] | None:
+    """Return the config of `SaveImaged` in a step of the postprocessing where MONAI names its files."""
+    if not isinstance(step, dict):
+        return None
+    step = step.get("self", step)  # with options set, see `lorkd_monai.transforms.postprocessing`
+    plain = str(step.get("_target_", "")).endswith("SaveImaged") and step.get("separate_folder") is False
+    return step if plain and not {"output_name_formatter", "folder_layout", "data_root_dir"} & set(step) else None
 
 
 def default_inferer(kind: str, image_size: tuple[int, ...]) -> dict[str, Any]:
@@ -148,12 +186,20 @@ def inference_config(
     """Return inference.json.
 
     ``--dataset_dir`` is one image (in 3D also a folder of DICOM slices) or a folder of images, ``--images "['a.png']"``
-    a list of them; results go to ``--output_dir``. Classification writes predictions.csv: file, the probability of each
+    a list of them; results go to ``--output_dir``, one for each image, and those of another run are replaced only with
+    ``--overwrite true``. Classification writes predictions.csv: file, the probability of each
     class, the class index.
     """
     handlers = [_loader(network="@network_def"), {"_target_": "StatsHandler", "iteration_log": False}]
-    run = [_PLAIN_REFUSALS, _NO_WEIGHTS, _NO_IMAGES]
+    run = [_PLAIN_REFUSALS, _NO_WEIGHTS, _NO_IMAGES, "$@problem and sys.exit('error: ' + @problem)"]
+    postprocessing = copy.deepcopy(postprocessing)
+    outputs: dict[str, Any] = {"outputs": []}
+    saver = next(filter(None, map(_saver, postprocessing)), None)
+    if saver is not None:
+        outputs = {**_NAMES, "outputs": _OUTPUTS.format(saver.get("output_postfix", "trans"), saver["output_ext"])}
+        saver["output_name_formatter"] = _OUTPUT_NAME
     if kind == "classification" and "SaveClassification" not in str(postprocessing):
+        outputs = {"quoted": _QUOTED, "outputs": ["$str(@output_dir) + '/predictions.csv'"]}
         # CSVSaver writes no header: one is written first, and the saver appends to it.
         run += [
             "$os.makedirs(@output_dir, exist_ok=True)",
@@ -166,20 +212,27 @@ def inference_config(
                 "output_dir": "@output_dir",
                 "filename": "predictions.csv",
                 "overwrite": False,
-                "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
+                # The saver writes names as they are: a comma would begin a column.
+                "batch_transform": "$lambda batch: [{'filename_or_obj': @quoted(item['image'].meta['filename_or_obj'])}"
+                " for item in batch]",
                 "output_transform": "$lambda output: [torch.cat([item['pred'].flatten(), "
                 "item['pred'].argmax().reshape(1)]) for item in output]",
             }
         )
     run.append("$@evaluator.run()")
     config: dict[str, Any] = {
-        "imports": ["$import csv", "$import glob", "$import os", "$import re", "$import sys", "$import traceback"],
+        "imports": [f"$import {name}" for name in _IMPORTS],
         "bundle_root": ".",
         "dataset_dir": "$str(@bundle_root) + '/data'",
         "output_dir": "$str(@bundle_root) + '/eval'",
+        "overwrite": False,
         "ckpt_path": "$str(@bundle_root) + '/models/model.pt'",
         "suffixes": _SUFFIXES[spatial_dims],
+        "is_dicom": f"${IS_DICOM}",
         "images": _IMAGES[spatial_dims],
+        "paths": "$[str(pathlib.Path(monai.utils.ensure_tuple(image)[0]).expanduser()) for image in @images]",
+        **outputs,
+        "problem": _PROBLEM,
         "class_names": "$list(@_meta_#network_data_format#outputs#pred#channel_def.values())",
         "device": _DEVICE,
         "network_def": copy.deepcopy(network_config),
@@ -207,7 +260,6 @@ def inference_config(
     }
     if kind == "segmentation":
         del config["class_names"]
-        config["imports"].remove("$import csv")
     return config
 
 
@@ -409,7 +461,8 @@ def train_config(
             },
         },
         "validate": {
-            "preprocessing": _compose(preprocessing),
+            # The steps that training begins with.
+            "preprocessing": _compose([f"%train#preprocessing#transforms#{i}" for i in range(len(preprocessing))]),
             "dataset": dataset("validation"),
             "dataloader": {"_target_": "DataLoader", "dataset": "@validate#dataset", "batch_size": 1, "num_workers": 0},
             "inferer": copy.deepcopy(inferer),

@@ -70,11 +70,13 @@ def needed_packages(*configs: Any, spatial_dims: int | None = None) -> list[str]
     needed = {"fire", "pytorch-ignite"}
     if spatial_dims is not None:
         needed.add("pillow" if spatial_dims == 2 else "nibabel")
-    # "suffixes" says which files are looked for, not which have to be readable: itk is the user's choice.
+    # "suffixes" says which files are looked for.
     wanted = [
         {k: v for k, v in item.items() if k != "suffixes"} if isinstance(item, Mapping) else item for item in configs
     ]
     for word in strings_of(wanted):
+        if word.startswith("$") and "pydicom" in word:
+            needed.add("pydicom")
         package = _NEEDED_BY_WORD.get(word) or _NEEDED_BY_WORD.get(word.rsplit(".", 1)[-1])
         if package:
             needed.add(package)
@@ -153,6 +155,8 @@ def build_metadata(
     shape = [int(n) for n in image_size]
     is_ct = modality.strip().upper() == "CT"
     packages = needed_packages(preprocessing, postprocessing, network_config, spatial_dims=spatial_dims)
+    if spatial_dims == 3:
+        packages = sorted({*packages, "itk"})  # reads what is no NIfTI, DICOM series above all
     return {
         "schema": SCHEMA_URL,
         "version": VERSION,

@@ -126,7 +126,8 @@ python -m monai.bundle run --bundle_root $B --config_file $B/configs/inference.j
 --dataset_dir IMAGES --output_dir OUT
 ```
 
-Chosen files: `--images "['a', 'b']"` in place of `--dataset_dir`.
+Chosen files: `--images "['a', 'b']"` in place of `--dataset_dir`. What another run wrote into
+`OUT` is replaced only with `--overwrite true`.
 
 Figures on labelled images, and fine-tuning. `DATA/dataset.json` is a data list such as the decomposition was trained
 on: `training`, `validation` and `test` items with `image` and `label`, those of another `task` and those without a

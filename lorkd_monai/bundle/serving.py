@@ -44,6 +44,7 @@ class TaskInference:
         device: where to run.
         backbone: config of the network that is shown where ``task`` is None.
         metadata: content of the training bundle's metadata.json, for that network.
+        overwrite: replace answers of another run.
 
     Raises:
         LoRKDError: no checkpoint, no task or an unknown one; no image, when it is run.
@@ -62,6 +63,7 @@ class TaskInference:
         device: torch.device | str = "cpu",
         backbone: Mapping[str, Any] | Callable[..., nn.Module] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> None:
         self.checkpoint, self.task, self.dataset_dir = checkpoint, task, dataset_dir
         if task is None and backbone is not None and metadata is not None:
@@ -84,6 +86,7 @@ class TaskInference:
         config.update(
             dataset_dir=str(dataset_dir),
             output_dir=str(output_dir),
+            overwrite=overwrite,
             class_names=[inert_text(name) for name in self.classes],
             device=torch.device(device),
             network=self.network.to(device).eval(),
@@ -102,7 +105,7 @@ class TaskInference:
         """Write the answers.
 
         Raises:
-            LoRKDError: no task was named, or there is no image.
+            LoRKDError: no task was named, there is no image, or two images, or two runs, would write one file.
         """
         if self.task is None:
             _trained(self.checkpoint, None)
@@ -111,6 +114,9 @@ class TaskInference:
                 f"no image in {str(self.dataset_dir)!r}: expected --dataset_dir to be an image or a folder of images "
                 f"({' '.join(self.parser.get_parsed_content('suffixes'))})"
             )
+        problem = self.parser.get_parsed_content("problem")
+        if problem:
+            raise LoRKDError(problem)
         if self.kind == "classification":
             self.output_dir.mkdir(parents=True, exist_ok=True)
             with (self.output_dir / "predictions.csv").open("w", newline="", encoding="utf-8") as file:

@@ -11,6 +11,7 @@ from pathlib import Path
 from lorkd_monai.data.checks import SPLITS
 from lorkd_monai.data.taken import Skipped
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.transforms.dicom import is_dicom, is_series
 
 __all__ = ["SUFFIXES", "ClassImage", "class_images", "holds_tasks", "visible_folders"]
 
@@ -162,19 +163,25 @@ def _images_in(folder: Path, spatial_dims: int, skipped: Skipped, seen: set[str]
 
 def _images_here(folder: Path, spatial_dims: int) -> bool:
     return any(
-        _is_series(path, spatial_dims) or (path.is_file() and path.name.lower().endswith(SUFFIXES[spatial_dims]))
+        _is_series(path, spatial_dims) or (path.is_file() and _is_image(path, spatial_dims))
         for path in _entries(folder)
         if path.name[0] not in "._"
     )
 
 
 def _is_series(path: Path, spatial_dims: int) -> bool:
-    return spatial_dims == 3 and path.is_dir() and any(path.glob("*.dcm"))
+    return spatial_dims == 3 and is_series(path)
+
+
+def _is_image(path: Path, spatial_dims: int) -> bool:
+    return path.name.lower().endswith(SUFFIXES[spatial_dims]) or (spatial_dims == 2 and is_dicom(path))
 
 
 def _no_image(path: Path, spatial_dims: int) -> str | None:
     """Say why a file is no image of ``spatial_dims``; None where it is one."""
     name = path.name.lower()
+    if is_dicom(path):
+        return None if spatial_dims == 2 else "DICOM files outside a folder of their series"
     known = name.endswith(SUFFIXES[spatial_dims])
     if not known and name.endswith(SUFFIXES[5 - spatial_dims]):
         return f"{5 - spatial_dims}D images; --spatial_dims {5 - spatial_dims} takes those"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from monai.transforms import Compose, LoadImage, LoadImaged
 from PIL import Image
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.transforms.dicom import is_dicom
 from lorkd_monai.transforms.gate import affine_fault, refusal
 
 __all__ = ["ImageFacts", "ItemLoader", "describe_image", "wrap_array"]
@@ -96,6 +96,8 @@ def describe_image(path: str | Sequence[str]) -> ImageFacts:
             return _describe_pil(path)
         if path.lower().endswith(_NIFTI_SUFFIXES):
             return _describe_nifti(path)
+        if is_dicom(path):
+            return _describe_dicom(path)
         with quiet_readers():
             image = LoadImage(image_only=True, ensure_channel_first=True)(path)
         return ImageFacts(image.ndim - 1, image.shape[0], 0, _ras_spacing(np.asarray(image.affine)))
@@ -186,6 +188,20 @@ def _describe_pil(path: str) -> ImageFacts:
     return ImageFacts(2, channels, bits, None, values, mode == "F")
 
 
+def _describe_dicom(path: str) -> ImageFacts:
+    """Facts of one file: a picture, or a volume in one file."""
+    import pydicom
+
+    header = pydicom.dcmread(path, force=True, stop_before_pixels=True)
+    if int(header.get("NumberOfFrames") or 1) > 1:
+        with quiet_readers():
+            image = LoadImage(image_only=True, ensure_channel_first=True)(path)
+        return ImageFacts(image.ndim - 1, image.shape[0], 0, _ras_spacing(np.asarray(image.affine)))
+    grey = str(header.get("PhotometricInterpretation", "MONOCHROME2")).startswith("MONOCHROME")
+    # A picture is brought to the range of its task, whatever its own depth.
+    return ImageFacts(2, 1 if grey else 3, 8, None)
+
+
 def _describe_nifti(path: str) -> ImageFacts:
     import nibabel
 
@@ -229,9 +245,6 @@ def _names(item: dict[str, Any]) -> str:
 
 def _cannot_read(names: str, error: Exception) -> str:
     message = f"cannot read {names}: {_last_words(error)}"
-    plain = all(name.lower().endswith(_PIL_SUFFIXES + _NIFTI_SUFFIXES) for name in names.split(" with mask "))
-    if not plain and importlib.util.find_spec("itk") is None:
-        return f"{message}\nFormats other than NIfTI and PNG or JPEG need itk: pip install 'lorkd-monai[itk]'."
     return f"{message}\nThe file may be damaged, or of another format than its name says."
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.transforms.dicom import picture_reader
 from lorkd_monai.transforms.gate import gate, scaled, upright
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def preprocessing(
         raise LoRKDError(f"in_channels must be a whole number of at least 1, got {in_channels!r}.")
 
     masks = len(keys) == 2
-    steps = _loading(spatial_dims, masks)
+    steps = _loading(spatial_dims, masks, default_intensity(task, spatial_dims).get("range"))
     steps.append({"_target_": "EnsureChannelFirstd", "keys": keys})
     channels, full = _channels(task, spatial_dims, in_channels), full_depth(task, spatial_dims)
     steps.append(gate(spatial_dims, channels, full, task.num_classes if masks else None))
@@ -168,7 +169,7 @@ def postprocessing(
     output_dir: str = "@output_dir",
     preprocessing: str = "@preprocessing",
     output_ext: str | None = None,
-) -> list[dict[str, Any] | str]:
+) -> list[dict[str, Any]]:
     """Return the configs of the transforms that turn the key ``"pred"`` (logits, C×…) into the answer.
 
     Classification: probabilities by softmax (saved by `saving_handlers`). Segmentation: the geometry of the input
@@ -194,7 +195,7 @@ def postprocessing(
         return [{"_target_": "Activationsd", "keys": "pred", "softmax": True}]
     if task.num_classes > 256:
         raise LoRKDError(f"task {task.name!r} has {task.num_classes} classes; masks are uint8 and hold at most 256.")
-    steps: list[dict[str, Any] | str] = [
+    steps: list[dict[str, Any]] = [
         {
             "_target_": "Invertd",
             "keys": "pred",
@@ -209,24 +210,20 @@ def postprocessing(
     extension = output_ext or (".png" if spatial_dims == 2 else ".nii.gz")
     if extension not in (".png", ".nii.gz", ".nii", ".nrrd", ".mha"):
         raise LoRKDError(f"output_ext must be one of .png .nii.gz .nii .nrrd .mha, got {extension!r}.")
-    if spatial_dims == 3:
-        save: dict[str, Any] | str = {
-            "_target_": "SaveImaged",
-            "keys": "pred",
-            "output_dir": output_dir,
-            "output_postfix": "seg",
-            "output_ext": extension,
-            "output_dtype": "$np.uint8",
-            "resample": False,
-            "separate_folder": False,
-        }
-    else:
+    save: dict[str, Any] = {
+        "_target_": "SaveImaged",
+        "keys": "pred",
+        "output_dir": output_dir,
+        "output_postfix": "seg",
+        "output_ext": extension,
+        "output_dtype": "$np.uint8",
+        "resample": False,
+        "separate_folder": False,
+    }
+    if spatial_dims == 2:
         # SaveImaged turns rows into columns unless the writer is told not to, and only set_options reaches the writer.
-        save = (
-            f"$monai.transforms.SaveImaged(keys='pred', output_dir={output_dir}, output_postfix='seg', "
-            f"output_ext='{extension}', output_dtype=np.uint8, resample=False, separate_folder=False)"
-            ".set_options(write_kwargs={'reverse_indexing': False})"
-        )
+        options = {"write_kwargs": {"reverse_indexing": False}}
+        save = {"_target_": "monai.transforms.SaveImaged.set_options", "self": save, **options}
     steps.append(save)
     return steps
 
@@ -257,11 +254,10 @@ def _channels(task: TaskSpec, spatial_dims: int, in_channels: int) -> list[int]:
     return [1, in_channels] if task.channels is None else [task.channels]
 
 
-def _loading(spatial_dims: int, masks: bool) -> list[dict[str, Any]]:
+def _loading(spatial_dims: int, masks: bool, limits: Sequence[float] | None) -> list[dict[str, Any]]:
     if spatial_dims == 3:
         return [{"_target_": "LoadImaged", "keys": ["image", "label"] if masks else ["image"]}]
-    image = {"_target_": "PILReader", "reverse_indexing": False, "converter": upright(_READ_COLOURS)}
-    steps = [{"_target_": "LoadImaged", "keys": ["image"], "reader": image}]
+    steps = [{"_target_": "LoadImaged", "keys": ["image"], "reader": picture_reader(upright(_READ_COLOURS), limits)}]
     if masks:  # a palette's indices are the classes, so masks are not converted
         mask = {"_target_": "PILReader", "reverse_indexing": False, "converter": upright()}
         steps.append({"_target_": "LoadImaged", "keys": ["label"], "reader": mask})

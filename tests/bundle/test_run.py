@@ -91,6 +91,82 @@ def test_segmentation_keeps_the_geometry(case, tmp_path, write_images, monkeypat
     assert set(np.unique(mask)) <= {0, 1}
 
 
+SAME_NAMES = [
+    # images -> their outputs
+    (["a/ct.nii.gz", "b/ct.nii.gz"], ["a_ct_seg.nii.gz", "b_ct_seg.nii.gz"]),
+    (["ct.nii", "ct.nii.gz", "mr.nii.gz"], ["ct.nii.gz_seg.nii.gz", "ct.nii_seg.nii.gz", "mr_seg.nii.gz"]),
+    (["a/x/ct.nii", "b/x/ct.nii", "b/x/ct.nii.gz"],
+     ["a_x_ct_seg.nii.gz", "b_x_ct.nii.gz_seg.nii.gz", "b_x_ct.nii_seg.nii.gz"]),
+    (["v1.2.nii.gz", "1.2.840.nii", "1.2.841.nii"], ["1.2.840_seg.nii.gz", "1.2.841_seg.nii.gz", "v1.2_seg.nii.gz"]),
+    (["a/p.png", "a/p.jpg", "a/q.png"], ["p.jpg_seg.png", "p.png_seg.png", "q_seg.png"]),
+    (["a/p.png", "b/p.PNG"], ["a_p_seg.png", "b_p_seg.png"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "expected"), SAME_NAMES)
+def test_images_of_one_name_give_one_output_each(names, expected, make_case, tmp_path, monkeypatch):
+    dims = 3 if ".nii" in names[0] else 2
+    case = make_case(f"{dims}d_segmentation")
+    for shade, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if dims == 3:
+            nib.save(nib.Nifti1Image(np.full((9, 8, 7 + shade), shade, np.int16), np.eye(4)), tmp_path / name)
+        else:
+            Image.fromarray(np.full((20 + shade, 24), 50 * shade, np.uint8)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    config = case.folder / "configs" / "inference.json"
+    run_here([config], bundle_root=str(case.folder), images=names, output_dir="out")
+    assert sorted(path.name for path in Path("out").iterdir()) == sorted(expected)
+    # Each of its own image: their sizes differ.
+    assert len({nib.load(p).shape if dims == 3 else Image.open(p).size for p in Path("out").iterdir()}) == len(names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_another_run_wrote_is_replaced_only_when_asked(kind, make_case, write_images, tmp_path, monkeypatch):
+    case, dims = make_case(kind), int(kind[0])
+    for folder in "ab":
+        write_images(tmp_path / folder, dims, count=1)
+    monkeypatch.chdir(tmp_path)
+    config = [case.folder / "configs" / "inference.json"]
+    places = {"bundle_root": str(case.folder), "output_dir": "out"}
+    run_here(config, dataset_dir="a", **places)
+    (first,) = Path("out").iterdir()
+    before = first.read_bytes()
+    with pytest.raises(SystemExit, match=f"error: '?.*{first.name}' is there already.*--overwrite true"):
+        run_here(config, dataset_dir="b", **places)
+    assert [path.read_bytes() for path in Path("out").iterdir()] == [before]
+    run_here(config, dataset_dir="b", overwrite=True, **places)
+    assert [path.name for path in Path("out").iterdir()] == [first.name]
+
+
+@pytest.mark.parametrize("kind", ["2d_classification", "2d_segmentation"])
+def test_an_image_that_is_given_twice_is_refused_before_anything_is_written(kind, make_case, write_images, tmp_path):
+    case = make_case(kind)
+    (path,) = write_images(tmp_path / "images", 2, count=1)
+    with pytest.raises(SystemExit, match="error: .*image 0.*twice: expected each image once"):
+        run_here(
+            [case.folder / "configs" / "inference.json"],
+            bundle_root=str(case.folder), images=[str(path), str(path)], output_dir=str(tmp_path / "out"),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_predictions_tell_images_apart_whatever_they_are_called(make_case, tmp_path):
+    case = make_case("2d_classification")
+    names = ["a/p.png", "b/p.png", "b/p.jpg", "x,y.png", 'say "x".png', "é b.png"]
+    for shade, name in enumerate(names):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 24), 40 * shade, np.uint8)).save(tmp_path / "images" / name)
+    paths = [str(tmp_path / "images" / name) for name in names]
+    run_here(
+        [case.folder / "configs" / "inference.json"],
+        bundle_root=str(case.folder), images=paths, output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    rows = list(csv.reader((tmp_path / "out" / "predictions.csv").open(newline="", encoding="utf-8")))
+    assert [row[0] for row in rows[1:]] == paths
+    assert {len(row) for row in rows} == {5}
+
+
 def test_command_line_without_this_package(make_case, tmp_path, write_images):
     case = make_case("2d_classification")
     folder = shutil.copytree(case.folder, tmp_path / "elsewhere" / case.folder.name)

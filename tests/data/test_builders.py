@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
 import tarfile
 import threading
@@ -13,6 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import nibabel
 import numpy as np
 import pytest
+from dicom_pictures import write_picture
 from PIL import Image
 
 from lorkd_monai.data import (
@@ -141,6 +143,24 @@ def test_3d_class_folders_with_volumes_and_series(tmp_path):
             nifti(tmp_path / "task" / name / f"{number}.nii.gz")
     data = load_data_list(from_class_folders({"vessel": tmp_path / "task"}, tmp_path / "out", 3), "classification", 3)
     assert len(data.training) + len(data.validation) + len(data.test) == 10
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_dicom_files_are_listed_whatever_they_are_called(tmp_path, dims):
+    rng, expected = np.random.default_rng(0), set()
+    for name in ("a", "b"):
+        for number, ending in enumerate((".dcm", ".DCM", ".ima", "", ".dicom")):
+            folder = tmp_path / "task" / name / f"patient{number}"
+            for depth in range(2):
+                pixels = rng.integers(0, 4096, (9, 8)).astype(np.uint16)
+                place = {"ImagePositionPatient": [0, 0, depth], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+                uids = {"SeriesInstanceUID": f"1.2.{number}", "InstanceNumber": depth, "PixelSpacing": [1, 1]}
+                path = write_picture(folder / f"1.2.{depth}{ending}", pixels, BitsStored=12, **place, **uids)
+                expected.add(str(path if dims == 2 else folder))
+        write_picture(folder / "DICOMDIR", pixels)
+    data = load_data_list(from_class_folders([tmp_path / "task"], tmp_path / "out", dims), "classification", dims)
+    listed = [item["image"] for split in SPLITS for item in data.split(split)]
+    assert sorted(map(os.path.realpath, listed)) == sorted(map(os.path.realpath, expected))
 
 
 def medmnist_file(path, classes=3, **more):

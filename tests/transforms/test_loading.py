@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itk
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
@@ -73,7 +75,6 @@ def test_volumes_of_other_orientations_are_turned(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
 def test_itk_formats_equal_nifti(tmp_path, suffix):
-    itk = pytest.importorskip("itk")
     volume = RNG.integers(0, 256, (9, 12, 7)).astype(np.int16)
     affine = np.diag([1.0, 2.0, 3.0, 1.0])
     affine[:3, 3] = (5, 6, 7)
@@ -92,8 +93,6 @@ def test_itk_formats_equal_nifti(tmp_path, suffix):
 
 
 def test_dicom_series_folder(tmp_path):
-    pytest.importorskip("itk")
-    pydicom = pytest.importorskip("pydicom")
     volume = RNG.integers(0, 1000, (6, 12, 9)).astype(np.int16)  # slices × rows × columns
     folder = tmp_path / "series"
     folder.mkdir()
@@ -150,13 +149,6 @@ def test_a_corrupt_file_is_named(tmp_path):
             load({"image": str(tmp_path / name)})
         with pytest.raises(LoRKDError, match=f"cannot read .*{name}"):
             describe_image(str(tmp_path / name))
-
-
-def test_formats_of_itk_without_itk_name_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (tmp_path / "bad.mha").write_bytes(b"no image at all")
-    with pytest.raises(LoRKDError, match=r"pip install 'lorkd-monai\[itk\]'"):
-        describe_image(str(tmp_path / "bad.mha"))
 
 
 def test_a_truncated_png_is_named(tmp_path):

@@ -1,0 +1,92 @@
+"""DICOM files as hospitals have them: which files they are, and how one becomes a picture.
+
+A picture is what a viewer shows: pydicom applies the modality LUT or rescale and the VOI LUT or window, MONOCHROME1 is
+inverted, YBR and palettes become RGB. All of it is an expression, for the configs of expert bundles, which have MONAI
+and pydicom alone (2.4 or 3); training evaluates the same text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+__all__ = ["IS_DICOM", "is_dicom", "is_series", "picture_reader"]
+
+IS_DICOM = (
+    "lambda path: monai.utils.optional_import('os')[0].path.isfile(path) and not path.endswith('DICOMDIR') and ("
+    "path.lower().endswith(('.dcm', '.dicom', '.ima')) or open(path, 'rb').read(132)[128:] == b'DICM')"
+)
+"""A file is DICOM by its name, or by the letters after its first 128 bytes. DICOMDIR is a table of contents."""
+
+# What a picture must not be: each fault with its words.
+_FAULTS = {
+    "'PixelData' not in dicom": "holds no image",
+    "int(dicom.get('NumberOfFrames') or 1) > 1": "holds several frames, expected one; save each as a file",
+    "not (kind in ('MONOCHROME1', 'MONOCHROME2', 'PALETTE COLOR') or dicom.BitsAllocated == 8 and kind in ('RGB', "
+    "'YBR_FULL', 'YBR_FULL_422', 'YBR_ICT', 'YBR_RCT'))": "is not grey, RGB, YBR of 8 bits or of a palette; convert it",
+    "new and not lut.get_decoder(dicom.file_meta.TransferSyntaxUID).is_available": "is compressed in a way that "
+    "nothing installed here can decode; install pylibjpeg with its libraries, or decompress it (gdcmconv --raw)",
+}
+_FAULT = "".join(f"'{words}' if {fault} else " for fault, words in _FAULTS.items()) + "''"
+_CHECK = f"(lambda fault: torch._check_value(not fault, lambda: f'refused: {{path}} {{fault}}'))({_FAULT})"
+_PALETTE = (
+    "(lambda x: (x[..., :3] >> 8 * (x.itemsize - 1)).astype('uint8'))(lut.apply_color_lut(dicom.pixel_array, dicom))"
+)
+# pydicom 3 gives RGB for these by itself.
+_COLOURS = (
+    "(lut.convert_color_space(dicom.pixel_array, kind, 'RGB') if not new and kind[:8] == 'YBR_FULL' else "
+    "dicom.pixel_array)"
+)
+_VALUES = "lut.apply_modality_lut(dicom.pixel_array, dicom)"
+# 0 to 1: pydicom leaves what is shown in the range that a table's depth says, or that of stored numbers, rescaled.
+_SHOWN = (
+    "(lambda x, voi, half: (lambda x, ends: (x - ends[0]) / (ends[1] - ends[0]))(lut.apply_voi_lut(x.astype('int64') "
+    "if voi else x, dicom), (lambda table: (0, 2.0 ** table[0].LUTDescriptor[2] - 1) if table else "
+    "lut.apply_modality_lut(np.array([-half, half - 1]) + half * (1 - dicom.PixelRepresentation), dicom))(voi or "
+    f"dicom.get('ModalityLUTSequence'))))({_VALUES}, dicom.get('VOILUTSequence'), 2.0 ** (dicom.BitsStored - 1))"
+)
+
+
+def picture_reader(convert: str, limits: Sequence[float] | None) -> str:
+    """Return the expression of a reader of 2D images: PIL's, which reads DICOM files too.
+
+    Args:
+        convert: the expression of a function of a PIL image.
+        limits: the range of the task, None for percentiles. Where it is 0 to 1, 255 or 65535, a grey DICOM file is read
+            as it is shown, scaled to it by its own depth; else its values after the rescale are taken, and MONOCHROME1
+            is inverted within the range.
+    """
+    low, high = limits or (0, 0)
+    grey = f"{_SHOWN} * {high:g}" if low == 0 and high in (1, 255, 65535) else _VALUES
+    grey = f"(lambda x: {low + high:g} - x if kind == 'MONOCHROME1' else x)({grey}).astype('float32')"
+    picture = (
+        f"(lambda dicom, lut, new: (lambda kind: ({_CHECK}, optional('PIL.Image')[0].fromarray({_PALETTE} if kind == "
+        f"'PALETTE COLOR' else {_COLOURS} if dicom.SamplesPerPixel == 3 else {grey}))[-1])(str(dicom.get("
+        "'PhotometricInterpretation'))))(optional('pydicom')[0].dcmread(path, force=True), *(optional('pydicom.pixels')"
+        " if optional('pydicom.pixels')[1] else (optional('pydicom.pixel_data_handlers')[0], False)))"
+    )
+    # Only what `read` refuses is tried with MONAI's other readers: what is no good picture is found in `get_data`.
+    return (
+        "$(lambda pil, optional: type('PictureReader', (pil,), {'read': lambda self, data, **options: [path if "
+        f"({IS_DICOM})(path) else pil.read(self, path, **options) for path in monai.utils.ensure_tuple(data)], "
+        f"'get_data': lambda self, images: pil.get_data(self, [(lambda path: {picture})(image) if isinstance("
+        f"image, str) else ({convert[1:]})(image) for image in images])}}))(monai.data.PILReader, monai.utils.optional_import)"
+        "(reverse_indexing=False)"
+    )
+
+
+_is_dicom = ConfigParser({"rule": f"${IS_DICOM}"}).get_parsed_content("rule")
+
+
+def is_dicom(path: str | os.PathLike[Any]) -> bool:
+    """Say whether a file is DICOM, by its name or its content."""
+    return bool(_is_dicom(os.fspath(path)))
+
+
+def is_series(folder: str | os.PathLike[Any]) -> bool:
+    """Say whether a folder holds DICOM files, which makes it a volume."""
+    return os.path.isdir(folder) and any(map(is_dicom, sorted(Path(folder).iterdir())))
