@@ -51,18 +51,21 @@ _SHOWN = (
 )
 
 
-def picture_reader(convert: str, limits: Sequence[float] | None) -> str:
+def picture_reader(convert: str, limits: Sequence[float] | None, own_depth: bool) -> str:
     """Return the expression of a reader of 2D images: PIL's, which reads DICOM files too.
 
     Args:
         convert: the expression of a function of a PIL image.
         limits: the range of the task, None for percentiles. Where it is 0 to 1, 255 or 65535, a grey DICOM file is read
-            as it is shown, scaled to it by its own depth; else its values after the rescale are taken, and MONOCHROME1
-            is inverted within the range.
+            as it is shown; else its values after the rescale are taken, and MONOCHROME1 is inverted within the range.
+        own_depth: what is shown becomes a picture of 16 bits, which the gate scales to the range; else it has that.
     """
     low, high = limits or (0, 0)
-    grey = f"{_SHOWN} * {high:g}" if low == 0 and high in (1, 255, 65535) else _VALUES
-    grey = f"(lambda x: {low + high:g} - x if kind == 'MONOCHROME1' else x)({grey}).astype('float32')"
+    shown = low == 0 and high in (1, 255, 65535)
+    high = 65535 if shown and own_depth else high
+    grey = f"{_SHOWN}.clip(0, 1) * {high:g}" if shown else _VALUES
+    kind = ".round().astype('uint16')" if shown and own_depth else ".astype('float32')"
+    grey = f"(lambda x: {low + high:g} - x if kind == 'MONOCHROME1' else x)({grey}){kind}"
     picture = (
         f"(lambda dicom, lut, new: (lambda kind: ({_CHECK}, optional('PIL.Image')[0].fromarray({_PALETTE} if kind == "
         f"'PALETTE COLOR' else {_COLOURS} if dicom.SamplesPerPixel == 3 else {grey}))[-1])(str(dicom.get("
@@ -74,8 +77,8 @@ def picture_reader(convert: str, limits: Sequence[float] | None) -> str:
         "$(lambda pil, optional: type('PictureReader', (pil,), {'read': lambda self, data, **options: [path if "
         f"({IS_DICOM})(path) else pil.read(self, path, **options) for path in monai.utils.ensure_tuple(data)], "
         f"'get_data': lambda self, images: pil.get_data(self, [(lambda path: {picture})(image) if isinstance("
-        f"image, str) else ({convert[1:]})(image) for image in images])}}))(monai.data.PILReader, monai.utils.optional_import)"
-        "(reverse_indexing=False)"
+        f"image, str) else ({convert[1:]})(image) for image in images])}}))(monai.data.PILReader, "
+        "monai.utils.optional_import)(reverse_indexing=False)"
     )
 
 

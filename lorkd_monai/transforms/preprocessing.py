@@ -136,9 +136,9 @@ def preprocessing(
         raise LoRKDError(f"in_channels must be a whole number of at least 1, got {in_channels!r}.")
 
     masks = len(keys) == 2
-    steps = _loading(spatial_dims, masks, default_intensity(task, spatial_dims).get("range"))
-    steps.append({"_target_": "EnsureChannelFirstd", "keys": keys})
     channels, full = _channels(task, spatial_dims, in_channels), full_depth(task, spatial_dims)
+    steps = _loading(spatial_dims, masks, default_intensity(task, spatial_dims).get("range"), full is not None)
+    steps.append({"_target_": "EnsureChannelFirstd", "keys": keys})
     steps.append(gate(spatial_dims, channels, full, task.num_classes if masks else None))
     if spatial_dims == 3:
         steps.append({"_target_": "Orientationd", "keys": keys, "axcodes": "RAS", "labels": None})
@@ -254,10 +254,11 @@ def _channels(task: TaskSpec, spatial_dims: int, in_channels: int) -> list[int]:
     return [1, in_channels] if task.channels is None else [task.channels]
 
 
-def _loading(spatial_dims: int, masks: bool, limits: Sequence[float] | None) -> list[dict[str, Any]]:
+def _loading(spatial_dims: int, masks: bool, limits: Any, own_depth: bool) -> list[dict[str, Any]]:
     if spatial_dims == 3:
         return [{"_target_": "LoadImaged", "keys": ["image", "label"] if masks else ["image"]}]
-    steps = [{"_target_": "LoadImaged", "keys": ["image"], "reader": picture_reader(upright(_READ_COLOURS), limits)}]
+    reader = picture_reader(upright(_READ_COLOURS), limits, own_depth)
+    steps: list[dict[str, Any]] = [{"_target_": "LoadImaged", "keys": ["image"], "reader": reader}]
     if masks:  # a palette's indices are the classes, so masks are not converted
         mask = {"_target_": "PILReader", "reverse_indexing": False, "converter": upright()}
         steps.append({"_target_": "LoadImaged", "keys": ["label"], "reader": mask})
