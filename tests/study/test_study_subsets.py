@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from lorkd_monai.cli_study import study
 from lorkd_monai.data import TaskBatchSampler, load_data_list, make_phantoms
 from lorkd_monai.data.datasets import TaskDataset
+from lorkd_monai.errors import LoRKDError
 from lorkd_monai.study.subsets import LabelShareSampler, Part, choose_labelled, only_tasks
 from lorkd_monai.transforms import BatchAugment
 
@@ -30,6 +34,26 @@ def test_labels_are_stratified() -> None:
 def test_labels_depend_on_the_seed_alone() -> None:
     assert choose_labelled(ITEMS, 0.2, 1) == choose_labelled(ITEMS, 0.2, 1) != choose_labelled(ITEMS, 0.2, 2)
     assert all(choose_labelled(ITEMS, 1.0, 0))
+
+
+def test_images_without_a_label_have_none_to_keep(base: TaskDataset, tmp_path) -> None:
+    items = [{**item, "label": None if i % 4 == 0 else item["label"]} for i, item in enumerate(ITEMS)]
+    chosen = choose_labelled(items, 1.0, seed=0)
+    assert chosen == [i % 4 != 0 for i in range(len(items))]
+    make_phantoms(tmp_path, "classification", 2, num_images=10, image_size=16)
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    for item in content["training"][::2]:
+        item["label"] = None
+    content["test"] = []
+    content["tasks"] = {name: task for name, task in content["tasks"].items() if "npz" not in task}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    own = TaskDataset(load_data_list(tmp_path, "classification", 2), "training", 3, 16)
+    part, dropped = Part(own, list(own.data.tasks)), Part(own, list(own.data.tasks), drop_unlabelled=True)
+    assert part.labelled == [item["label"] is not None for item in own.data.training] and not all(part.labelled)
+    assert len(dropped) == sum(part.labelled) and all(dropped.labelled)
+    assert [int(part[i]["label"]) == -1 for i in range(len(part))] == [not known for known in part.labelled]
+    with pytest.raises(LoRKDError, match="has no test images with labels to measure on.*--folds"):
+        study(str(tmp_path / "out"), str(tmp_path), plan_only=True)
 
 
 def test_masks_are_chosen_by_task() -> None:
