@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import shutil
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -90,7 +91,7 @@ def try_bundle(source: Path, work: Path) -> tuple[str, float | None]:
         names = [name for name in facts["classes"].values() if name.casefold() != "background"]
         labels = {0: "background", 1: names[0]} if names else {0: "background", 1: "object"}
         task = TaskSpec("t", 0, labels, modality="CT" if ct else "MR", intensity=known)
-        came = channels if dims == 3 else 3 if channels >= 3 else 1
+        came = channels if dims == 3 else min(channels, 3)
         teacher = load_teacher(
             folder, {"t": task}, channels={"t": [None, 0]}, activation="sigmoid", ranges={"t": tuple(known["range"])},
             images=[file], image_channels=came,
@@ -104,7 +105,7 @@ def try_bundle(source: Path, work: Path) -> tuple[str, float | None]:
             item = step(item)
         own = torch.as_tensor(np.asarray(item["image"])).float()
     except LoRKDError as error:
-        return f"refused: {error}", None
+        return f"refused: {str(error).replace(f'{work}/', '')}", None
     if own.shape != got.shape:
         return f"own shape {tuple(own.shape)}, given {tuple(got.shape)}", None
     return "equal", float((own - got).abs().max() / (own.max() - own.min()))
@@ -123,7 +124,11 @@ def main() -> None:
         if options.bundles and source.name not in options.bundles:
             continue
         with tempfile.TemporaryDirectory() as work:
+            sys.path.insert(0, str(Path(work) / source.name))  # for its own scripts
             said, difference = try_bundle(source, Path(work))
+            sys.path.pop(0)
+        for name in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
+            del sys.modules[name]  # the next bundle has others
         number = "" if difference is None else f"{difference:.1e}"
         print(f"| {source.name} | {' '.join(said.split())[:300]} | {number} |", flush=True)
 

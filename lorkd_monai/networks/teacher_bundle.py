@@ -183,7 +183,9 @@ def _build(parser: ConfigParser, file: Path) -> nn.Module:
     try:
         network = parser.get_parsed_content(ids[0])
     except Exception as e:
-        raise LoRKDError(f"{file}: {ids[0]!r} could not be built: {_root_cause(e)}") from e
+        cause = _root_cause(e)
+        own = f" (its own code: start the command with PYTHONPATH={file.parent.parent})" if "scripts." in cause else ""
+        raise LoRKDError(f"{file}: {ids[0]!r} could not be built: {cause}{own}") from e
     if not isinstance(network, nn.Module):
         raise LoRKDError(f"{file}: {ids[0]!r} gives a {type(network).__name__}, expected a network")
     return network
