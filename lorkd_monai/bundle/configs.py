@@ -8,7 +8,7 @@ from typing import Any
 
 from lorkd_monai.bundle.listed import LISTED, OTHER_CLASSES, STEMS, augment_steps, no_items, or_arrays
 from lorkd_monai.bundle.text import check_task_name
-from lorkd_monai.transforms.dicom import IS_DICOM
+from lorkd_monai.transforms.dicom import IS_DICOM, SERIES_FAULT
 
 __all__ = ["LOGGING", "evaluate_config", "inference_config", "multi_gpu_config", "train_config"]
 
@@ -83,7 +83,8 @@ _PROBLEM = (
     "$next((f'{path!r} would be written twice: expected each image once' for path, times in "
     "collections.Counter(@outputs if len(@outputs) > 1 else @paths).items() if times > 1), '') or next((f'{path!r} is "
     "there already, the result of another run: expected an --output_dir without it, or --overwrite true' for path in "
-    "@outputs if os.path.exists(path) and str(@overwrite).lower() != 'true'), '')"
+    "@outputs if os.path.exists(path) and str(@overwrite).lower() != 'true'), '') or next(filter(None, (@series_fault("
+    "path) for path in @paths if os.path.isdir(path))), '')"
 )
 _IMPORTS = ("collections", "csv", "glob", "os", "pathlib", "re", "sys", "traceback")
 _NO_WEIGHTS = (
@@ -192,6 +193,7 @@ def inference_config(
         "images": _IMAGES[spatial_dims],
         "paths": "$[str(pathlib.Path(monai.utils.ensure_tuple(image)[0]).expanduser()) for image in @images]",
         **outputs,
+        "series_fault": f"${SERIES_FAULT}",
         "problem": _PROBLEM,
         "class_names": "$list(@_meta_#network_data_format#outputs#pred#channel_def.values())",
         "device": _DEVICE,

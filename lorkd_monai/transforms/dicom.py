@@ -14,13 +14,22 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-__all__ = ["IS_DICOM", "is_dicom", "is_series", "picture_reader"]
+__all__ = ["IS_DICOM", "SERIES_FAULT", "is_dicom", "is_series", "picture_reader", "series_fault"]
 
 IS_DICOM = (
     "lambda path: monai.utils.optional_import('os')[0].path.isfile(path) and not path.endswith('DICOMDIR') and ("
     "path.lower().endswith(('.dcm', '.dicom', '.ima')) or open(path, 'rb').read(132)[128:] == b'DICM')"
 )
 """A file is DICOM by its name, or by the letters after its first 128 bytes. DICOMDIR is a table of contents."""
+
+SERIES_FAULT = (
+    "lambda folder: (lambda names: (names.SetUseSeriesDetails(True), names.AddSeriesRestriction('0008|0021'), "
+    "names.SetDirectory(folder), (lambda series: '' if len(series) < 2 else f'{folder!r} holds {len(series)} DICOM "
+    "series, expected one; put each into a folder of its own: ' + ', '.join(f'{len(files)} files from {files[0]}' for "
+    "files in series))([names.GetFileNames(uid) for uid in names.GetSeriesUIDs()]))[-1])("
+    "monai.utils.optional_import('itk')[0].GDCMSeriesFileNames.New())"
+)
+"""What is wrong with a folder of DICOM files that is to be one volume: MONAI, asked as here, reads the first series."""
 
 # What a picture must not be: each fault with its words.
 _FAULTS = {
@@ -83,6 +92,7 @@ def picture_reader(convert: str, limits: Sequence[float] | None, own_depth: bool
 
 
 _is_dicom = ConfigParser({"rule": f"${IS_DICOM}"}).get_parsed_content("rule")
+series_fault = ConfigParser({"rule": f"${SERIES_FAULT}"}).get_parsed_content("rule")
 
 
 def is_dicom(path: str | os.PathLike[Any]) -> bool:

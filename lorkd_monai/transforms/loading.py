@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from monai.transforms import Compose, LoadImage, LoadImaged
 from PIL import Image
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.transforms.dicom import is_dicom
+from lorkd_monai.transforms.dicom import is_dicom, series_fault
 from lorkd_monai.transforms.gate import affine_fault, refusal
 
 __all__ = ["ImageFacts", "ItemLoader", "describe_image", "wrap_array"]
@@ -91,6 +92,7 @@ def describe_image(path: str | Sequence[str]) -> ImageFacts:
     if not isinstance(path, str):
         facts = describe_image(path[0])
         return dataclasses.replace(facts, channels=len(path))
+    _check_series(path)
     try:
         if path.lower().endswith(_PIL_SUFFIXES):
             return _describe_pil(path)
@@ -140,6 +142,8 @@ class ItemLoader:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Return the item with its tensors. Raises a `LoRKDError` that names the file where that fails."""
+        if isinstance(item["image"], str):
+            _check_series(item["image"])
         try:
             if isinstance(item["image"], np.ndarray):
                 image = wrap_array(item["image"], self.spatial_dims, self.channels)
@@ -177,6 +181,12 @@ def quiet_readers() -> Iterator[None]:
             yield
     finally:
         logger.disabled = before
+
+
+def _check_series(path: str) -> None:
+    fault = series_fault(path) if os.path.isdir(path) else ""
+    if fault:
+        raise LoRKDError(fault)
 
 
 def _describe_pil(path: str) -> ImageFacts:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from app_cases import write_expert, write_volume
+from dicom_pictures import write_picture
+from PIL import Image
 
 from lorkd_monai.apps.deploy.runtime.jobs import jobs_of_files
 from lorkd_monai.apps.deploy.runtime.pool import ExpertError, ExpertPool
@@ -104,3 +109,30 @@ def test_a_file_finds_its_expert_by_its_folder_or_by_the_tags_beside_it(tmp_path
     write_volume(tmp_path / "b.nii")
     with pytest.raises(RoutingError, match="results of one name: b"):
         jobs_of_files(tmp_path, rules, names)
+
+
+def test_a_dicom_picture_is_read_as_training_reads_it(experts: Path, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (40, 50)).astype(np.uint16)
+    path = write_picture(tmp_path / "image", values, "MONOCHROME1", BitsStored=12, WindowCenter=2048, WindowWidth=4096)
+    shown = 255 - (values / 4095 * 255).round().astype(np.uint8)
+    Image.fromarray(shown).save(tmp_path / "image.png")
+    with ExpertPool(experts, device="cpu").use("lung_classification") as (expert, network):
+        given = expert.predict(network, expert.load_dicom(path))
+        torch.testing.assert_close(
+            given, expert.predict(network, expert.load(tmp_path / "image.png")), atol=1e-3, rtol=0
+        )
+        frames = write_picture(tmp_path / "frames", np.stack([shown] * 3), NumberOfFrames=3)
+        with pytest.raises(ExpertError, match="frames: refused: .*frames holds several frames"):
+            expert.load_dicom(frames)
+
+
+def test_an_expert_that_reads_no_dicom_says_so(experts: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(experts / "lung_classification", tmp_path / "lung_classification")
+    file = bundle / "configs" / "inference.json"
+    config = json.loads(file.read_text())
+    config["preprocessing"]["transforms"][0]["reader"] = {"_target_": "PILReader", "reverse_indexing": False}
+    file.write_text(json.dumps(config))
+    path = write_picture(tmp_path / "image", np.zeros((9, 8), np.uint8))
+    expert = ExpertPool(tmp_path, device="cpu").experts["lung_classification"]
+    with pytest.raises(ExpertError, match="earlier version, which reads no DICOM pictures; export it again"):
+        expert.load_dicom(path)

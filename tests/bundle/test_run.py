@@ -15,10 +15,24 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from dicom_pictures import write_picture
 from monai.bundle import ConfigParser
 from PIL import Image
 
 from lorkd_monai.bundle.formats import build_network
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.transforms import ItemLoader, describe_image
+
+
+def write_series(folder: Path, ending: str, series: list[str]) -> None:
+    """Write DICOM series of ten slices each into one folder."""
+    for uid in series:
+        for i in range(10):
+            pixels = np.random.default_rng(i).integers(0, 1000, (12, 9)).astype(np.int16)
+            place = {"ImagePositionPatient": [0, 0, 2 * i], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+            uids = {"SeriesInstanceUID": f"1.2.9.{uid}", "StudyInstanceUID": "1.2.9", "InstanceNumber": i + 1}
+            write_picture(folder / f"{uid}-{i}{ending}", pixels, PixelSpacing=[1, 1], Modality="CT", **place, **uids)
+
 
 KINDS = ("2d_classification", "3d_classification", "2d_segmentation", "3d_segmentation")
 
@@ -270,3 +284,22 @@ def test_monai_load_builds_the_network_from_another_folder(case, tmp_path, monke
         )
         for key, value in case.network.state_dict().items():
             assert torch.equal(network.state_dict()[key].cpu(), value)
+
+
+def test_dicom_series_are_found_by_content_and_several_in_one_folder_are_refused(make_case, tmp_path):
+    case = make_case("3d_segmentation")
+    for folder, ending in (("a/1.2.1", ".DCM"), ("a/1.2.2", ""), ("a/1.2.3", ".ima")):
+        write_series(tmp_path / folder, ending, [folder[-1]])
+    places = {"bundle_root": str(case.folder), "output_dir": str(tmp_path / "out")}
+    config = [case.folder / "configs" / "inference.json"]
+    run_here(config, dataset_dir=str(tmp_path / "a"), **places)
+    names = ["1.2.1_seg.nii.gz", "1.2.2_seg.nii.gz", "1.2.3_seg.nii.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    write_series(tmp_path / "b" / "mixed", ".dcm", ["8", "9"])
+    with pytest.raises(SystemExit, match="error: .*mixed' holds 2 DICOM series, expected one; .* 10 files from .*8-0"):
+        run_here(config, dataset_dir=str(tmp_path / "b"), **places)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    with pytest.raises(LoRKDError, match="mixed' holds 2 DICOM series"):
+        describe_image(str(tmp_path / "b" / "mixed"))
+    with pytest.raises(LoRKDError, match="mixed' holds 2 DICOM series"):
+        ItemLoader(case.arguments["preprocessing"], 3)({"image": str(tmp_path / "b" / "mixed")})

@@ -1,4 +1,4 @@
-"""What the experts need of DICOM files: tags to route by, volumes with their geometry, pictures.
+"""What the experts need of DICOM files: tags to route by, and volumes with their geometry.
 
 Read with pydicom itself: the SDK's own volume takes its number type from the first slice alone, and exchanges the two
 pixel spacings where they differ.
@@ -17,7 +17,7 @@ from monai.data import MetaTensor
 from .pool import ExpertError
 from .routing import TAGS
 
-__all__ = ["check_uid", "picture", "tags_of", "volume"]
+__all__ = ["check_uid", "tags_of", "volume"]
 
 _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -84,55 +84,6 @@ def volume(datasets: Sequence[Any]) -> tuple[MetaTensor, list[int]]:
     return _tensor(np.stack(slices, axis=-1), _TO_RAS @ affine, "no_channel"), order
 
 
-def picture(dataset: Any, limits: tuple[float, float] | None) -> MetaTensor:
-    """Return one image as rows × columns [× 3], the values that the expert was trained on.
-
-    Experts trained on 8-bit images (``limits`` within 0..255) get colours and 8-bit grey as stored, and deeper grey
-    through the image's own window; the others get the stored values with their rescale.
-
-    Raises:
-        ExpertError: deeper grey without a linear window.
-    """
-    from pydicom.pixels import apply_color_lut, convert_color_space
-
-    kind = str(dataset.get("PhotometricInterpretation"))
-    if int(dataset.get("SamplesPerPixel") or 1) == 3:
-        colours = dataset.pixel_array
-        if int(dataset.get("NumberOfFrames") or 1) > 1:
-            raise ExpertError("multi-frame DICOM is not supported; convert it to one file for each frame")
-        if kind.startswith("YBR"):
-            colours = convert_color_space(colours, kind, "RGB")
-        return _tensor(colours.astype(np.float32), np.eye(4), -1)
-    if kind == "PALETTE COLOR":
-        colours = apply_color_lut(dataset.pixel_array, dataset)
-        return _tensor((colours >> 8 if colours.dtype == np.uint16 else colours).astype(np.float32), np.eye(4), -1)
-    values = _values(dataset).astype(np.float32)
-    eight_bit = limits is not None and max(limits) <= 255
-    if eight_bit and (int(dataset.BitsStored) > 8 or values.min() < 0 or values.max() > 255):
-        values = _windowed(values, dataset)
-    if kind == "MONOCHROME1":
-        values = (255 if eight_bit else values.max() + values.min()) - values
-    return _tensor(values, np.eye(4), "no_channel")
-
-
-def _windowed(values: np.ndarray, dataset: Any) -> np.ndarray:
-    """Grey values 0 to 255 through the image's first window."""
-    from pydicom.multival import MultiValue
-
-    center, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
-    shape = str(dataset.get("VOILUTFunction") or "LINEAR")
-    if center is None or width is None or shape not in ("LINEAR", "LINEAR_EXACT"):
-        raise ExpertError(
-            "the expert was trained on 8-bit images; a deeper grey image needs a linear window (WindowCenter and "
-            "WindowWidth) to be shown as one, and this image has none"
-        )
-    center, width = (float(v[0] if isinstance(v, (list, MultiValue)) else v) for v in (center, width))
-    # DICOM PS3.3 C.11.2.1.2: the linear function differs from the exact one by half a grey value.
-    if shape == "LINEAR":
-        center, width = center - 0.5, max(width - 1, 1.0)
-    return (np.clip((values - center) / width + 0.5, 0.0, 1.0) * 255).round().astype(np.float32)
-
-
-def _tensor(array: np.ndarray, affine: np.ndarray, channel: int | str) -> MetaTensor:
-    meta = {"original_channel_dim": channel, "spatial_shape": np.array(array.shape[: 2 if channel == -1 else None])}
+def _tensor(array: np.ndarray, affine: np.ndarray, channel: str) -> MetaTensor:
+    meta = {"original_channel_dim": channel, "spatial_shape": np.array(array.shape)}
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine), meta=meta)

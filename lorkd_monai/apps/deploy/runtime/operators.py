@@ -20,7 +20,7 @@ from PIL import Image
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-from .dicom import picture, volume
+from .dicom import volume
 from .jobs import Job, jobs_of_files, jobs_of_series
 from .pool import Expert, ExpertError, ExpertPool
 from .routing import RoutingError, Rule
@@ -109,7 +109,7 @@ def _answer(job: Job, expert: Expert, network: torch.nn.Module) -> Answer:
         if not expert.is_segmentation:
             return Answer(job, expert, probabilities=[result.tolist()])
         return Answer(job, expert, mask=result.numpy().astype(np.uint8).transpose(2, 1, 0))
-    results = [expert.predict(network, picture(instance, expert.intensity_range)) for instance in instances]
+    results = [expert.predict(network, expert.load_dicom(instance.filename)) for instance in instances]
     if not expert.is_segmentation:
         return Answer(job, expert, probabilities=[result.tolist() for result in results])
     return Answer(job, expert, mask=torch.stack(results).numpy().astype(np.uint8))
@@ -130,7 +130,14 @@ class WriteOperator(Operator):
         spec.input("answers")
 
     def compute(self, op_input: Any, op_output: Any, context: Any) -> None:
-        for number, answer in enumerate(op_input.receive("answers")):
+        answers = op_input.receive("answers")
+        for answer in answers:
+            if (self.output / answer.job.name).exists():
+                raise RoutingError(
+                    f"{self.output / answer.job.name} is there already, the result of another run: expected an output "
+                    "folder (-o) without it"
+                )
+        for number, answer in enumerate(answers):
             folder = self.output / answer.job.name
             folder.mkdir(parents=True, exist_ok=True)
             from_dicom = not isinstance(answer.job.source, Path)

@@ -66,14 +66,6 @@ class Expert:
     def weights(self) -> Path:
         return self.folder / "models" / "model.pt"
 
-    @property
-    def intensity_range(self) -> tuple[float, float] | None:
-        """The limits that the preprocessing scales from, where it names fixed ones."""
-        for step in self._config["preprocessing"]["transforms"]:
-            if isinstance(step, dict) and "a_min" in step:
-                return float(step["a_min"]), float(step["a_max"])
-        return None
-
     def build(self) -> nn.Module:
         return self._parser.get_parsed_content("network_def").eval()
 
@@ -89,7 +81,17 @@ class Expert:
         try:
             return ConfigParser({"loading": self.loading}).get_parsed_content("loading")({"image": str(path)})["image"]
         except Exception as error:  # readers raise what they like
-            raise ExpertError(f"{self.name} cannot read {path}: {str(error).strip().splitlines()[0]}") from error
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            words = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            raise ExpertError(f"{self.name} cannot read {path}: {words}") from error
+
+    def load_dicom(self, path: str | Path) -> MetaTensor:
+        """Read a DICOM file of one picture as the bundle itself does."""
+        if "pydicom" not in str(self.loading):
+            raise ExpertError(f"{self.name} is of an earlier version, which reads no DICOM pictures; export it again")
+        return self.load(path)
 
     def predict(self, network: nn.Module, image: MetaTensor) -> torch.Tensor:
         """Return the class index of every voxel (uint8, the image's own grid), or the classes' probabilities.
