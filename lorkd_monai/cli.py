@@ -6,9 +6,8 @@ import contextlib
 import functools
 import io
 import json
-import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import fire
 from lorkd_monai.arguments import as_names, as_path
 from lorkd_monai.cli_study import report, study
 from lorkd_monai.errors import LoRKDError, show_errors_plainly
+from lorkd_monai.printing import printed_log
 
 __all__ = ["COMMANDS", "main"]
 
@@ -456,22 +456,6 @@ def _noted(command: Any, calls: list[Callable[[], Any]]) -> Any:
     return note
 
 
-@contextlib.contextmanager
-def _printed_log() -> Iterator[None]:
-    """Print what `lorkd_monai.data` logs: what a list holds and what was left out."""
-    logger, handler = logging.getLogger("lorkd_monai.data"), logging.StreamHandler(sys.stdout)
-    logger.addHandler(handler)
-    before = logger.level, logger.propagate
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
-
-
 def main() -> None:
     """Run the command line."""
     show_errors_plainly()
@@ -500,7 +484,7 @@ def main() -> None:
         raise LoRKDError(
             f"{end.trace.elements[-1].ErrorAsStr()}. `{' '.join(words)} --help` says what there is"
         ) from None
-    with _printed_log():
+    with printed_log("lorkd_monai.data"):
         for call in calls:
             result = call()
             if result is not None:
