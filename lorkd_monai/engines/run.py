@@ -170,6 +170,7 @@ def find_teacher(
     present = _present(data, split)
     if Path(teacher_bundle).is_file() and backbone is not None:
         teacher = _checkpoint_teacher(teacher_bundle, backbone, data, present)
+        _log.info("%s", _given(Path(teacher_bundle).name, teacher, data, present, in_channels, image_size))
         return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
     if not Path(teacher_bundle).is_dir():
         raise LoRKDError(

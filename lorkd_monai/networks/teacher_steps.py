@@ -247,7 +247,9 @@ def teacher_view(
     if intensity == "auto":
         if own.cropped and not all(alone[own.cropped[1] :]):
             raise _cannot(source, f"{own.cropped[0]} before it takes figures of the image that is left")
-        for task in ct if dims == 3 and not from_files else ():
+        for task in ct if not from_files else ():
+            if dims == 2 and known[task][0] >= 0:
+                continue  # pictures of 8 or 16 bits, which are not cut
             _check_cut(steps, source, task, known[task], pointwise, channels)
     # Volumes of CT come whole, and of what is scaled by percentiles nothing is known beforehand.
     shown = [_CT if from_files and task in ct else own for task, own in ranges.items()]
@@ -415,12 +417,10 @@ def _probes(folder: Path, code: np.ndarray, count: int, stored: str) -> Iterator
                 Image.fromarray(code).save(folder / f"a{i}.png")
             yield [str(folder / f"a{i}.png") for i in range(count)]
         return
-    if stored == ".nii":
-        turn = nibabel.orientations.axcodes2ornt("RAS")
-        code = code[..., None]
-    else:
-        turn = nibabel.orientations.axcodes2ornt(stored)
-    volume = nibabel.Nifti1Image(code, np.eye(4)).as_reoriented(_stored_as(turn))
+    volume = nibabel.Nifti1Image(code, np.eye(4))
+    if stored != ".nii":
+        ras, turn = map(nibabel.orientations.axcodes2ornt, ("RAS", stored))
+        volume = volume.as_reoriented(nibabel.orientations.ornt_transform(ras, turn))
     if count == 1:
         nibabel.save(volume, folder / "a.nii.gz")
         yield str(folder / "a.nii.gz")
@@ -431,10 +431,6 @@ def _probes(folder: Path, code: np.ndarray, count: int, stored: str) -> Iterator
     stacked = np.stack([np.asarray(volume.dataobj)] * count, -1)
     nibabel.save(nibabel.Nifti1Image(stacked, volume.affine), folder / "a.nii.gz")
     yield str(folder / "a.nii.gz")
-
-
-def _stored_as(turn: np.ndarray) -> np.ndarray:
-    return nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), turn)
 
 
 def _value_words(

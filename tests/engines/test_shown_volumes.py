@@ -18,7 +18,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses import LoRKDLoss
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import save_weights
-from lorkd_monai.transforms import BatchAugment, augment_together
+from lorkd_monai.transforms import BatchAugment, augment_together, default_intensity
 
 UNET = {
     "_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "channels": [2, 4], "strides": [2], "norm": "instance",
@@ -179,6 +179,26 @@ def test_a_loader_that_cant_show_volumes(data, tmp_path):
     teacher = find_teacher(write_teacher(tmp_path / "teacher", data, ZSCORE), data, from_files=True)
     with pytest.raises(LoRKDError, match="wants the values of the volumes' files"):
         one_step(data, [{}], teacher)
+
+
+@pytest.mark.parametrize("size", [12, 16])
+def test_volumes_to_classify(size, tmp_path):
+    """From files and from the arrays of an .npz, resized as the student's are."""
+    make_phantoms(tmp_path, "classification", 3, num_images=10, image_size=16)
+    data = load_data_list(tmp_path, "classification", 3)
+    dataset = TaskDataset(data, "training", 1, size, progress=False)
+    dataset.show_to(lambda values: values * 2)
+    ranges = {name: default_intensity(task, 3).get("range") for name, task in data.tasks.items()}
+    compared = set()
+    for index, item in enumerate(dataset.items):
+        shown = dataset[index]
+        assert shown["seen"].shape == shown["image"].shape == (1, size, size, size)
+        if ranges[item["task"]] is not None and size == 16:  # as it is: what is cut is cut before any resizing
+            low, high = ranges[item["task"]]
+            scaled = ((shown["seen"] / 2 - low) / (high - low)).clamp(0, 1)
+            torch.testing.assert_close(scaled, shown["image"], rtol=1e-5, atol=1e-5)
+            compared.add(type(item["image"]))
+    assert len(compared) == (2 if size == 16 else 0)
 
 
 def test_pictures_need_no_files(tmp_path):

@@ -257,6 +257,25 @@ def test_an_expert_of_our_own_as_the_teacher(dims, modality, tmp_path):
     torch.testing.assert_close(seen, own_tensor(folder, file), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("axcodes", [None, "PL"])
+def test_slices_in_nifti(axcodes, tmp_path):
+    """Both readers take them as they are stored, where pictures are turned."""
+    turn = [] if axcodes is None else [step("Orientationd", axcodes=axcodes, labels=None)]
+    folder = write_bundle(tmp_path / "bundle", {"preprocessing": compose(LOAD, FIRST, *turn, MINMAX)}, dims=2)
+    values = np.random.default_rng(0).integers(0, 256, (12, 16)).astype(np.uint8)
+    file = str(tmp_path / "slice.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), file)
+    x = torch.from_numpy(values / np.float32(255))[None, None]
+    check_equal(teacher_of(folder, task_of(), 2, images=[file]), folder, file, x)
+
+
+def test_slices_of_ct_that_are_cut(tmp_path):
+    folder = write_bundle(tmp_path / "bundle", {"preprocessing": compose(LOAD, FIRST, ZSCORE)}, dims=2)
+    with pytest.raises(LoRKDError, match=r"cut to -160\.\.240"):
+        teacher_of(folder, task_of(modality="CT", intensity={"range": [-160.0, 240.0]}), 2)
+    assert teacher_of(folder, task_of(modality="CT"), 2).intensity is not None  # 8 bits
+
+
 def test_grey_of_colours_is_a_mean(tmp_path):
     folder = write_bundle(tmp_path / "bundle", {"preprocessing": compose(LOAD, FIRST, MINMAX)}, dims=2)
     task, file = task_of(channels=1), write_picture(tmp_path, colours=False)
