@@ -86,7 +86,12 @@ _PROBLEM = (
     "@outputs if os.path.exists(path) and str(@overwrite).lower() != 'true'), '') or next(filter(None, (@series_fault("
     "path) for path in @paths if os.path.isdir(path))), '')"
 )
-_IMPORTS = ("collections", "csv", "glob", "os", "pathlib", "re", "sys", "traceback")
+_IMPORTS = ("collections", "csv", "difflib", "glob", "os", "pathlib", "re", "sys", "traceback")
+_NO_PATHS = (
+    "$[sys.exit('error: --' + name + ': expected a path, got ' + repr(value) + '; write ./NAME for a file or folder of "
+    "this name') for name, value in (('bundle_root', @bundle_root), ('dataset_dir', @dataset_dir), ('output_dir', "
+    "@output_dir)) if isinstance(value, (int, float, tuple, list))]"
+)
 _NO_WEIGHTS = (
     "$os.path.isfile(@ckpt_path) or sys.exit('error: no weights at ' + repr(@ckpt_path) + ': expected --bundle_root "
     "to be the folder of this bundle')"
@@ -99,6 +104,24 @@ _TRAINING = [
     OTHER_CLASSES,
     "$@train#trainer.run()",
 ]
+
+
+_MONAI_KEYS = (
+    "run_id init_id final_id meta_file config_file logging_file tracking args_file workflow_name workflow_type "
+    "properties_path tracking_uri experiment_name run_name save_execute_config"
+)
+
+
+def _unread_keys(config: Sequence[str]) -> str:
+    """Refuses top-level keys of the command line that the config does not have and no other argument refers to."""
+    return (
+        "$[sys.exit('error: nothing in this bundle reads --' + key + ''.join(' (did you mean --' + near + '?)' "
+        "for near in difflib.get_close_matches(key, known, 1))) "
+        f"for known in ['{' '.join(config)} {_MONAI_KEYS}'.split()] "
+        "for key in (arg[2:].split('=')[0].replace('-', '_') for arg in sys.argv if arg[:2] == '--') "
+        "if 'monai.bundle' in sys.argv[0].replace(os.sep, '.') and key.isidentifier() and key not in known "
+        "and not any(chr(64) + key in arg for arg in sys.argv)]"
+    )
 
 
 def _compose(steps: Sequence[dict | str]) -> dict[str, Any]:
@@ -152,7 +175,7 @@ def inference_config(
     class, the class index.
     """
     handlers = [_loader(network="@network_def"), {"_target_": "StatsHandler", "iteration_log": False}]
-    run = [_PLAIN_REFUSALS, _NO_WEIGHTS, _NO_IMAGES, "$@problem and sys.exit('error: ' + @problem)"]
+    run = [_PLAIN_REFUSALS, _NO_PATHS, _NO_WEIGHTS, _NO_IMAGES, "$@problem and sys.exit('error: ' + @problem)"]
     postprocessing = copy.deepcopy(postprocessing)
     outputs: dict[str, Any] = {"outputs": []}
     saver = next(filter(None, map(_saver, postprocessing)), None)
@@ -222,6 +245,7 @@ def inference_config(
     }
     if kind == "segmentation":
         del config["class_names"]
+    config["initialize"] = [_unread_keys([*config, "initialize"])]
     return config
 
 
@@ -315,8 +339,8 @@ def train_config(
         }
         trained += [pad, crop]
     trained += augment_steps(["image", "label"] if segmentation else ["image"], image_size)
-    return {
-        "imports": ["$import json", "$import os", "$import re", "$import sys", "$import traceback"],
+    config: dict[str, Any] = {
+        "imports": ["$import difflib", "$import json", "$import os", "$import re", "$import sys", "$import traceback"],
         "bundle_root": ".",
         "task": task_name,
         "dataset_dir": "$str(@bundle_root) + '/data'",
@@ -406,10 +430,12 @@ def train_config(
                 "val_handlers": "@validate#handlers",
             },
         },
-        "initialize": ["$monai.utils.set_determinism(seed=0)"],
+        "initialize": [],
         "run": _TRAINING,
         "training": "%run",
     }
+    config["initialize"] = [_unread_keys([*config, "evaluating"]), "$monai.utils.set_determinism(seed=0)"]
+    return config
 
 
 def evaluate_config(kind: str) -> dict[str, Any]:

@@ -303,3 +303,42 @@ def test_dicom_series_are_found_by_content_and_several_in_one_folder_are_refused
         describe_image(str(tmp_path / "b" / "mixed"))
     with pytest.raises(LoRKDError, match="mixed' holds 2 DICOM series"):
         ItemLoader(case.arguments["preprocessing"], 3)({"image": str(tmp_path / "b" / "mixed")})
+
+
+@pytest.mark.parametrize("case", ["2d_classification"], indirect=True)
+@pytest.mark.parametrize(
+    ("config", "arguments", "words"),
+    [
+        ("train", {"batchsize": 3}, "error: nothing in this bundle reads --batchsize (did you mean --batch_size?)"),
+        (
+            "inference",
+            {"output_di": "x"},
+            "error: nothing in this bundle reads --output_di (did you mean --output_dir?)",
+        ),
+        ("inference", {"output_dir": 2026}, "error: --output_dir: expected a path, got 2026; write ./NAME"),
+        ("inference", {"dataset_dir": 7}, "error: --dataset_dir: expected a path, got 7"),
+        ("inference", {"dataset_dir": ("a", "b")}, "error: --dataset_dir: expected a path, got ('a', 'b')"),
+    ],
+)
+def test_keys_that_nothing_reads_and_paths_that_are_none(case, config, arguments, words, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the run replaces
+    monkeypatch.setattr(sys, "argv", ["/monai/bundle/__main__.py", "run", *(f"--{key}=…" for key in arguments)])
+    with pytest.raises((SystemExit, RuntimeError)) as ended:
+        run_here([case.folder / "configs" / f"{config}.json"], bundle_root=str(case.folder), **arguments)
+    error = ended.value
+    while not isinstance(error, SystemExit):
+        error = error.__cause__ or error.__context__
+    assert str(error).startswith(words)
+
+
+@pytest.mark.parametrize("case", ["2d_classification"], indirect=True)
+def test_keys_of_monai_and_of_other_arguments(case, tmp_path, write_images, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    write_images(tmp_path / "images", 2, count=1)
+    typed = ["run", "--bundle_root", "x", "--meta_file", "x", "--folder=x", "--dataset_dir=@folder", "--images#0", "y"]
+    monkeypatch.setattr(sys, "argv", ["monai.bundle", *typed])
+    run_here(
+        [case.folder / "configs" / "inference.json"], bundle_root=str(case.folder), folder=str(tmp_path / "images"),
+        dataset_dir="@folder", output_dir=str(tmp_path / "out"), meta_file=str(case.folder / "configs/metadata.json"),
+    )  # fmt: skip
+    assert (tmp_path / "out" / "predictions.csv").is_file()
