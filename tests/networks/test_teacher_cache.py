@@ -107,3 +107,15 @@ def test_refused(tmp_path):
         CachedTeacher(teacher(), tmp_path)(images(), [0, 1])
     with pytest.raises(LoRKDError, match="the teacher serves tasks 0 to 2"):
         CachedTeacher(teacher(), tmp_path)(images(), 3)
+
+
+def test_the_number_of_a_task_is_not_its_name(tmp_path):
+    """One image may belong to two tasks, and another list may number them the other way round."""
+    network = teacher().network
+    first = Teacher(network, {"a": [0, 1], "b": [2, 3]}, {"a": 2, "b": 2})
+    other = Teacher(network, {"a": [0, 1], "b": [2, 3]}, {"b": 2, "a": 2})
+    CachedTeacher(first, tmp_path)(images(1), 0)
+    cached = CachedTeacher(other, tmp_path)
+    assert torch.equal(cached(images(1), 0), other(images(1), 0))
+    assert torch.equal(cached(images(1), 1), first(images(1), 0))
+    assert (cached.asked, cached.answered_from_disk) == (2, 1)
