@@ -342,3 +342,28 @@ def test_keys_of_monai_and_of_other_arguments(case, tmp_path, write_images, monk
         dataset_dir="@folder", output_dir=str(tmp_path / "out"), meta_file=str(case.folder / "configs/metadata.json"),
     )  # fmt: skip
     assert (tmp_path / "out" / "predictions.csv").is_file()
+
+
+@pytest.mark.parametrize("kind", ["2d_classification", "2d_segmentation"])
+def test_an_expert_takes_dicom_pictures_beside_others(kind, make_case, write_images, tmp_path):
+    case = make_case(kind)
+    (png,) = write_images(tmp_path / "images", 2, count=1)
+    grey = np.asarray(Image.open(png))
+    write_picture(tmp_path / "images" / "1.2.840.1", grey)
+    write_picture(tmp_path / "images" / "1.2.840.2", 255 - grey, "MONOCHROME1")
+    run_here(
+        [case.folder / "configs" / "inference.json"],
+        bundle_root=str(case.folder), dataset_dir=str(tmp_path / "images"), output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    if kind.endswith("classification"):
+        rows = list(csv.reader((tmp_path / "out" / "predictions.csv").open()))
+        answers = [np.array(row[1:], float) for row in rows[1:]]
+    else:
+        names = ["1.2.840.1_seg.png", "1.2.840.2_seg.png", "image 0_seg.png"]
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+        answers = [np.asarray(Image.open(tmp_path / "out" / name)) for name in names]
+    assert len(answers) == 3
+    for answer in answers[:2]:  # the same picture three times
+        np.testing.assert_allclose(answer, answers[2], atol=1e-4)
+    metadata = json.loads((case.folder / "configs" / "metadata.json").read_text())
+    assert "pydicom" in metadata["required_packages_version"]
