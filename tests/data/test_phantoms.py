@@ -56,7 +56,7 @@ def test_a_small_network_learns_them(tmp_path):
 
     optimiser = torch.optim.Adam(network.parameters(), 3e-3)
     image, label, task = whole(train)
-    for epoch in range(15):
+    for epoch in range(40):
         for rows in torch.randperm(len(image), generator=torch.Generator().manual_seed(epoch)).split(16):
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(network(image[rows]), task[rows] * 3 + label[rows]).backward()
