@@ -52,11 +52,14 @@ _IMAGES = {
     "*sorted(glob.glob(glob.escape(@dataset_dir) + '/*'))] if os.path.isfile(path) and "
     "path.lower().endswith(tuple(@suffixes)) or any(map(@is_dicom, sorted(glob.glob(glob.escape(path) + '/*'))))]",
 }
-# What the preprocessing refuses is one line; the first error of the chain that MONAI makes of it says what it is.
+# What the preprocessing refuses is one line, the first error of the chain that MONAI makes of it, without the traceback
+# that StatsHandler would log.
+_REFUSED = "re.search('ValueError: refused: (.*)', ''.join(traceback.format_exception(error)))"
 _PLAIN_REFUSALS = (
-    "$setattr(sys, 'excepthook', lambda kind, error, trace: (lambda found: print('error: ' + found[1], "
-    "file=sys.stderr) if found else sys.__excepthook__(kind, error, trace))(re.search("
-    "'ValueError: refused: (.*)', ''.join(traceback.format_exception(error)))))"
+    "$(setattr(sys, 'excepthook', lambda kind, error, trace: (lambda found: print('error: ' + found[1], "
+    f"file=sys.stderr) if found else sys.__excepthook__(kind, error, trace))({_REFUSED})), "
+    "logging.setLogRecordFactory(lambda *about, **more: logging.LogRecord(*about[:6], about[6] if about[6] and not "
+    f"(lambda error: {_REFUSED})(about[6][1]) else None, *about[7:], **more)))"
 )
 # The name of an image's output: its own without the suffix, as MONAI makes it. Where images share that, the folders
 # come before it, and then the suffix stays. Digits after a point are no suffix: folders are named by UIDs.
@@ -86,7 +89,7 @@ _PROBLEM = (
     "@outputs if os.path.exists(path) and str(@overwrite).lower() != 'true'), '') or next(filter(None, (@series_fault("
     "path) for path in @paths if os.path.isdir(path))), '')"
 )
-_IMPORTS = ("collections", "csv", "difflib", "glob", "os", "pathlib", "re", "sys", "traceback")
+_IMPORTS = ("collections", "csv", "difflib", "glob", "logging", "os", "pathlib", "re", "sys", "traceback")
 _NO_PATHS = (
     "$[sys.exit('error: --' + name + ': expected a path, got ' + repr(value) + '; write ./NAME for a file or folder of "
     "this name') for name, value in (('bundle_root', @bundle_root), ('dataset_dir', @dataset_dir), ('output_dir', "
@@ -340,7 +343,7 @@ def train_config(
         trained += [pad, crop]
     trained += augment_steps(["image", "label"] if segmentation else ["image"], image_size)
     config: dict[str, Any] = {
-        "imports": ["$import difflib", "$import json", "$import os", "$import re", "$import sys", "$import traceback"],
+        "imports": [f"$import {name}" for name in ("difflib", "json", "logging", "os", "re", "sys", "traceback")],
         "bundle_root": ".",
         "task": task_name,
         "dataset_dir": "$str(@bundle_root) + '/data'",
@@ -465,6 +468,7 @@ def multi_gpu_config(network_config: dict) -> dict[str, Any]:
     return {
         "imports": [
             "$import json",
+            "$import logging",
             "$import os",
             "$import re",
             "$import sys",

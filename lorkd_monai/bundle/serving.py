@@ -20,6 +20,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.checkpoint import load_decomposition
 from lorkd_monai.transforms import postprocessing, preprocessing
+from lorkd_monai.transforms.gate import refusal
 
 __all__ = ["TaskInference"]
 
@@ -121,7 +122,13 @@ class TaskInference:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             with (self.output_dir / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow(["file", *self.classes, "class"])
-        self.evaluator.run()
+        try:
+            self.evaluator.run()
+        except RuntimeError as error:  # MONAI wraps what a transform raises
+            words = refusal(error)
+            if words is None:
+                raise
+            raise LoRKDError(words) from error
 
 
 def _trained(checkpoint: str | os.PathLike, task: str | None) -> LoRKDNet:

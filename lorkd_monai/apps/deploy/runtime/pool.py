@@ -8,7 +8,9 @@ copies one expert's weights there from its file: the result is the expert's own 
 from __future__ import annotations
 
 import json
+import re
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +87,7 @@ class Expert:
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             words = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-            raise ExpertError(f"{self.name} cannot read {path}: {words}") from error
+            raise ExpertError(_refusal(error) or f"{self.name} cannot read {path}: {words}") from error
 
     def load_dicom(self, path: str | Path) -> MetaTensor:
         """Read a DICOM file of one picture as the bundle itself does."""
@@ -97,8 +99,17 @@ class Expert:
         """Return the class index of every voxel (uint8, the image's own grid), or the classes' probabilities.
 
         ``image`` is what `load` gives: an array with its affine and ``original_channel_dim``.
+
+        Raises:
+            ExpertError: the expert's preprocessing refuses the image.
         """
-        item = self._parser.get_parsed_content("preprocessing")({"image": image})
+        try:
+            item = self._parser.get_parsed_content("preprocessing")({"image": image})
+        except RuntimeError as error:  # MONAI wraps what a transform raises
+            words = _refusal(error)
+            if words is None:
+                raise
+            raise ExpertError(words) from error
         inferer = self._parser.get_parsed_content("inferer")
         with torch.no_grad():
             output = inferer(item["image"][None].to(self.device), network)
@@ -106,6 +117,12 @@ class Expert:
         answer = self._parser.get_parsed_content("postprocessing")(item)["pred"]
         answer = answer.as_tensor() if isinstance(answer, MetaTensor) else torch.as_tensor(answer)
         return answer[0] if self.is_segmentation else answer.flatten()
+
+
+def _refusal(error: BaseException) -> str | None:
+    """What the expert's preprocessing said of an image, from an error that it led to."""
+    found = re.search("ValueError: refused: (.*)", "".join(traceback.format_exception(error)))
+    return None if found is None else found[1]
 
 
 def _target(step: Any) -> str:
