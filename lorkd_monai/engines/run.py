@@ -210,7 +210,7 @@ def _given(
     """What a teacher is given, in one line."""
     size = [image_size] * data.spatial_dims if isinstance(image_size, int) else list(image_size or [])
     channels = teacher.in_channels or in_channels or "?"
-    shape = " × ".join(map(str, [channels, *size])) if size else f"{channels} channels"
+    shape = " × ".join(map(str, [channels, *size])) if size else f"{channels} channel{'' if channels == 1 else 's'}"
     spacings = {data.tasks[task].spacing for task in present} if data.spatial_dims == 3 else set()
     mm = " or ".join("as stored" if s is None else f"{' × '.join(f'{v:g}' for v in s)} mm" for s in spacings)
     view = teacher.intensity
