@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.networks.heads_together import can_run_together, run_together, slow_one_by_one
 from lorkd_monai.networks.routing import RoutedModule, Routing, join_segments, owners, take_rows, take_segment
+from lorkd_monai.networks.weight_facts import READABLE, readable
 
 __all__ = ["HeadBank", "NormBank", "TaskBank", "pooled_features", "watch_heads"]
 
@@ -65,6 +66,19 @@ class TaskBank(RoutedModule):
     def expert_tensors(self, task: int) -> dict[str, Tensor]:
         """Parameters and buffers of one task's module by name."""
         return self.tasks[task].state_dict(keep_vars=True)
+
+    def __getattr__(self, item: str) -> object:
+        if item in READABLE:
+            refusal = (
+                f"{self._who()}: the network computes with its {item} by itself, past the module, and each task has its "
+                "own. Name another head with head=…, or share norms (norm='shared')"
+            )
+            return readable(self.tasks[self._shown()], item, refusal)
+        return super().__getattr__(item)
+
+    def _shown(self) -> int:
+        """The task whose module is shown to code that asks for sizes and types."""
+        return 0
 
 
 class NormBank(TaskBank):
@@ -123,6 +137,9 @@ class HeadBank(TaskBank):
     def remove_expert(self, task: int) -> None:
         super().remove_expert(task)
         del self.num_classes[task]
+
+    def _shown(self) -> int:
+        return self.num_classes.index(max(self.num_classes))  # as wide as what the heads give
 
 
 def pad_channels(y: Tensor, dim: int, channels: int) -> Tensor:

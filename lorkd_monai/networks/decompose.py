@@ -119,19 +119,21 @@ def expert_layers(
     """The layers that get experts, by name.
 
     By default all convolutions, transposed convolutions and linear layers outside the heads, but for depthwise
-    convolutions, which stay shared as in the papers (name them in ``include`` to give them experts), and the
-    projections inside ``nn.MultiheadAttention``, which computes with their weights by itself.
+    convolutions, which stay shared as in the papers (name them in ``include`` to give them experts). What computes
+    with its weight in a way of its own stays shared in any case: the projections inside ``nn.MultiheadAttention``, and
+    subclasses of torch's layers with a forward of their own (standardised, quantised, LoRA-like).
 
     Raises:
-        LoRKDError: a pattern that matches nothing, or a layer whose weight is changed behind our back (weight norm,
+        LoRKDError: a pattern that matches nothing, an ``include`` that names only layers which can't have experts, or
+            a layer whose weight is changed behind our back (weight norm,
             spectral norm, a forward hook) or tied to another module's.
     """
     modules = dict(network.named_modules())
     inside = [f"{n}." for n in heads] + [f"{n}." for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)]
+    able = [n for n, m in modules.items() if LayerOp.supports(m) and n not in heads and not n.startswith(tuple(inside))]
     chosen = {}
-    for name, module in modules.items():
-        if not LayerOp.supports(module) or name in heads or name.startswith(tuple(inside)):
-            continue
+    for name in able:
+        module = modules[name]
         depthwise = getattr(module, "groups", 1) > 1 and module.groups == module.in_channels
         if (any(fnmatchcase(name, p) for p in include) if include is not None else not depthwise) and not any(
             fnmatchcase(name, p) for p in exclude or ()
@@ -141,6 +143,14 @@ def expert_layers(
         for pattern in patterns or ():
             if not any(fnmatchcase(n, pattern) for n in modules):
                 raise LoRKDError(f"{argument}: {pattern!r} matches no layer of {type(network).__name__}")
+    for pattern in include or ():
+        if not any(fnmatchcase(n, pattern) for n in able):
+            named = next(n for n in modules if fnmatchcase(n, pattern))
+            kind = "the head" if named in heads else f"a {type(modules[named]).__name__}"
+            raise LoRKDError(
+                f"include: {pattern!r} matches no layer that can have experts: {named!r} is {kind}. Convolutions and "
+                "linear layers with torch's own forward can, outside the head and nn.MultiheadAttention"
+            )
     for name, module in chosen.items():
         _refuse_changed_weight(network, name, module)
     return chosen

@@ -11,6 +11,7 @@ from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.functional import LayerOp
+from lorkd_monai.networks.operations import LAYERS
 
 __all__ = ["KNOWN_HEADS", "find_heads", "head_layers", "head_like"]
 
@@ -55,6 +56,12 @@ def find_heads(network: nn.Module, head: str | Sequence[str] | None = None) -> l
     if head is not None:
         names = [head] if isinstance(head, str) else list(head)
         wrong = [n for n in names if n not in modules or not _layers(modules[n])]
+        own = next((modules[n] for n in wrong if isinstance(modules.get(n), LAYERS)), None)
+        if own is not None:
+            raise LoRKDError(
+                f"head: {wrong[0]!r} is a {type(own).__name__} with a forward of its own, of which no other width can be "
+                "made: put a plain layer of torch in its place"
+            )
         if wrong or not names:
             raise LoRKDError(f"head: no layer {', '.join(map(repr, wrong)) or names} in {_describe(network)}")
         return names
@@ -64,7 +71,8 @@ def find_heads(network: nn.Module, head: str | Sequence[str] | None = None) -> l
             if found:
                 return found
     last = [n for n, m in modules.items() if next(m.parameters(recurse=False), None) is not None][-1:]
-    if last and LayerOp.supports(modules[last[0]]):
+    inside_attention = last and isinstance(modules.get(last[0].rpartition(".")[0]), nn.MultiheadAttention)
+    if last and LayerOp.supports(modules[last[0]]) and not inside_attention:
         return last
     raise LoRKDError(f"head: could not tell the last layer of {_describe(network)}")
 
@@ -123,6 +131,12 @@ def head_like(head: nn.Module, channels: int, name: str) -> nn.Module:
         replacement = None
         if LayerOp.supports(module):
             before, after = _width(module)
+            if not isinstance(module.weight, nn.Parameter):
+                raise LoRKDError(
+                    f"head {name!r}: the weight of its layer {path or name!r} is computed (weight norm, spectral norm, "
+                    "…), and no other width can be made of it: remove that before, with "
+                    "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_weight_norm"
+                )
             if after != old or (seen_layer and before != old):
                 raise LoRKDError(
                     f"head {name!r}: its layer {path or name!r} maps {before} to {after} channels; expected "

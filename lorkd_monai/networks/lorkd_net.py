@@ -33,6 +33,7 @@ from lorkd_monai.networks.spec import (
     read_spec,
     write_spec,
 )
+from lorkd_monai.networks.trial import try_experts
 
 __all__ = ["LoRKDNet"]
 
@@ -96,8 +97,7 @@ class LoRKDNet(nn.Module):
         self._num_classes = checked_tasks(tasks)
         self._rank = checked_ranks(rank, list(self._num_classes))
         self._options = checked_options(alpha, scale, layout, head, include, exclude, rank_pattern, norm, nested)
-        self._frozen = False
-        self._head_seen = False
+        self._frozen = self._head_seen = self._tried = False
         self._serving: int | None = None
         self._verified: set[bool] = set()
         self.backbone, self._config = decompose.build_backbone(backbone, max(self._num_classes.values()))
@@ -258,9 +258,7 @@ class LoRKDNet(nn.Module):
         """
         if isinstance(x, MetaTensor):
             y = self(x.as_tensor(), task, return_features=return_features, rank=rank, **kwargs)
-            if not isinstance(y, Tensor):
-                return y
-            return MetaTensor(y, meta=x.meta, applied_operations=x.applied_operations)
+            return MetaTensor(y, meta=x.meta, applied_operations=x.applied_operations) if isinstance(y, Tensor) else y
         narrow = None
         if task is None:
             task = _SERVING.get().get(id(self), self._serving)
@@ -270,6 +268,8 @@ class LoRKDNet(nn.Module):
                 )
             narrow = self._num_classes[self.tasks[task]]
         routing = self._routing(task, x.shape[0], rank)
+        if not self._tried:
+            try_experts(self, x, kwargs)
         plain = routing.uniform is not None and routing.ranks is None and not return_features
         if plain and self._view.usable():
             if not self._head_seen:
@@ -487,6 +487,7 @@ class LoRKDNet(nn.Module):
             self._frozen = True
         self._num_classes[name] = num_classes
         self._rank[name] = rank
+        self._tried = False
         for layer in self._layers.values():
             own = layer_rank(rank, layer.rank_factor)
             layer.add_expert(own, self.layer_scale(own))

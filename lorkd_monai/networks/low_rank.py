@@ -14,15 +14,9 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.functional import LayerOp, eks, factor_shapes, fuse
 from lorkd_monai.networks.nested import layer_rank
 from lorkd_monai.networks.routing import RoutedModule, Routing, refuse_direct_calls
+from lorkd_monai.networks.weight_facts import READABLE, readable
 
 __all__ = ["LowRankLayer"]
-
-# What other modules may read of a wrapped layer. Not `weight` and `bias`: code that computes with them by itself would
-# leave the experts out, silently.
-_GEOMETRY = {
-    "in_channels", "out_channels", "in_features", "out_features", "kernel_size", "stride", "padding", "dilation",
-    "groups", "padding_mode", "output_padding", "transposed",
-}  # fmt: skip
 
 
 class LowRankLayer(RoutedModule):
@@ -180,13 +174,12 @@ class LowRankLayer(RoutedModule):
         self.num_tasks = len(self.scales)
 
     def __getattr__(self, item: str) -> object:
-        if item in _GEOMETRY:
-            return getattr(super().__getattr__("layer"), item)
-        if item in ("weight", "bias"):
-            raise AttributeError(
-                f"{self._who()} was asked for its {item}: it has one for each task. Code that computes with a layer's "
-                f"weight by itself would leave the experts out: exclude this layer (exclude=[{self.name!r}])"
+        if item in READABLE:
+            refusal = (
+                f"{self._who()}: the network computes with its {item} by itself, past the layer, and would leave the "
+                f"experts out: exclude this layer (exclude=[{self.name!r}])"
             )
+            return readable(super().__getattr__("layer"), item, refusal)
         return super().__getattr__(item)
 
     def extra_repr(self) -> str:

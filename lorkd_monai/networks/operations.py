@@ -19,6 +19,7 @@ _CONV_TRANSPOSE = {
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
+LAYERS = (*_CONV, *_CONV_TRANSPOSE, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class LayerOp:
     @staticmethod
     def supports(layer: nn.Module) -> bool:
         """True for convolutions, transposed convolutions and linear layers whose forward is torch's own."""
-        for base in (*_CONV, *_CONV_TRANSPOSE, nn.Linear):
+        for base in LAYERS:
             if isinstance(layer, base):
                 own = type(layer).forward is base.forward
                 return own and getattr(type(layer), "_conv_forward", None) is getattr(base, "_conv_forward", None)

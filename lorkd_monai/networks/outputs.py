@@ -1,8 +1,10 @@
-"""Rows and class channels of what a network returns: a tensor, or a list, tuple or dict of them."""
+"""Rows and class channels of what a network returns: a tensor, or a list, tuple, dict or dataclass of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,20 +21,35 @@ Output = object
 def _map(function: Callable[[Tensor], Tensor], y: Output) -> Output:
     if isinstance(y, Tensor):
         return function(y)
-    if isinstance(y, dict):
+    if type(y) is dict:
         return {k: _map(function, v) for k, v in y.items()}
+    if isinstance(y, MutableMapping):  # such as the outputs of Hugging Face, whose items are attributes too
+        new = copy.copy(y)
+        for k, v in y.items():
+            new[k] = _map(function, v)
+        return new
     if isinstance(y, tuple) and hasattr(y, "_fields"):
         return type(y)(*(_map(function, v) for v in y))
     if isinstance(y, (list, tuple)):
-        return type(y)(_map(function, v) for v in y)
+        return type(y)([_map(function, v) for v in y])
+    if dataclasses.is_dataclass(y):
+        new = copy.copy(y)
+        for f in dataclasses.fields(y):
+            object.__setattr__(new, f.name, _map(function, getattr(y, f.name)))
+        return new
+    if any(isinstance(v, Tensor) for v in getattr(y, "__dict__", {}).values()):
+        raise LoRKDError(
+            f"the network returns a {type(y).__name__} that holds tensors, and it is not known which row belongs to "
+            "which sample: return a tensor, or a list, tuple, dict or dataclass of tensors"
+        )
     return y
 
 
 def map_classes(function: Callable[[Tensor, int], Tensor], y: Output, classes: int, image_dims: int = 0) -> Output:
     """``function(tensor, class dimension)`` over the class outputs in ``y``.
 
-    The first tensor is one, and so are all of as many dimensions (deep supervision); others, such as the hidden states
-    that a ViT returns beside its classes, stay as they are.
+    The first tensor that is no single number (a loss) is one, and so are all of as many dimensions (deep supervision);
+    others, such as the hidden states that a ViT returns beside its classes, stay as they are.
 
     Args:
         function: what to do.
@@ -43,9 +60,9 @@ def map_classes(function: Callable[[Tensor, int], Tensor], y: Output, classes: i
     first: list[int] = []
 
     def apply(t: Tensor) -> Tensor:
-        if not first:
+        if not first and t.ndim:
             first.append(t.ndim)
-        return function(t, _class_dim(t, classes, image_dims)) if t.ndim == first[0] else t
+        return function(t, _class_dim(t, classes, image_dims)) if first and t.ndim == first[0] else t
 
     return _map(apply, y)
 

@@ -287,11 +287,25 @@ def test_add_and_remove_experts():
 
 
 def test_geometry_can_be_read_and_weights_can_not():
-    wrapped = LowRankLayer(nn.Conv2d(3, 4, (1, 3), padding=(0, 1)), [1], name="enc.conv")
+    layer = nn.Conv2d(3, 4, (1, 3), padding=(0, 1)).double()
+    wrapped = LowRankLayer(layer, [1], name="enc.conv")
     assert (wrapped.in_channels, wrapped.out_channels, wrapped.kernel_size, wrapped.padding) == (3, 4, (1, 3), (0, 1))
+    weight, x = wrapped.weight, torch.rand(2, 3, 5, 5)
+    assert isinstance(weight, torch.Tensor) and weight.requires_grad
+    assert (weight.dtype, weight.device, weight.shape) == (torch.float64, torch.device("cpu"), (4, 3, 1, 3))
+    assert weight.size(0) == len(weight) == 4 and weight.numel() == 36 and weight.is_floating_point()
+    assert x.to(weight).dtype == x.type_as(weight).dtype == weight.new_zeros(2).dtype == torch.float64
+    assert LowRankLayer(nn.Linear(2, 2, bias=False), [1]).bias is None
+    computing = [
+        lambda w: torch.nn.functional.conv2d(x.double(), w), lambda w: w.t(), lambda w: w * 2, lambda w: 2 - w,
+        lambda w: w.data, lambda w: w.detach(), lambda w: w[0], lambda w: torch.cat([layer.weight, w]),
+        lambda w: w.mean(), lambda w: nn.init.zeros_(w), lambda w: w.numpy(), lambda w: w.float(), lambda w: w.to(x),
+    ]  # fmt: skip
     for attribute in ("weight", "bias"):
-        with pytest.raises(AttributeError, match=rf"'enc.conv' was asked for its {attribute}.*exclude=\['enc.conv'\]"):
-            getattr(wrapped, attribute)
+        message = rf"'enc.conv': the network computes with its {attribute} .*exclude=\['enc.conv'\]"
+        for compute in computing:
+            with pytest.raises(LoRKDError, match=message):
+                compute(getattr(wrapped, attribute))
     with pytest.raises(AttributeError, match="nothing"):
         _ = wrapped.nothing
     assert "ranks=[1]" in repr(wrapped)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -226,12 +229,286 @@ def test_transformer_layer_computes_with_its_experts():
     assert_close(fast, expert(X.double()).detach())
 
 
+class OutProjectionLast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        tokens = self.fc(x.reshape(len(x), -1, 12))
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1)
+
+
+def test_a_projection_of_attention_is_no_head():
+    with pytest.raises(LoRKDError, match="could not tell the last layer"):
+        LoRKDNet(OutProjectionLast(), TASKS)
+
+
+# ---------------------------------------------------------------------- layers of the users' own
+
+
+class Standardized(nn.Conv2d):
+    """A convolution with standardised filters, as in the networks of BiT."""
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+class LoraLike(nn.Linear):
+    """A linear layer with an adapter of its own."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.lora_down, self.lora_up = nn.Parameter(torch.rand(1, inputs)), nn.Parameter(torch.rand(outputs, 1))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.lora_down.t() @ self.lora_up.t()
+
+
+class Quantised(nn.Linear):
+    """A linear layer with a weight of whole numbers."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.weight = nn.Parameter(torch.randint(-9, 9, (outputs, inputs), dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x) / 9, self.bias)
+
+
+class OwnLinear(Net):
+    def __init__(self, layer):
+        super().__init__()
+        self.own = layer(4, 4)
+        self.fc = nn.Linear(4, 4)
+
+    def features(self, x):
+        return self.own(super().features(x))
+
+
+@pytest.mark.parametrize("layer", [LoraLike, Quantised, nn.modules.linear.NonDynamicallyQuantizableLinear])
+def test_linear_layers_of_a_class_of_their_own(layer):
+    net = check(OwnLinear(layer), X, head="fc")
+    assert ("own" in net.expert_layers) == (layer.forward is nn.Linear.forward)
+
+
+def test_convolutions_of_a_class_of_their_own_stay_shared():
+    assert list(check(Net(second=Standardized(4, 4, 3, padding=1)), X).expert_layers) == ["first"]
+
+
+def test_include_that_names_what_can_have_no_expert():
+    for network, name, kind in (
+        (Net(second=Standardized(4, 4, 3, padding=1)), "second", "a Standardized"),
+        (Attention(), "attention.*", "a NonDynamicallyQuantizableLinear"),
+        (Net(), "fc", "the head"),
+    ):
+        with pytest.raises(LoRKDError, match=rf"include: .*matches no layer that can have experts: .* is {kind}"):
+            LoRKDNet(network, TASKS, include=["first", name] if isinstance(network, Net) else ["embed", name])
+
+
+@pytest.mark.parametrize("layer", [LoraLike, Quantised])
+def test_heads_of_a_class_of_their_own_are_refused(layer):
+    network = Net()
+    network.fc = layer(4, 4)
+    with pytest.raises(LoRKDError, match=f"head: 'fc' is a {layer.__name__} with a forward of its own"):
+        LoRKDNet(network, TASKS, head="fc")
+    with pytest.raises(LoRKDError, match="could not tell the last layer"):
+        LoRKDNet(network, TASKS)
+
+
+@pytest.mark.parametrize("change", [nn.utils.weight_norm, parametrizations.weight_norm], ids=["old", "new"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_heads_with_weight_norm(change):
+    network = Net()
+    network.fc = change(network.fc)
+    with pytest.raises(LoRKDError, match="head 'fc': the weight of its layer 'fc' is computed .*remove_"):
+        LoRKDNet(network, TASKS, head="fc")
+
+
+# ---------------------------------------------------------------------- weights that are read, not called
+
+
+class AsksForType(Net):
+    """Hugging Face's ViT, Dinov2 and T5 convert what they get to the type of a layer's weight."""
+
+    def features(self, x):
+        if isinstance(self.second.weight, Tensor) and self.second.weight.dtype != torch.int8:
+            x = x.to(dtype=self.first.weight.dtype, device=self.first.weight.device)
+        return super().features(x).to(self.fc.weight.dtype)
+
+    def forward(self, x):
+        return self.fc(self.features(x)).reshape(len(x), self.fc.out_features)
+
+
+def test_type_and_place_of_a_weight_can_be_asked_for():
+    net = check(AsksForType(), X)
+    with torch.no_grad():
+        assert torch.equal(net(X.half(), "b"), net(X.half().double(), "b"))
+
+
+class Multiplies(Net):
+    def __init__(self, which):
+        super().__init__()
+        self.mix, self.fc, self.which = nn.Linear(4, 4), nn.Linear(4, 4), which
+
+    def forward(self, x):
+        h = self.features(x)
+        if self.which == "mix":
+            return self.fc(nn.functional.linear(h, self.mix.weight, self.mix.bias))
+        return h @ self.fc.weight.t()
+
+
+def test_weights_that_are_computed_with_past_their_layer():
+    for task in ("a", ROWS):
+        for mode in (torch.no_grad, torch.enable_grad):
+            with mode(), pytest.raises(LoRKDError, match=r"'mix': .*computes with its weight .*exclude=\['mix'\]"):
+                LoRKDNet(Multiplies("mix"), TASKS, head="fc").eval()(X, task)
+            with mode(), pytest.raises(LoRKDError, match=r"'fc': .*computes with its weight .*head=…"):
+                LoRKDNet(Multiplies("fc"), TASKS, head="fc").eval()(X, task)
+    check(Multiplies("mix"), X, head="fc", exclude=["mix"])
+
+
+# ---------------------------------------------------------------------- experts that could not run
+
+
+class FixedOutputs(Net):
+    """As MONAI's Classifier and LocalNet: the number of outputs stands outside the head, too."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def forward(self, x):
+        return self.after(super().forward(x))
+
+
+FIXED = {
+    "reshape": lambda y: y.reshape(-1, 4),
+    "view": lambda y: y.view(len(y), 2, 2).flatten(1),
+    "loop": lambda y: torch.stack([y[:, c] for c in range(4)], 1),
+    "weights": lambda y: y * torch.ones(4, dtype=y.dtype),
+    "widened": lambda y: nn.functional.pad(y, (0, 4 - y.shape[1])),
+}
+
+
+@pytest.mark.parametrize("after", FIXED.values(), ids=FIXED)
+@pytest.mark.parametrize("training", [True, False])
+def test_an_expert_that_could_not_run_is_refused(after, training):
+    net = LoRKDNet(FixedOutputs(after), {"a": 4, "b": 3}).train(training)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    for task in ([0, 1, 1, 0], "a", "b"):
+        with pytest.raises(
+            LoRKDError, match=r"expert of task 'b' with 3 outputs could not run: FixedOutputs fixes its 4"
+        ):
+            net(X, task)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert net.training is training and all(m.training is training for m in net.modules())
+    LoRKDNet(FixedOutputs(after), {"a": 4, "b": 4})(X, [0, 1, 1, 0])
+
+
+def test_every_number_of_classes_is_tried():
+    groups = FixedOutputs(lambda y: nn.functional.group_norm(y, 2))
+    with pytest.raises(LoRKDError, match="expert of task '[bc]' with [23] outputs could not run"):
+        LoRKDNet(groups, {"a": 4, "b": 2, "c": 3})(X, ROWS)
+    net = LoRKDNet(FixedOutputs(FIXED["view"]), {"a": 4, "b": 4})
+    net(X, [0, 1, 0, 1])
+    net.add_task("more", 3)
+    with pytest.raises(LoRKDError, match="expert of task 'more' with 3 outputs could not run"):
+        net(X, "a")
+
+
+@pytest.mark.parametrize(
+    "after",
+    [lambda y: y - y.mean(1, keepdim=True), lambda y: nn.functional.normalize(y, dim=1), lambda y: y.flip(1)],
+    ids=["mean", "normalize", "order"],
+)
+def test_what_mixes_the_classes_after_the_head_is_refused(after):
+    net = LoRKDNet(FixedOutputs(after), TASKS)
+    with pytest.raises(LoRKDError, match="after its head 'fc' mixes the classes: for task 'b', with 2 of 4"):
+        net(X, ROWS)
+
+
+@pytest.mark.parametrize("after", [torch.sigmoid, lambda y: y.softmax(1), lambda y: y.log_softmax(1) * 2])
+def test_activations_after_the_head_are_not_refused(after):
+    check(FixedOutputs(after), X, plain=False)
+
+
+def test_what_fails_for_another_reason_says_so_itself():
+    with pytest.raises(RuntimeError, match="expected input.* to have 2 channels"):
+        LoRKDNet(Net(), TASKS)(torch.rand(4, 3, 6, 6), ROWS)
+
+
+def test_the_trial_leaves_no_trace():
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(64, 4))
+    net = LoRKDNet(network, {"a": 4, "b": 2})
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    torch.manual_seed(5)
+    first = net(X, [0, 1, 0, 1])
+    net.load_state_dict(before)
+    torch.manual_seed(5)
+    assert torch.equal(first, net(X, [0, 1, 0, 1]))
+
+
 # ---------------------------------------------------------------------- what networks return
 
 
 class Pair(NamedTuple):
     logits: Tensor
     hidden: Tensor
+
+
+@dataclass(frozen=True)
+class Items:
+    logits: Tensor
+    hidden: Tensor
+
+
+@dataclass
+class ModelOutput(OrderedDict):
+    """As that of Hugging Face: a dataclass whose fields, but those that are None, are items too."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden: tuple | None = None
+
+    def __post_init__(self):
+        for f in fields(self):
+            if getattr(self, f.name) is not None:
+                super().__setitem__(f.name, getattr(self, f.name))
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def __reduce__(self):
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
+
+
+def test_an_output_object_keeps_its_type_and_its_items():
+    class Structured(Net):
+        def forward(self, x):
+            h = self.second(self.first(x).relu())
+            return ModelOutput(loss=h.mean(), logits=self.fc(h.mean((2, 3))), hidden=(h, h))
+
+    net = made(Structured())
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            for task in (ROWS, "b"):
+                y = net(X, task)
+                assert type(y) is ModelOutput and list(y) == ["loss", "logits", "hidden"] and y.loss.ndim == 0
+                assert y.logits is y["logits"] and y.logits.shape == (4, 4) and y["hidden"][1] is y.hidden[1]
+    assert y.logits[:, 2:].isneginf().all()
+
+
+def test_an_unknown_output_object_is_refused():
+    class Structured(Net):
+        def forward(self, x):
+            return SimpleNamespace(logits=super().forward(x))
+
+    with pytest.raises(LoRKDError, match="returns a SimpleNamespace that holds tensors"):
+        made(Structured())(X, ROWS)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +518,10 @@ class Pair(NamedTuple):
         lambda y, h: [y, h],
         lambda y, h: (y, [h, h]),
         lambda y, h: Pair(y, h),
+        lambda y, h: Items(y, h),
+        lambda y, h: ModelOutput(logits=y, hidden=(h, h)),
+        lambda y, h: OrderedDict(logits=y, hidden=h),
+        lambda y, h: UserDict(logits=y, hidden=h),
         lambda y, h: {"out": [y, 2 * y], "name": "text", "none": None},
     ],
 )
