@@ -271,6 +271,7 @@ def import_checkpoint(
     dataset_dir: str | None = None,
     kind: str | None = None,
     image_size: Any = None,
+    report: str | None = None,
 ) -> str:
     """Take over a checkpoint of the released LoRKD code, and write it as a decomposition of this package.
 
@@ -289,23 +290,18 @@ def import_checkpoint(
         dataset_dir: data list of the tasks, so that expert bundles can be exported.
         kind: classification or segmentation, with dataset_dir.
         image_size: size of the images or patches in voxels, with dataset_dir.
+        report: JSON file to write, with what became of every single key.
     """
     from lorkd_monai.bundle.imported import import_file
 
-    net, report = import_file(
+    net, found = import_file(
         as_path(checkpoint, "checkpoint"), as_path(backbone, "backbone"), as_names(tasks) or [],
         as_path(output, "output"),
         alpha=alpha, scale=scale, mapping=mapping, drop=as_names(drop) or [], fresh=as_names(fresh) or [],
         head=as_names(head), dataset_dir=dataset_dir, kind=kind, image_size=image_size,
+        report=None if report is None else as_path(report, "report"),
     )  # fmt: skip
-    lines = [f"{output}: {len(report.placed)} keys taken over, tasks {', '.join(net.tasks)}"]
-    for what, keys in (
-        ("left out, as asked", report.dropped),
-        ("left out, factors of grouped convolutions that the released code never uses", report.unused),
-        ("starting anew, to be trained", report.fresh),
-    ):
-        lines += [f"{what}: {', '.join(keys)}"] if keys else []
-    return "\n".join(lines)
+    return f"{output}: {len(found.placed)} keys taken over, tasks {', '.join(net.tasks)}\n{found.summary()}".strip()
 
 
 def renorm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import nn
 from lorkd_monai.bundle.export import network_info
 from lorkd_monai.data import load_data_list
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import atomic_file
 from lorkd_monai.networks import LoRKDNet, decompose
 from lorkd_monai.networks.authors import ImportReport, import_authors
 from lorkd_monai.networks.checkpoint import load_weights, save_weights
@@ -66,6 +68,7 @@ def import_file(
     dataset_dir: str | Path | None = None,
     kind: str | None = None,
     image_size: Any = None,
+    report: Path | None = None,
     **options: Any,
 ) -> tuple[LoRKDNet, ImportReport]:
     """Import a checkpoint with `import_authors`, and write the decomposition's state dict to ``output``.
@@ -79,6 +82,7 @@ def import_file(
         dataset_dir: data list of the tasks; the checkpoint then says what `lorkd export` needs to know.
         kind: of the data list.
         image_size: size of the images or patches.
+        report: JSON file to write, with the keys of each list of the `ImportReport`.
         options: further ones of `import_authors`.
 
     Raises:
@@ -88,9 +92,12 @@ def import_file(
     names = _tasks(tasks)
     info = _info(config, list(names), dataset_dir, kind, image_size)
     rules = None if mapping is None else read_config(Path(mapping), "mapping")
-    net, report = import_authors(load_weights(checkpoint), config, names, mapping=rules, info=info, **options)
+    net, found = import_authors(load_weights(checkpoint), config, names, mapping=rules, info=info, **options)
     save_weights(output, net.state_dict())
-    return net, report
+    if report is not None:
+        with atomic_file(report) as file:
+            file.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+    return net, found
 
 
 def _tasks(tasks: Sequence[str]) -> list[str] | dict[str, int]:

@@ -29,6 +29,7 @@ from lorkd_monai.networks.low_rank import LowRankLayer
 __all__ = ["ImportReport", "import_authors"]
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])_list\.(?P<task>\d+)")
+_FIRST, _SECOND = "model.backbone.", "unet."  # the two names of the segmentation backbone
 _HEAD = re.compile(r"head_task\.(?P<task>\d+)\.(?P<part>weight|bias)")
 
 
@@ -44,6 +45,15 @@ class ImportReport:
     """Factors of grouped convolutions: the released code stores them, and its forward pass leaves them out."""
     fresh: list[str] = field(default_factory=list)
     """Tensors of the decomposition that no key gave, and that the caller allowed to start anew."""
+
+    def summary(self) -> str:
+        """A line for each list of keys that were not taken over: their number and examples."""
+        lists = {
+            "left out, as asked": self.dropped,
+            "left out, factors of grouped convolutions that the released code never uses": self.unused,
+            "starting anew, to be trained": self.fresh,
+        }
+        return "\n".join(f"{what}: {len(keys)} ({some_of(keys)})" for what, keys in lists.items() if keys)
 
 
 @dataclass
@@ -137,21 +147,26 @@ def import_authors(
 
 def _read(state: Mapping[str, Tensor], rules: KeyRules) -> _Source:
     source, seen, tensors = _Source(), {}, {}
-    for key, tensor in state.items():
+    named: dict[str, str] = {}
+    for key in state:
         name = ".".join(part for part in key.split(".") if part != "module")  # of DataParallel, at any depth
-        if name in source.names:
-            raise LoRKDError(f"{source.names[name][0]} and {key} are the same but for 'module'")
-        if rules.drops(key) or rules.drops(name):
+        if name in named:
+            raise LoRKDError(f"{named[name]} and {key} are the same but for 'module'")
+        if rules.drops(key, name):
             source.dropped.append(key)
-            continue
-        # The wrappers keep the network twice (model.backbone and unet): the second name is the same memory.
+        else:
+            named[name] = key
+    # The wrappers keep the network twice, as model.backbone and as unet: in one memory, or as a copy after a move.
+    owner: dict[str, str] = {}
+    for name, key in sorted(named.items(), key=lambda item: _is_second(item[0])):  # stable: else in the file's order
+        tensor = state[key]
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        if tensor.numel() and place in seen:
-            source.names[seen[place]].append(key)
-            continue
-        seen[place] = name
-        source.names[name] = [key]
-        tensors[name] = tensor
+        twin = owner.get(_FIRST + name.removeprefix(_SECOND)) if _is_second(name) else None
+        if twin is None or not torch.equal(tensors[twin], tensor):
+            twin = seen.setdefault(place, name) if tensor.numel() else name
+        owner[name] = twin
+        source.names.setdefault(twin, []).append(key)
+        tensors.setdefault(twin, tensor)
     adapted = {match["layer"] for name in tensors if (match := _FACTOR.fullmatch(name))}
     for name, tensor in tensors.items():
         factor, head = _FACTOR.fullmatch(name), _HEAD.fullmatch(name)
@@ -167,6 +182,10 @@ def _read(state: Mapping[str, Tensor], rules: KeyRules) -> _Source:
         else:
             source.shared[name] = tensor
     return source
+
+
+def _is_second(name: str) -> bool:
+    return name.startswith(_SECOND)
 
 
 def _classes(source: _Source, tasks: Sequence[str] | Mapping[str, int]) -> dict[str, int]:
@@ -245,7 +264,22 @@ def _check_places(
 
 def _listed(names: Sequence[str]) -> str:
     names = list(dict.fromkeys(names))
-    return f"{len(names)} keys ({', '.join(names)})" if len(names) != 1 else names[0]
+    return f"{len(names)} keys ({some_of(names)})" if len(names) != 1 else names[0]
+
+
+def some_of(names: Sequence[str], shown: int = 12) -> str:
+    """Names in one line: all of a few, else the first of each branch of the network and how many there are."""
+    if len(names) <= shown:
+        return ", ".join(names)
+    for depth in range(8, 0, -1):
+        branches: dict[str, list[str]] = {}
+        for name in names:
+            branches.setdefault(".".join(name.split(".")[:depth]), []).append(name)
+        if len(branches) <= shown // 2:
+            break
+    listed = [own[0] if len(own) == 1 else f"{own[0]} and {len(own) - 1} more of {b}" for b, own in branches.items()]
+    more = len(listed) - shown // 2
+    return ", ".join(listed[: shown // 2]) + (f", and {more} further branches" if more > 0 else "")
 
 
 def _layers(

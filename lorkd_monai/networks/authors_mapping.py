@@ -15,6 +15,7 @@ from lorkd_monai.errors import LoRKDError
 __all__ = ["KeyRules", "by_structure"]
 
 _FIELDS = ("keys", "rename", "drop", "fresh")
+_MODULE = re.compile(r"\bmodule\b")  # and not all_modules, a name of nnU-Net
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class KeyRules:
     Args:
         keys: name in the state dict -> key of the network.
         rename: regular expressions and their replacements, applied one after the other to every other name.
-        drop: regular expressions; names in which one is found are left out.
+        drop: regular expressions; names in which one is found are left out. One that speaks of ``module`` itself is
+            looked for in the key as it stands in the file.
         fresh: glob patterns of the network's keys that may keep the weights they start with.
     """
 
@@ -66,9 +68,9 @@ class KeyRules:
         """Whether the rules say where keys go, so that structure is not asked."""
         return bool(self.keys or self.rename)
 
-    def drops(self, name: str) -> bool:
-        """Whether this name is to be left out."""
-        return any(p.search(name) for p in self.drop)
+    def drops(self, key: str, name: str) -> bool:
+        """Whether this key, or its name without ``module``, is to be left out."""
+        return any(p.search(key if _MODULE.search(p.pattern) else name) for p in self.drop)
 
     def is_fresh(self, key: str) -> bool:
         """Whether this key of the network may keep the weights it starts with."""

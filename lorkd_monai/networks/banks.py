@@ -67,19 +67,6 @@ class TaskBank(RoutedModule):
         """Parameters and buffers of one task's module by name."""
         return self.tasks[task].state_dict(keep_vars=True)
 
-    def __getattr__(self, item: str) -> object:
-        if item in READABLE:
-            refusal = (
-                f"{self._who()}: the network computes with its {item} by itself, past the module, and each task has its "
-                "own. Name another head with head=…, or share norms (norm='shared')"
-            )
-            return readable(self.tasks[self._shown()], item, refusal)
-        return super().__getattr__(item)
-
-    def _shown(self) -> int:
-        """The task whose module is shown to code that asks for sizes and types."""
-        return 0
-
 
 class NormBank(TaskBank):
     """Norms of all tasks (``norm="task"``): each task's rows are normalised by its own statistics and parameters.
@@ -138,8 +125,15 @@ class HeadBank(TaskBank):
         super().remove_expert(task)
         del self.num_classes[task]
 
-    def _shown(self) -> int:
-        return self.num_classes.index(max(self.num_classes))  # as wide as what the heads give
+    def __getattr__(self, item: str) -> object:
+        if item in READABLE:
+            refusal = (
+                f"{self._who()}: the network computes with its {item} by itself, past the head, and each task has its "
+                "own: name another head with head=…"
+            )
+            widest = self.num_classes.index(max(self.num_classes))  # as wide as what the heads give together
+            return readable(self.tasks[widest], item, refusal)
+        return super().__getattr__(item)
 
 
 def pad_channels(y: Tensor, dim: int, channels: int) -> Tensor:

@@ -59,8 +59,8 @@ def find_heads(network: nn.Module, head: str | Sequence[str] | None = None) -> l
         own = next((modules[n] for n in wrong if isinstance(modules.get(n), LAYERS)), None)
         if own is not None:
             raise LoRKDError(
-                f"head: {wrong[0]!r} is a {type(own).__name__} with a forward of its own, of which no other width can be "
-                "made: put a plain layer of torch in its place"
+                f"head: {wrong[0]!r} is a {type(own).__name__} with a forward of its own, of which no other width can "
+                "be made: put a plain layer of torch in its place"
             )
         if wrong or not names:
             raise LoRKDError(f"head: no layer {', '.join(map(repr, wrong)) or names} in {_describe(network)}")

@@ -11,9 +11,9 @@ from lorkd_monai.errors import LoRKDError
 
 __all__ = ["READABLE", "WeightFacts", "readable"]
 
-# What other modules may read of a layer or norm that was replaced.
+# What other modules may read of a layer or head that was replaced.
 READABLE = {
-    "in_channels", "out_channels", "in_features", "out_features", "num_features", "kernel_size", "stride", "padding",
+    "in_channels", "out_channels", "in_features", "out_features", "kernel_size", "stride", "padding",
     "dilation", "groups", "padding_mode", "output_padding", "transposed", "weight", "bias",
 }  # fmt: skip
 

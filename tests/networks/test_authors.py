@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
 
+import authors_shufflenet
 import pytest
 import torch
+from authors_shufflenet import AuthorsShuffleNet
 from monai.bundle import ConfigParser
+from reference import assert_close
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
@@ -81,9 +88,9 @@ class Block(nn.Module):
         self.stages = convs
 
 
-def segmentation(ranks: tuple[int, ...] = (1, 2)) -> tuple[nn.Module, dict[str, Adapted]]:
+def segmentation(ranks: tuple[int, ...] = (1, 2), config: dict | None = None) -> tuple[nn.Module, dict[str, Adapted]]:
     """Their U-Net: adapted encoder and, with doubled ranks, decoder; no heads; inside a network of text queries."""
-    unet = randomised(ConfigParser(UNET).get_parsed_content())
+    unet = randomised(ConfigParser(config or UNET).get_parsed_content())
     adapted = {}
     del unet.decoder.encoder, unet.decoder.seg_layers  # theirs has neither
     for branch, factor in ((unet.encoder, 1), (unet.decoder, 2)):
@@ -188,6 +195,155 @@ def test_segmentation_without_heads_needs_permission(nnunet):
     closed = {**MAPPING, "fresh": []}
     with pytest.raises(LoRKDError, match=r"gives no head for .*decoder.seg_layers.0.*name it in fresh"):
         import_authors(state, UNET, {"liver": 2, "lung": 3}, scale=2.0, mapping=closed)
+
+
+# ---------------------------------------------------------------------- docs/import.md, run as it stands
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", DOCS, re.S)
+
+
+def commands_of(tasks: str) -> list[list[str]]:
+    """The commands of the example with these tasks, in words without `lorkd`."""
+    example = next(t for t in re.findall(r"(?:^    .*\n)+", DOCS, re.M) if tasks in t)
+    return [shlex.split(line)[1:] for line in example.replace("\\\n", " ").splitlines()]
+
+
+DOCS = (Path(__file__).parents[2] / "docs/import.md").read_text()
+DOCS_UNET = next(json.loads(b) for b in blocks("json") if "PlainConvUNet" in b) | {
+    "features_per_stage": [2, 3, 4, 5, 6]
+}
+COPIES = {
+    "shared": lambda state, unet: {**state, **unet},
+    "cloned": lambda state, unet: {**state, **{k: v.clone() for k, v in unet.items()}},
+    "first": lambda state, unet: {**unet, **state},
+    "first, cloned": lambda state, unet: {**{k: v.clone() for k, v in unet.items()}, **state},
+    "parallel": lambda state, unet: {**state, **{k.replace("unet.", "unet.module."): v for k, v in unet.items()}},
+    "absent": lambda state, unet: state,
+    "alone": lambda state, unet: unet,
+}
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["by itself", "mapping"])
+@pytest.mark.parametrize("copies", COPIES.values(), ids=COPIES)
+def test_segmentation_commands_of_the_docs(nnunet, tmp_path, monkeypatch, capsys, copies, mapped):
+    theirs, adapted = segmentation(config=DOCS_UNET)
+    own = theirs.state_dict()
+    unet = {k: v for k, v in own.items() if k.startswith("unet.")}
+    state = copies({k: v for k, v in own.items() if k not in unet}, unet)
+    assert copies is COPIES["alone"] or "model.module.backbone.encoder.stages.0.0.stages.0.conv.conv.weight" in state
+    monkeypatch.chdir(tmp_path)
+    torch.save(state, "theirs.pth")
+    Path("net.json").write_text(json.dumps(DOCS_UNET))
+    Path("map.yaml").write_text(blocks("yaml")[0])
+    words, inspect = commands_of("liver=2")
+    run_cli(monkeypatch, *words, *(["--mapping", "map.yaml"] if mapped else []), "--report", "keys.json")
+    printed = capsys.readouterr().out
+    assert len(printed) < 1500 and "starting anew, to be trained: " in printed
+    lists = json.loads(Path("keys.json").read_text())
+    assert sorted(lists["placed"] + lists["dropped"]) == sorted(state)
+    assert all("projection_layer" in k for k in lists["dropped"])
+    net = load_decomposition("ours.pt", backbone=DOCS_UNET)
+    for t, task in enumerate(net.tasks):
+        plain = net.extract(task)
+        for name, layer in adapted.items():
+            assert_close(plain.get_submodule(name).weight, layer.conv.weight + layer.delta(t, 2.0), what=name)
+    run_cli(monkeypatch, *inspect)
+    assert "encoder.stages.0.0.convs.0.conv" in capsys.readouterr().out
+
+
+def test_copies_that_differ_are_refused(nnunet):
+    state = segmentation()[0].state_dict()
+    key = next(k for k in state if k.startswith("unet.") and k.endswith("conv.conv.weight"))
+    state[key] = state[key] + 1
+    with pytest.raises(LoRKDError, match="unet|shape|would go to"):
+        import_authors(state, UNET, {"liver": 2, "lung": 2}, scale=2.0, mapping=MAPPING)
+
+
+def test_residual_commands_of_the_docs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(classification()[0].state_dict(), "theirs.pth")
+    config = next(json.loads(b) for b in blocks("json") if "resnet18" in b)
+    Path("net.json").write_text(json.dumps({**config, "widen_factor": RESNET["widen_factor"]}))
+    for words in commands_of("breast,blood,xray"):
+        run_cli(monkeypatch, *words)
+    assert "left out, as asked: 2 (head.module.weight, head.module.bias)" in capsys.readouterr().out
+
+
+def test_shufflenet_commands_of_the_docs(tmp_path, monkeypatch, capsys):
+    """The network of both released scripts, by torchvision's name, which stands for a small one here."""
+    models = ModuleType("torchvision.models")
+    models.shufflenet_v2_x1_0 = authors_shufflenet.shufflenet_v2_x1_0
+    package = ModuleType("torchvision")
+    package.models = models
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    words, inspect = commands_of("path,oct")
+    names, classes = words[3].split(","), [9, 4, 11, 8, 2, 8, 7, 11, 11, 2]
+    resnet = randomised(AuthorsShuffleNet(lambda conv: Adapted(conv, [4] * 10)))
+    heads = nn.ModuleList([Holder(module=nn.Linear(20, n)) for n in classes])
+    theirs = Holder(CKN=Holder(module=Holder(resnet=resnet)), head_task=heads, head=Holder(module=nn.Linear(20, 73)))
+    state = theirs.state_dict()
+    assert "CKN.module.resnet.layers.0.0.branch1.1.conv.lora_A_list.9" in state
+    assert "CKN.module.resnet.layers.0.0.branch1.0.conv.weight" in state  # depthwise
+    monkeypatch.chdir(tmp_path)
+    torch.save(state, words[1])
+    Path("net.json").write_text(next(b for b in blocks("json") if "shufflenet" in b))
+    run_cli(monkeypatch, *words)
+    assert "left out, as asked: 2 (head.module.weight, head.module.bias)" in capsys.readouterr().out
+    net = load_decomposition("ours.pt", backbone=json.loads(Path("net.json").read_text())).eval()
+    assert net.num_classes == dict(zip(names, classes, strict=True)) and set(net.spec()["rank"].values()) == {4}
+    resnet.eval()
+    x = torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        for t, task in enumerate(names):
+            expected = heads[t].module(resnet(x, t, 16 / 4))
+            assert_close(net.extract(task)(x), expected, what=task)
+    run_cli(monkeypatch, *inspect)
+    assert "stage2.0.branch1.2" in capsys.readouterr().out
+
+
+def test_the_report_fits_on_a_screen():
+    state = classification()[0].state_dict()
+    state |= {f"other.module.{b}.{i}.weight": torch.zeros(3) for b in "abc" for i in range(300)}
+    with pytest.raises(LoRKDError) as e:
+        import_authors(state, **arguments())
+    assert "900 keys (" in str(e.value) and "more of other" in str(e.value) and len(str(e.value)) < 1500
+    _, report = import_authors(state, **arguments(drop=["^head[.]", "^other[.]"]))
+    assert len(report.dropped) == 902 and len(report.summary()) < 500
+    assert report.summary().startswith("left out, as asked: 902 (")
+
+
+@pytest.mark.parametrize(
+    ("drop", "dropped"),
+    [
+        (r"^model\.(?!backbone\.)", ["model.module.text.weight"]),
+        (r"^model\.module\.(?!backbone\.)", ["model.module.text.weight"]),
+        (r"^model\.(module\.)?text", ["model.module.text.weight"]),
+        (r"\.text\.", ["model.module.text.weight"]),
+        (r"all_modules\.1", ["model.module.backbone.all_modules.1.weight"]),
+    ],
+)
+def test_drop_is_matched_without_module(drop, dropped):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all_modules = nn.ModuleList([nn.Conv2d(1, 4, 3), nn.PReLU(4)])
+            self.fc = nn.Linear(4, 2)
+
+    net, prefix = Net(), "model.module.backbone.all_modules.0."
+    state = {
+        prefix + "conv.weight": torch.rand(4, 1, 3, 3), prefix + "conv.bias": torch.rand(4),
+        prefix + "lora_A_list.0": torch.rand(3, 3), prefix + "lora_B_list.0": torch.rand(12, 3),
+        "model.module.backbone.all_modules.1.weight": torch.rand(4), "model.module.text.weight": torch.rand(5),
+    }  # fmt: skip
+    options = {"scale": 2, "fresh": ["fc.*", "all_modules.1.*"]}
+    if dropped == ["model.module.text.weight"]:
+        assert import_authors(state, net, {"a": 2}, drop=[drop], **options)[1].dropped == dropped
+    else:
+        del state["model.module.text.weight"]
+        assert import_authors(state, net, {"a": 2}, drop=[drop], **options)[1].dropped == dropped
 
 
 def arguments(**changes):
