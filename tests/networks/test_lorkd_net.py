@@ -70,7 +70,7 @@ def test_one_task_for_the_batch(net, x, task):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (None, r"task is needed.*switch_to"),
+        (None, r"task is needed.*with serving"),
         ("d", "unknown task 'd': this network has a, b, c"),
         (["a", "d", "a", "a"], "unknown task 'd'"),
         (3, "unknown task 3: this network has 3 tasks, 0 to 2"),
