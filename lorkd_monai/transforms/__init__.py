@@ -1,8 +1,8 @@
 """What MONAI's transforms lack, and the stock configs that training and expert bundles share."""
 
-from .augment import BatchAugment
-from .loading import ImageFacts, ItemLoader, describe_image, wrap_array
-from .preprocessing import (
+from lorkd_monai.transforms.augment import BatchAugment
+from lorkd_monai.transforms.loading import ImageFacts, ItemLoader, describe_image, wrap_array
+from lorkd_monai.transforms.preprocessing import (
     CT_WINDOW,
     PERCENTILES,
     default_intensity,
@@ -10,7 +10,7 @@ from .preprocessing import (
     preprocessing,
     saving_handlers,
 )
-from .views import augment_together, fixed_view
+from lorkd_monai.transforms.views import augment_together, fixed_view
 
 __all__ = [
     "CT_WINDOW",
