@@ -56,8 +56,8 @@ def tasks(path: str, backbone: str | None = None) -> str:
         from lorkd_monai.bundle.export import describe_expert
 
         return _json(describe_expert(folder))
+    from lorkd_monai.experts.describe import describe_tasks
     from lorkd_monai.networks.checkpoint import load_decomposition
-    from lorkd_monai.networks.describe import describe_tasks
 
     return _json(describe_tasks(load_decomposition(_checkpoint(path), _backbone(backbone))))
 
@@ -70,8 +70,8 @@ def inspect(path: str, as_json: bool = False, backbone: str | None = None) -> st
         as_json: print JSON in place of a table.
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
+    from lorkd_monai.experts.describe import describe_layers
     from lorkd_monai.networks.checkpoint import load_decomposition
-    from lorkd_monai.networks.describe import describe_layers
 
     net = load_decomposition(_checkpoint(path), _backbone(backbone))
     rows = describe_layers(net)
@@ -348,8 +348,8 @@ def suggest_ranks(checkpoint: str, tuned: Any, budget: int | None = None, as_jso
         as_json: print JSON in place of a table.
     """
     from lorkd_monai.data.builders import read_mapping
+    from lorkd_monai.experts.choose_ranks import suggest_ranks as suggest
     from lorkd_monai.networks.checkpoint import load_decomposition, load_weights
-    from lorkd_monai.networks.ranks import suggest_ranks as suggest
 
     if isinstance(tuned, str):
         tuned = read_mapping(tuned)

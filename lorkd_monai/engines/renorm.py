@@ -20,8 +20,8 @@ from lorkd_monai.data import DataList, TaskDataset, load_data_list
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table
 from lorkd_monai.engines.trained_tasks import as_trained
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.experts.norm_statistics import reestimate_norms
 from lorkd_monai.networks.checkpoint import load_decomposition
-from lorkd_monai.networks.norms import reestimate_norms
 
 __all__ = ["renorm_experts"]
 

@@ -26,6 +26,7 @@ from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_tabl
 from lorkd_monai.engines.trained_tasks import as_trained, other_images
 from lorkd_monai.engines.trainer import show_volumes
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.experts.weight_selection import select_weights
 from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.networks.checkpoint import load_weights, read_decomposition_spec
@@ -33,7 +34,6 @@ from lorkd_monai.networks.teacher import Teacher, check_channels
 from lorkd_monai.networks.teacher_bundle import load_teacher, teacher_from_checkpoint
 from lorkd_monai.networks.teacher_cache import CachedTeacher
 from lorkd_monai.networks.teacher_channels import channels_by_name
-from lorkd_monai.networks.weight_selection import select_weights
 from lorkd_monai.transforms import default_intensity
 
 _log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.experts.nested import layer_rank
 from lorkd_monai.networks.functional import LayerOp, eks, factor_shapes, fuse
-from lorkd_monai.networks.nested import layer_rank
 from lorkd_monai.networks.routing import RoutedModule, Routing, refuse_direct_calls
 from lorkd_monai.networks.weight_facts import READABLE, readable
 
@@ -125,7 +125,7 @@ class LowRankLayer(RoutedModule):
     def factors(self, task: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
         """A_t and B_t; with ``rank``, their first components alone, as many as a task of that rank has here.
 
-        See :mod:`~lorkd_monai.networks.nested`.
+        See :mod:`~lorkd_monai.experts.nested`.
         """
         a, b = self.lora_A[task], self.lora_B[task]
         if rank is None:

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from lorkd_monai.data import DataList
 from lorkd_monai.engines import make_objective
+from lorkd_monai.experts.choose_ranks import expert_spectrum
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.ranks import expert_spectrum
 
 __all__ = ["gradient_conflict", "spectra"]
 

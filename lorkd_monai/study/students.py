@@ -11,9 +11,9 @@ from torch import nn
 
 from lorkd_monai.data import DataList, TaskDataset
 from lorkd_monai.data.samplers import draws_per_task
+from lorkd_monai.experts.weight_selection import select_weights
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.networks.teacher import Teacher
-from lorkd_monai.networks.weight_selection import select_weights
 from lorkd_monai.study.diagnostics import gradient_conflict, spectra
 from lorkd_monai.study.methods import Method
 from lorkd_monai.study.models import OneEach, RememberedTeacher, build_student, members_of

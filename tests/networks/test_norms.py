@@ -11,8 +11,8 @@ from monai.networks.nets import BasicUNet
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.experts.norm_statistics import reestimate_norms
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.norms import reestimate_norms
 
 
 def network():

@@ -8,8 +8,8 @@ from common import made
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.experts.choose_ranks import expert_spectrum, suggest_ranks, update_spectrum
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.ranks import expert_spectrum, suggest_ranks, update_spectrum
 
 
 def backbone():

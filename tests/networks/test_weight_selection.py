@@ -9,10 +9,10 @@ from torch import nn
 
 from lorkd_monai.engines import start_from_teacher
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.experts.weight_selection import select_weights
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.networks.teacher_cache import CachedTeacher
-from lorkd_monai.networks.weight_selection import select_weights
 
 CLASSES = {"a": 2, "b": 3}
 
