@@ -40,7 +40,7 @@ from monai.networks.nets import ResNet, SwinUNETR, UNet, resnet18, resnet50
 from torch import Tensor, nn
 
 from lorkd_monai.networks import LoRKDNet, LowRankLayer
-from lorkd_monai.networks.functional import delta_weight, eks_strategy
+from lorkd_monai.networks.eks.strategies import delta_weight, eks_strategy
 from lorkd_monai.networks.routing import current_routing
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.functional import factor_shapes
+from lorkd_monai.networks.eks.strategies import factor_shapes
 from lorkd_monai.networks.lorkd_net import LoRKDNet
 
 __all__ = ["expert_spectrum", "suggest_ranks", "update_spectrum"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.factors import factor_shapes
+from lorkd_monai.networks.eks.factors import factor_shapes
 from lorkd_monai.networks.spec import misfits
 
 if TYPE_CHECKING:

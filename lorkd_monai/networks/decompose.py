@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.banks import HeadBank, NormBank
-from lorkd_monai.networks.functional import LayerOp
+from lorkd_monai.networks.eks.strategies import LayerOp
 from lorkd_monai.networks.heads import find_heads, head_channels, head_layers, head_like
 from lorkd_monai.networks.routing import refuse_direct_calls
 

@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.functional import LayerOp
-from lorkd_monai.networks.operations import LAYERS
+from lorkd_monai.networks.eks.layer_maps import LAYERS
+from lorkd_monai.networks.eks.strategies import LayerOp
 
 __all__ = ["KNOWN_HEADS", "find_heads", "head_layers", "head_like"]
 

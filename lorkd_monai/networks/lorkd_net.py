@@ -53,7 +53,7 @@ class LoRKDNet(nn.Module):
         tasks: name of each task -> number of its output channels, in this order.
         rank: rank of every expert, or one for each task. 0 makes a plain multi-task network: heads, no experts.
         alpha: the factor of ΔW is ``alpha / rank`` of the layer's expert; or give the factor itself as ``scale``.
-        layout: ``"lorkd"`` (the papers') or ``"conv"``; see :func:`~lorkd_monai.networks.functional.factor_shapes`.
+        layout: ``"lorkd"`` (the papers') or ``"conv"``; see :func:`~lorkd_monai.networks.eks.strategies.factor_shapes`.
         head: dotted name (or names) of the last layer; None: found by itself.
         include: glob patterns of layer names that get experts; None: all that can.
         exclude: glob patterns of layer names that stay shared.

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.nested import layer_rank
-from lorkd_monai.networks.functional import LayerOp, eks, factor_shapes, fuse
+from lorkd_monai.networks.eks.strategies import LayerOp, eks, factor_shapes, fuse
 from lorkd_monai.networks.routing import RoutedModule, Routing, refuse_direct_calls
 from lorkd_monai.networks.weight_facts import READABLE, readable
 
@@ -30,7 +30,7 @@ class LowRankLayer(RoutedModule):
         layer: Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear. It is used, not copied.
         ranks: rank of each task's expert; its length is the number of tasks.
         scale: factor of ΔW, one for all tasks or one for each.
-        layout: ``"lorkd"`` or ``"conv"``, see :func:`~lorkd_monai.networks.functional.factor_shapes`.
+        layout: ``"lorkd"`` or ``"conv"``, see :func:`~lorkd_monai.networks.eks.strategies.factor_shapes`.
         name: name of the layer in its network, for messages.
         rank_factor: rank of this layer's experts relative to their tasks', which counts where experts are cut.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.functional import eks_strategy
+from lorkd_monai.networks.eks.strategies import eks_strategy
 from lorkd_monai.networks.lorkd_net import LoRKDNet
 from lorkd_monai.networks.outputs import first_tensor
 from lorkd_monai.networks.packs import read_expert

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lorkd_monai.networks import dispatch
+from lorkd_monai.networks.eks import costs as dispatch
 from lorkd_monai.networks.outputs import widen_classes
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.functional import LAYOUTS
+from lorkd_monai.networks.eks.strategies import LAYOUTS
 
 __all__ = [
     "SPEC_KEY",

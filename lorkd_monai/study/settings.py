@@ -10,7 +10,7 @@ from typing import Any
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses.transfer import POSITIONS
-from lorkd_monai.networks.functional import LAYOUTS
+from lorkd_monai.networks.eks.strategies import LAYOUTS
 
 __all__ = ["StudySettings", "default_settings"]
 

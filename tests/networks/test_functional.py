@@ -11,9 +11,10 @@ from reference import assert_close, reference
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks import LowRankLayer, dispatch, route
-from lorkd_monai.networks.factors import BranchFilters
-from lorkd_monai.networks.functional import delta_weight, eks_strategy, factor_shapes
+from lorkd_monai.networks import LowRankLayer, route
+from lorkd_monai.networks.eks import costs as dispatch
+from lorkd_monai.networks.eks.factors import BranchFilters
+from lorkd_monai.networks.eks.strategies import delta_weight, eks_strategy, factor_shapes
 
 STRATEGIES = (*dispatch.STRATEGIES, "auto")
 

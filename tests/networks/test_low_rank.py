@@ -13,7 +13,7 @@ from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LowRankLayer, route
-from lorkd_monai.networks.functional import delta_weight, fuse
+from lorkd_monai.networks.eks.strategies import delta_weight, fuse
 
 CONVOLUTIONS = {("conv", n): getattr(nn, f"Conv{n}d") for n in (1, 2, 3)}
 TRANSPOSED = {("transposed", n): getattr(nn, f"ConvTranspose{n}d") for n in (1, 2, 3)}

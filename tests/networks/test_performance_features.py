@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks import LoRKDNet, LowRankLayer, dispatch, route
-from lorkd_monai.networks.functional import eks_strategy
+from lorkd_monai.networks import LoRKDNet, LowRankLayer, route
+from lorkd_monai.networks.eks import costs as dispatch
+from lorkd_monai.networks.eks.strategies import eks_strategy
 
 TASKS = {"a": 2, "b": 3, "c": 3}
 

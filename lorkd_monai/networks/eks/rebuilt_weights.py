@@ -14,8 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorkd_monai.networks.factors import BranchFilters, FusedWeights
-from lorkd_monai.networks.operations import ConvMap, LinearMap
+from lorkd_monai.networks.eks.factors import BranchFilters, FusedWeights
+from lorkd_monai.networks.eks.layer_maps import ConvMap, LinearMap
 from lorkd_monai.networks.routing import join_segments, owners, take_rows, take_segment
 
 __all__ = ["TaskMap"]

@@ -12,7 +12,7 @@ absent from the batch:
 * ``"group"``: one convolution with as many groups as there are pieces of the batch with one task;
 * ``"factored"``: one dense convolution with W0 for the whole batch, and ΔW_t as two small maps beside it.
 
-Neither of them keeps merged weights for the backward pass. :mod:`~lorkd_monai.networks.dispatch` chooses.
+Neither of them keeps merged weights for the backward pass. :mod:`~lorkd_monai.networks.eks.costs` chooses.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from lorkd_monai.networks import dispatch
-from lorkd_monai.networks.dispatch import eks_strategy
-from lorkd_monai.networks.factors import LAYOUTS, BranchFilters, FusedWeights, delta_weight, factor_shapes, fuse
-from lorkd_monai.networks.operations import ConvMap, LayerOp, LinearMap
+from lorkd_monai.networks.eks import costs as dispatch
+from lorkd_monai.networks.eks.costs import eks_strategy
+from lorkd_monai.networks.eks.factors import LAYOUTS, BranchFilters, FusedWeights, delta_weight, factor_shapes, fuse
+from lorkd_monai.networks.eks.layer_maps import ConvMap, LayerOp, LinearMap
+from lorkd_monai.networks.eks.rebuilt_weights import TaskMap
 from lorkd_monai.networks.routing import Routing, owners, take_rows
-from lorkd_monai.networks.task_map import TaskMap
 
 __all__ = ["LAYOUTS", "LayerOp", "delta_weight", "eks", "eks_strategy", "factor_shapes", "fuse"]
 

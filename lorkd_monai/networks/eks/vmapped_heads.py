@@ -1,7 +1,7 @@
 """Heads of several tasks in one vectorised call, where one after the other is slow.
 
 A head of its own for each sample means convolutions of one 3D sample, which torch leaves to a slow kernel on the CPU
-(see :func:`~lorkd_monai.networks.dispatch.left_to_slow_kernel`), on the largest maps of the network.
+(see :func:`~lorkd_monai.networks.eks.costs.left_to_slow_kernel`), on the largest maps of the network.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
-from lorkd_monai.networks.dispatch import falls_to_slow_kernel
+from lorkd_monai.networks.eks.costs import falls_to_slow_kernel
 from lorkd_monai.networks.routing import Routing, take_rows
 
 __all__ = ["can_run_together", "run_together", "slow_one_by_one"]
