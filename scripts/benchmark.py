@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.networks import LoRKDNet, LowRankLayer
 from lorkd_monai.networks.eks.strategies import delta_weight, eks_strategy
-from lorkd_monai.networks.routing import current_routing
+from lorkd_monai.networks.routing.table import current_routing
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet18": (lambda: resnet18(spatial_dims=2, n_input_channels=3, num_classes=3), (32, 3, 64, 64)),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.lorkd_net import LoRKDNet
-from lorkd_monai.networks.routing import route
+from lorkd_monai.networks.routing.table import route
 
 __all__ = ["reestimate_norms"]
 

@@ -17,12 +17,12 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.nested import cut_rank, cut_ranks, draw_ranks, layer_rank
 from lorkd_monai.networks import decompose
 from lorkd_monai.networks.banks import TaskBank, pooled_features, watch_heads
-from lorkd_monai.networks.folding import find_folding
 from lorkd_monai.networks.heads import head_like
 from lorkd_monai.networks.low_rank import LowRankLayer
 from lorkd_monai.networks.outputs import fill_classes, first_rows, narrow_classes, select_rows, widen_classes
-from lorkd_monai.networks.recompute import remember_routing
-from lorkd_monai.networks.routing import RoutedModule, Routing, UnverifiedFolding, route, task_list
+from lorkd_monai.networks.routing.folding import find_folding
+from lorkd_monai.networks.routing.recompute import remember_routing
+from lorkd_monai.networks.routing.table import RoutedModule, Routing, UnverifiedFolding, route, task_list
 from lorkd_monai.networks.serving import PlainView
 from lorkd_monai.networks.spec import (
     checked_options,

@@ -19,7 +19,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.decompose import replace_module
 from lorkd_monai.networks.heads import head_like
 from lorkd_monai.networks.outputs import first_rows, first_tensor, map_classes, narrow_classes
-from lorkd_monai.networks.routing import route
+from lorkd_monai.networks.routing.table import route
 
 if TYPE_CHECKING:
     from lorkd_monai.networks.lorkd_net import LoRKDNet

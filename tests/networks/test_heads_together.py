@@ -8,7 +8,7 @@ from torch import nn
 
 from lorkd_monai.networks import banks
 from lorkd_monai.networks.banks import HeadBank
-from lorkd_monai.networks.routing import route
+from lorkd_monai.networks.routing.table import route
 
 
 def head(classes: int, norm: nn.Module | None = None) -> nn.Module:

@@ -11,7 +11,7 @@ from lorkd_monai.losses import LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, LowRankLayer, route
 from lorkd_monai.networks.checkpoint import load_decomposition, save_weights
 from lorkd_monai.networks.packs import load_expert, load_pack, save_pack
-from lorkd_monai.networks.routing import Routing
+from lorkd_monai.networks.routing.table import Routing
 
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (4, 9)),

@@ -118,7 +118,7 @@ def test_checkpointing_of_features_alone():
 
 
 def test_checkpointing_leaves_nothing_behind():
-    from lorkd_monai.networks import recompute
+    from lorkd_monai.networks.routing import recompute
 
     net = small(False)
     finite_sum(net(torch.randn(3, 2, 6, 6, dtype=torch.float64), [2, 0, 1])).backward()

@@ -1,6 +1,6 @@
 """The routing of layers that are computed again in a backward pass (gradient checkpointing).
 
-A backward pass runs outside of :func:`~lorkd_monai.networks.routing.route`, on CUDA even in a thread of autograd's own,
+A backward pass runs outside of :func:`~lorkd_monai.networks.routing.table.route`, on CUDA even in a thread of autograd's own,
 where no context variable of the caller can be seen. But autograd gives every backward pass a number, which its threads
 know; and it works backwards: a hook on the outputs of a network call fires before anything inside that call is computed
 again, and after everything inside calls that came later. So the hook notes whose turn it is.
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from lorkd_monai.networks.routing import Routing
+    from lorkd_monai.networks.routing.table import Routing
 
 __all__ = ["recomputed_routing", "remember_routing"]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.recompute import recomputed_routing
+from lorkd_monai.networks.routing.recompute import recomputed_routing
 
 __all__ = ["RoutedModule", "Routing", "Segment", "UnverifiedFolding", "current_routing", "route"]
 
