@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks import decompose
 from lorkd_monai.networks.authors_mapping import KeyRules, by_structure
 from lorkd_monai.networks.eks.strategies import LayerOp
-from lorkd_monai.networks.heads import find_heads
 from lorkd_monai.networks.lorkd_net import LoRKDNet
 from lorkd_monai.networks.low_rank import LowRankLayer
+from lorkd_monai.networks.surgery import replace as decompose
+from lorkd_monai.networks.surgery.heads import find_heads
 
 __all__ = ["ImportReport", "import_authors"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.outputs import first_tensor
+from lorkd_monai.networks.surgery.outputs import first_tensor
 from lorkd_monai.networks.teacher import Teacher
 
 __all__ = ["FeatureTeacher"]

@@ -15,11 +15,8 @@ from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.nested import cut_rank, cut_ranks, draw_ranks, layer_rank
-from lorkd_monai.networks import decompose
 from lorkd_monai.networks.banks import TaskBank, pooled_features, watch_heads
-from lorkd_monai.networks.heads import head_like
 from lorkd_monai.networks.low_rank import LowRankLayer
-from lorkd_monai.networks.outputs import fill_classes, first_rows, narrow_classes, select_rows, widen_classes
 from lorkd_monai.networks.routing.folding import find_folding
 from lorkd_monai.networks.routing.recompute import remember_routing
 from lorkd_monai.networks.routing.table import RoutedModule, Routing, UnverifiedFolding, route, task_list
@@ -33,6 +30,9 @@ from lorkd_monai.networks.spec import (
     read_spec,
     write_spec,
 )
+from lorkd_monai.networks.surgery import replace as decompose
+from lorkd_monai.networks.surgery.heads import head_like
+from lorkd_monai.networks.surgery.outputs import fill_classes, first_rows, narrow_classes, select_rows, widen_classes
 from lorkd_monai.networks.trial import try_experts
 
 __all__ = ["LoRKDNet"]

@@ -17,8 +17,8 @@ from torch import Tensor
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.strategies import eks_strategy
 from lorkd_monai.networks.lorkd_net import LoRKDNet
-from lorkd_monai.networks.outputs import first_tensor
 from lorkd_monai.networks.packs import read_expert
+from lorkd_monai.networks.surgery.outputs import first_tensor
 
 __all__ = ["ExpertPool", "PoolFullError"]
 

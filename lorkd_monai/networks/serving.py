@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorkd_monai.networks.eks import costs as dispatch
-from lorkd_monai.networks.outputs import widen_classes
+from lorkd_monai.networks.surgery.outputs import widen_classes
 
 if TYPE_CHECKING:
     from lorkd_monai.networks.lorkd_net import LoRKDNet

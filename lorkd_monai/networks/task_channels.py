@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.decompose import build_backbone, class_argument
-from lorkd_monai.networks.outputs import map_classes
+from lorkd_monai.networks.surgery.outputs import map_classes
+from lorkd_monai.networks.surgery.replace import build_backbone, class_argument
 
 __all__ = ["TaskChannels"]
 

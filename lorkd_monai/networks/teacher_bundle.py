@@ -12,8 +12,8 @@ from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.checkpoint import fit_weights, load_weights
-from lorkd_monai.networks.decompose import build_backbone
 from lorkd_monai.networks.feature_teacher import FeatureTeacher
+from lorkd_monai.networks.surgery.replace import build_backbone
 from lorkd_monai.networks.teacher import Channel, Teacher, channels_of, check_channels
 from lorkd_monai.networks.teacher_channels import channels_by_name, plain_name
 from lorkd_monai.networks.teacher_intensity import TeacherView

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.decompose import replace_module
-from lorkd_monai.networks.heads import head_like
-from lorkd_monai.networks.outputs import first_rows, first_tensor, map_classes, narrow_classes
 from lorkd_monai.networks.routing.table import route
+from lorkd_monai.networks.surgery.heads import head_like
+from lorkd_monai.networks.surgery.outputs import first_rows, first_tensor, map_classes, narrow_classes
+from lorkd_monai.networks.surgery.replace import replace_module
 
 if TYPE_CHECKING:
     from lorkd_monai.networks.lorkd_net import LoRKDNet

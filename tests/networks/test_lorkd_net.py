@@ -21,7 +21,7 @@ from zoo import ZOO
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, Routing
 from lorkd_monai.networks.banks import HeadBank
-from lorkd_monai.networks.heads import find_heads, head_like
+from lorkd_monai.networks.surgery.heads import find_heads, head_like
 
 NAMES = list(TASKS)
 
