@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.banks import NormBank
 from lorkd_monai.networks.lorkd_net import LoRKDNet
+from lorkd_monai.networks.task_banks import NormBank
 
 __all__ = ["select_weights"]
 

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.nested import cut_rank, cut_ranks, draw_ranks, layer_rank
-from lorkd_monai.networks.banks import TaskBank, pooled_features, watch_heads
 from lorkd_monai.networks.low_rank import LowRankLayer
+from lorkd_monai.networks.plain_view import PlainView
 from lorkd_monai.networks.routing.folding import find_folding
 from lorkd_monai.networks.routing.recompute import remember_routing
 from lorkd_monai.networks.routing.table import RoutedModule, Routing, UnverifiedFolding, route, task_list
-from lorkd_monai.networks.serving import PlainView
 from lorkd_monai.networks.spec import (
     checked_options,
     checked_ranks,
@@ -33,6 +32,7 @@ from lorkd_monai.networks.spec import (
 from lorkd_monai.networks.surgery import replace as decompose
 from lorkd_monai.networks.surgery.heads import head_like
 from lorkd_monai.networks.surgery.outputs import fill_classes, first_rows, narrow_classes, select_rows, widen_classes
+from lorkd_monai.networks.task_banks import TaskBank, pooled_features, watch_heads
 from lorkd_monai.networks.trial import try_experts
 
 __all__ = ["LoRKDNet"]

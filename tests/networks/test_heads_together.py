@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lorkd_monai.networks import banks
-from lorkd_monai.networks.banks import HeadBank
+from lorkd_monai.networks import task_banks as banks
 from lorkd_monai.networks.routing.table import route
+from lorkd_monai.networks.task_banks import HeadBank
 
 
 def head(classes: int, norm: nn.Module | None = None) -> nn.Module:

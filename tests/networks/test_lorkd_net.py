@@ -20,8 +20,8 @@ from zoo import ZOO
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, Routing
-from lorkd_monai.networks.banks import HeadBank
 from lorkd_monai.networks.surgery.heads import find_heads, head_like
+from lorkd_monai.networks.task_banks import HeadBank
 
 NAMES = list(TASKS)
 

@@ -14,10 +14,10 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.banks import HeadBank, NormBank
 from lorkd_monai.networks.eks.strategies import LayerOp
 from lorkd_monai.networks.routing.table import refuse_direct_calls
 from lorkd_monai.networks.surgery.heads import find_heads, head_channels, head_layers, head_like
+from lorkd_monai.networks.task_banks import HeadBank, NormBank
 
 __all__ = ["build_backbone", "class_argument", "expert_layers", "insert_heads", "insert_norms", "replace_module"]
 
