@@ -56,8 +56,8 @@ def tasks(path: str, backbone: str | None = None) -> str:
         from lorkd_monai.bundle.export import describe_expert
 
         return _json(describe_expert(folder))
+    from lorkd_monai.checkpoints.weights import load_decomposition
     from lorkd_monai.experts.describe import describe_tasks
-    from lorkd_monai.networks.checkpoint import load_decomposition
 
     return _json(describe_tasks(load_decomposition(_checkpoint(path), _backbone(backbone))))
 
@@ -70,8 +70,8 @@ def inspect(path: str, as_json: bool = False, backbone: str | None = None) -> st
         as_json: print JSON in place of a table.
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
+    from lorkd_monai.checkpoints.weights import load_decomposition
     from lorkd_monai.experts.describe import describe_layers
-    from lorkd_monai.networks.checkpoint import load_decomposition
 
     net = load_decomposition(_checkpoint(path), _backbone(backbone))
     rows = describe_layers(net)
@@ -116,7 +116,7 @@ def export(
     """
     from lorkd_monai.bundle.export import export_experts, read_figures
     from lorkd_monai.bundle.parent import read_facts
-    from lorkd_monai.networks.checkpoint import load_decomposition
+    from lorkd_monai.checkpoints.weights import load_decomposition
 
     file = _checkpoint(checkpoint)
     measured = as_path(figures, "figures") if figures is not None else file.with_name("figures.json")
@@ -156,8 +156,8 @@ def rank_curve(
         split: training, validation or test.
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
+    from lorkd_monai.checkpoints.weights import load_decomposition
     from lorkd_monai.engines.rank_curve import write_rank_curve
-    from lorkd_monai.networks.checkpoint import load_decomposition
 
     net = load_decomposition(_checkpoint(checkpoint), _backbone(backbone))
     folder = as_path(output, "output")
@@ -175,8 +175,8 @@ def remove_task(checkpoint: str, task: str, output: str, overwrite: bool = False
         overwrite: replace a file that is there.
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
+    from lorkd_monai.checkpoints.weights import save_weights
     from lorkd_monai.engines.adding import network_without_task
-    from lorkd_monai.networks.checkpoint import save_weights
 
     file = as_path(output, "output")
     if file.exists() and not overwrite:
@@ -347,9 +347,9 @@ def suggest_ranks(checkpoint: str, tuned: Any, budget: int | None = None, as_jso
         budget: parameters of all experts together; by default as many as the decomposition has.
         as_json: print JSON in place of a table.
     """
+    from lorkd_monai.checkpoints.weights import load_decomposition, load_weights
     from lorkd_monai.data.builders import read_mapping
     from lorkd_monai.experts.choose_ranks import suggest_ranks as suggest
-    from lorkd_monai.networks.checkpoint import load_decomposition, load_weights
 
     if isinstance(tuned, str):
         tuned = read_mapping(tuned)

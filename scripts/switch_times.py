@@ -21,9 +21,9 @@ import fire
 import torch
 from monai.bundle import ConfigParser
 
+from lorkd_monai.checkpoints.packs import load_expert, save_pack
+from lorkd_monai.checkpoints.weights import load_weights, save_weights
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.checkpoint import load_weights, save_weights
-from lorkd_monai.networks.packs import load_expert, save_pack
 
 NETWORKS = {
     "ResNet-18, 2D": {"_target_": "monai.networks.nets.resnet18", "spatial_dims": 2, "n_input_channels": 3},

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.data import TaskSpec
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.checkpoint import save_weights
 from lorkd_monai.networks.teacher_bundle import bundle_network, load_teacher
 from lorkd_monai.transforms import ItemLoader, preprocessing
 

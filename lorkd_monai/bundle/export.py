@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 
 from lorkd_monai.bundle.writer import check_formats, expert_folder, refuse_foreign, write_expert_bundle
+from lorkd_monai.checkpoints.weights import load_weights
 from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.data.identity import differences, split_digests
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.nested import cut_rank
 from lorkd_monai.files import read_json
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.checkpoint import load_weights
 from lorkd_monai.transforms import postprocessing, preprocessing
 
 __all__ = ["describe_expert", "expert_folders", "export_experts", "network_info", "read_figures", "tasks_of_info"]

@@ -13,12 +13,12 @@ import yaml
 from torch import nn
 
 from lorkd_monai.bundle.export import network_info
+from lorkd_monai.checkpoints.released_code import ImportReport, import_authors
+from lorkd_monai.checkpoints.weights import load_weights, save_weights
 from lorkd_monai.data import load_data_list
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.authors import ImportReport, import_authors
-from lorkd_monai.networks.checkpoint import load_weights, save_weights
 from lorkd_monai.networks.surgery import replace as decompose
 
 __all__ = ["import_file", "read_backbone", "read_config"]

@@ -11,19 +11,19 @@ from typing import Any
 from torch import nn
 
 from lorkd_monai.bundle.export import tasks_of_info
+from lorkd_monai.checkpoints.packs import fingerprint
+from lorkd_monai.checkpoints.weights import (
+    check_inert_config,
+    load_decomposition,
+    load_weights,
+    read_decomposition_spec,
+)
 from lorkd_monai.data import DataList
 from lorkd_monai.data.checks import SPLITS
 from lorkd_monai.data.identity import split_digests
 from lorkd_monai.engines.trained_tasks import as_trained
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.checkpoint import (
-    check_inert_config,
-    load_decomposition,
-    load_weights,
-    read_decomposition_spec,
-)
-from lorkd_monai.networks.packs import fingerprint
 
 __all__ = [
     "added_tasks",

@@ -16,12 +16,12 @@ from lorkd_monai.bundle.configs import default_inferer
 from lorkd_monai.bundle.export import expert_folders, export_experts
 from lorkd_monai.bundle.parent import read_facts
 from lorkd_monai.bundle.writer import check_formats
+from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import DataList, TaskDataset, load_data_list
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table
 from lorkd_monai.engines.trained_tasks import as_trained
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.norm_statistics import reestimate_norms
-from lorkd_monai.networks.checkpoint import load_decomposition
 
 __all__ = ["renorm_experts"]
 

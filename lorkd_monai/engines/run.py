@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorkd_monai import __version__
 from lorkd_monai.bundle.parent import teacher_facts
+from lorkd_monai.checkpoints.weights import load_weights, read_decomposition_spec
 from lorkd_monai.data import DataList, TaskBatchSampler, TaskDataset
 from lorkd_monai.data.identity import split_digests, task_identity
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table, write_figures
@@ -29,7 +30,6 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.weight_selection import select_weights
 from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, TaskChannels
-from lorkd_monai.networks.checkpoint import load_weights, read_decomposition_spec
 from lorkd_monai.networks.teacher import Teacher, check_channels
 from lorkd_monai.networks.teacher_bundle import load_teacher, teacher_from_checkpoint
 from lorkd_monai.networks.teacher_cache import CachedTeacher

@@ -14,10 +14,10 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from lorkd_monai.checkpoints.weights import fit_weights
 from lorkd_monai.data.identity import differences
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file, remove_leftovers
-from lorkd_monai.networks.checkpoint import fit_weights
 
 __all__ = ["RunCheckpoint", "refuse_other_run"]
 

@@ -12,10 +12,10 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from lorkd_monai.bundle.writer import refuse_foreign, write_teacher_bundle
+from lorkd_monai.checkpoints.weights import load_weights
 from lorkd_monai.data import DataList
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import TaskChannels
-from lorkd_monai.networks.checkpoint import load_weights
 
 __all__ = ["TeacherExport"]
 

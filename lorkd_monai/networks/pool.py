@@ -14,10 +14,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from lorkd_monai.checkpoints.packs import read_expert
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.strategies import eks_strategy
 from lorkd_monai.networks.lorkd_net import LoRKDNet
-from lorkd_monai.networks.packs import read_expert
 from lorkd_monai.networks.surgery.outputs import first_tensor
 
 __all__ = ["ExpertPool", "PoolFullError"]

@@ -10,8 +10,8 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import VISTA3D
 from torch import nn
 
+from lorkd_monai.checkpoints.weights import fit_weights, load_weights
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.checkpoint import fit_weights, load_weights
 from lorkd_monai.networks.feature_teacher import FeatureTeacher
 from lorkd_monai.networks.surgery.replace import build_backbone
 from lorkd_monai.networks.teacher import Channel, Teacher, channels_of, check_channels
@@ -124,7 +124,7 @@ def teacher_from_checkpoint(
     """A teacher from a checkpoint and the MONAI config of its network.
 
     Args:
-        checkpoint: a weights file, see `lorkd_monai.networks.checkpoint.load_weights`.
+        checkpoint: a weights file, see `lorkd_monai.checkpoints.weights.load_weights`.
         network_config: config dict with ``_target_``.
         channel_def: the class name of each channel; not needed where ``channels`` is given.
         tasks, channels, activation, head: as for :func:`load_teacher`.

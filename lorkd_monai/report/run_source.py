@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.describe import describe_tasks
 from lorkd_monai.files import read_json
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.checkpoint import load_decomposition
 from lorkd_monai.report.content import Content, Curve, Point, Table
 from lorkd_monai.report.study_source import spectrum_content
 from lorkd_monai.study.diagnostics import spectra

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from lorkd_monai.checkpoints.weights import load_weights, save_weights
 from lorkd_monai.data import DataList, TaskDataset
 from lorkd_monai.engines.evaluation import collect_predictions, figures_of_predictions
 from lorkd_monai.engines.run import find_teacher
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import TaskChannels
-from lorkd_monai.networks.checkpoint import load_weights, save_weights
 from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.study import measures
 from lorkd_monai.study.examples import example_arrays

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import DataList
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.checkpoint import load_decomposition
 from lorkd_monai.study.agreement import agree_on_settings
 from lorkd_monai.study.files import RunFile
 from lorkd_monai.study.methods import Method, label_share_of

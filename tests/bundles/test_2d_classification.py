@@ -16,8 +16,8 @@ from monai.bundle import ConfigWorkflow
 from PIL import Image
 
 from lorkd_monai.bundle.checker import check_bundle
+from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import TaskDataset, load_data_list
-from lorkd_monai.networks.checkpoint import load_decomposition
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "lorkd_2d_classification"
 TASKS = ["ct", "ultrasound", "mr", "cells"]

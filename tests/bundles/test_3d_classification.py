@@ -13,8 +13,8 @@ import torch
 from kinds import run_expert, run_kind
 
 from lorkd_monai.bundle import check_bundle
+from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import TaskDataset, load_data_list, make_phantoms
-from lorkd_monai.networks.checkpoint import load_decomposition
 
 TASKS = ["ct", "ultrasound", "mr"]
 

@@ -17,8 +17,8 @@ from scipy import ndimage
 
 from lorkd_monai.bundle import check_bundle
 from lorkd_monai.bundle.configs import default_inferer
+from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import TaskDataset, load_data_list, make_phantoms
-from lorkd_monai.networks.checkpoint import load_decomposition
 from lorkd_monai.transforms import preprocessing
 
 TASKS = ["ct", "ultrasound", "mr"]

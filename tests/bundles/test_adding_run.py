@@ -15,8 +15,8 @@ from kinds import arguments as bundle_arguments
 from test_resume import KILL_IN_EPOCH, same
 
 from lorkd_monai.bundle import check_bundle, export_experts
+from lorkd_monai.checkpoints.weights import load_decomposition, load_weights
 from lorkd_monai.data import make_phantoms
-from lorkd_monai.networks.checkpoint import load_decomposition, load_weights
 
 KIND = "2d_classification"
 OVERLAY = "train.yaml,add.yaml"

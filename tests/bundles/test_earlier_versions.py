@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from lorkd_monai.bundle import check_bundle, load_expert
+from lorkd_monai.checkpoints.packs import load_pack
+from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import make_phantoms
-from lorkd_monai.networks.checkpoint import load_decomposition
-from lorkd_monai.networks.packs import load_pack
 
 OLD = Path(__file__).resolve().parent.parent / "data" / "commit_2227887"
 

@@ -11,8 +11,8 @@ from kinds import run_kind
 from test_processes import torchrun
 from test_resume import KILL_IN_EPOCH, same
 
+from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import make_phantoms
-from lorkd_monai.networks.checkpoint import load_decomposition
 
 OPTIONS = {"tasks_per_batch": 2, "transfer_weight": 0, "max_epochs": 2, "nested": True, "accumulation_steps": 2}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_resume import same
 
-from lorkd_monai.networks.checkpoint import load_decomposition
+from lorkd_monai.checkpoints.weights import load_decomposition
 
 KILLS = 20
 # So many times the length of an epoch after the first one that this process has trained; 0: while it starts.

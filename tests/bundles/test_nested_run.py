@@ -11,7 +11,7 @@ import torch
 from test_resume import KILL_IN_EPOCH, same
 
 from lorkd_monai.bundle import check_bundle
-from lorkd_monai.networks.checkpoint import load_decomposition, load_weights
+from lorkd_monai.checkpoints.weights import load_decomposition, load_weights
 
 OPTIONS = {"nested": True, "transfer_weight": 0, "max_epochs": 2}
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from kinds import arguments
 
+from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import make_phantoms
-from lorkd_monai.networks.checkpoint import load_decomposition
 
 pytestmark = pytest.mark.slow
 KIND = "2d_classification"

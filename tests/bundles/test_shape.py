@@ -19,10 +19,10 @@ from monai.utils import BundleProperty, BundlePropertyConfig
 from lorkd_monai.bundle import check_bundle
 from lorkd_monai.bundle.metadata import strings_of
 from lorkd_monai.bundle.text import is_inert
+from lorkd_monai.checkpoints.weights import load_weights
 from lorkd_monai.data import make_phantoms
 from lorkd_monai.engines import settings
 from lorkd_monai.errors import find_lorkd_error
-from lorkd_monai.networks.checkpoint import load_weights
 
 SAME_FILES = ("LICENSE", "configs/logging.conf", "configs/evaluate.yaml", "configs/multi_gpu_train.yaml",
               "configs/add.yaml")  # fmt: skip

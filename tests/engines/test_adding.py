@@ -7,6 +7,7 @@ import torch
 from small_networks import SMALL_RESNET
 
 from lorkd_monai.bundle import network_info
+from lorkd_monai.checkpoints.weights import load_decomposition, save_weights
 from lorkd_monai.data import TaskDataset, TaskSampler, load_data_list, make_phantoms
 from lorkd_monai.engines import DecompositionTrainer, train_loader
 from lorkd_monai.engines.adding import (
@@ -20,7 +21,6 @@ from lorkd_monai.engines.adding import (
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses import LoRKDLoss
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.checkpoint import load_decomposition, save_weights
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from lorkd_monai import engines
 from lorkd_monai.bundle import network_info
 from lorkd_monai.bundle.parent import resolved_facts
 from lorkd_monai.bundle.writer import write_teacher_bundle
+from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.data import TaskDataset, TaskSampler, load_data_list, make_phantoms
 from lorkd_monai.engines.evaluation import figures_table
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, TaskChannels
-from lorkd_monai.networks.checkpoint import save_weights
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from monai.inferers import SlidingWindowInferer
 from torch import nn
 
 from lorkd_monai import engines
+from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.data import TaskDataset, load_data_list, make_phantoms
 from lorkd_monai.engines import DecompositionTrainer, find_teacher
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses import LoRKDLoss
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.checkpoint import save_weights
 from lorkd_monai.transforms import BatchAugment, augment_together, default_intensity
 
 UNET = {

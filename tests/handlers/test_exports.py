@@ -10,11 +10,11 @@ from ignite.engine import Engine
 from small_networks import SMALL_RESNET
 
 from lorkd_monai.bundle import network_info
+from lorkd_monai.checkpoints.weights import load_weights, save_weights
 from lorkd_monai.data import load_data_list, make_phantoms
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.handlers import ExpertExport, TeacherExport
 from lorkd_monai.networks import LoRKDNet, TaskChannels
-from lorkd_monai.networks.checkpoint import load_weights, save_weights
 
 
 @pytest.fixture(scope="module")

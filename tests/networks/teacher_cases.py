@@ -12,8 +12,8 @@ from monai.transforms import Compose, LoadImage
 from PIL import Image
 from torch import nn
 
+from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.data import TaskSpec
-from lorkd_monai.networks.checkpoint import save_weights
 from lorkd_monai.networks.teacher_bundle import load_teacher
 from lorkd_monai.transforms import ItemLoader, default_intensity, preprocessing
 

@@ -17,10 +17,10 @@ from monai.bundle import ConfigParser
 from reference import assert_close
 from torch import nn
 
+from lorkd_monai.checkpoints.released_code import import_authors
+from lorkd_monai.checkpoints.weights import load_decomposition, save_weights
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.authors import import_authors
-from lorkd_monai.networks.checkpoint import load_decomposition, save_weights
 
 RESNET = {
     "_target_": "monai.networks.nets.resnet18", "spatial_dims": 2, "n_input_channels": 3, "conv1_t_stride": 2,

@@ -11,9 +11,9 @@ import torch
 from monai.networks.nets import resnet10
 from torch import nn
 
+from lorkd_monai.checkpoints.weights import fit_weights, load_decomposition, load_weights, save_weights
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.checkpoint import fit_weights, load_decomposition, load_weights, save_weights
 from lorkd_monai.networks.spec import SPEC_KEY, write_spec
 
 CONFIG = {"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "features": [2, 2, 2, 2, 2, 2]}

@@ -5,12 +5,12 @@ import torch
 from small_networks import SMALL_RESNET
 from torch import nn
 
+from lorkd_monai.checkpoints.packs import load_expert, load_pack, save_pack
+from lorkd_monai.checkpoints.weights import load_decomposition, save_weights
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.nested import cut_rank, draw_ranks, exchange_expert
 from lorkd_monai.losses import LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, LowRankLayer, route
-from lorkd_monai.networks.checkpoint import load_decomposition, save_weights
-from lorkd_monai.networks.packs import load_expert, load_pack, save_pack
 from lorkd_monai.networks.routing.table import Routing
 
 LAYERS = {

@@ -7,9 +7,9 @@ import safetensors.torch
 import torch
 from small_networks import SMALL_RESNET
 
+from lorkd_monai.checkpoints.packs import fingerprint, load_expert, load_pack, save_expert, save_pack
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.packs import fingerprint, load_expert, load_pack, save_expert, save_pack
 
 BACKBONE = {**SMALL_RESNET, "n_input_channels": 1}
 

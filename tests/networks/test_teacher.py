@@ -11,8 +11,8 @@ import torch
 from monai.networks.nets import BasicUNet, DynUNet, ViT, resnet10
 from torch import nn
 
+from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.checkpoint import save_weights
 from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.networks.teacher_bundle import load_teacher, teacher_from_checkpoint
 from lorkd_monai.networks.teacher_channels import channels_by_name

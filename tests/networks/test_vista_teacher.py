@@ -11,8 +11,8 @@ from monai.networks.nets import VISTA3D, SegResNetDS2, resnet10
 from monai.networks.nets.vista3d import ClassMappingClassify, PointMappingSAM
 from torch import nn
 
+from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.checkpoint import save_weights
 from lorkd_monai.networks.feature_teacher import FeatureTeacher
 from lorkd_monai.networks.teacher_bundle import load_teacher
 from lorkd_monai.networks.teacher_cache import CachedTeacher

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.cli_study import report
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.checkpoint import save_weights
 from lorkd_monai.study.files import RunFile, write_json
 
 pytest.importorskip("matplotlib")

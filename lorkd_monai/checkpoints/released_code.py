@@ -18,8 +18,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from lorkd_monai.checkpoints.key_rules import KeyRules, by_structure
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.authors_mapping import KeyRules, by_structure
 from lorkd_monai.networks.eks.strategies import LayerOp
 from lorkd_monai.networks.lorkd_net import LoRKDNet
 from lorkd_monai.networks.low_rank import LowRankLayer
@@ -88,7 +88,7 @@ def import_authors(
     tasks, and where ranks are multiplied (the doubled rank of the segmentation decoder) are read off the state dict.
 
     Args:
-        state: the state dict, as :func:`~lorkd_monai.networks.checkpoint.load_weights` gives it.
+        state: the state dict, as :func:`~lorkd_monai.checkpoints.weights.load_weights` gives it.
         backbone: the network without experts, or a MONAI config of it. A config is needed to export bundles.
         tasks: names of the tasks, in the order of their training; with the number of output channels of each where
             the state dict holds no heads.

@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lorkd_monai.checkpoints.weights import check_inert_config
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.nested import cut_expert_state, cut_rank, cut_ranks, exchange_expert
 from lorkd_monai.files import atomic_file
-from lorkd_monai.networks.checkpoint import check_inert_config
 from lorkd_monai.networks.lorkd_net import LoRKDNet
 from lorkd_monai.networks.spec import SPEC_KEY
 
