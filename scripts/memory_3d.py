@@ -20,7 +20,7 @@ import torch
 from lorkd_monai.engines import DecompositionTrainer
 from lorkd_monai.losses import LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, TaskChannels
-from lorkd_monai.networks.teacher import Teacher
+from lorkd_monai.teachers.teacher import Teacher
 from lorkd_monai.transforms import BatchAugment
 
 TASKS = {"hippocampus": 3, "spinal_cord": 2, "abdomen_ct": 4}

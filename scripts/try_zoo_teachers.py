@@ -26,7 +26,7 @@ from PIL import Image
 from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.data import TaskSpec
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.teacher_bundle import bundle_network, load_teacher
+from lorkd_monai.teachers.bundle import bundle_network, load_teacher
 from lorkd_monai.transforms import ItemLoader, preprocessing
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorkd_monai.bundle.formats import measure
 from lorkd_monai.files import atomic_file, read_json
-from lorkd_monai.networks.teacher_bundle import bundle_network
+from lorkd_monai.teachers.bundle import bundle_network
 
 __all__ = ["read_facts", "resolved_facts", "teacher_facts", "write_facts"]
 

@@ -397,7 +397,7 @@ def write_teacher_bundle(
 
     Its one output holds the classes of all tasks, in their order; ``channel_def`` names each channel
     ``"<task>: <class>"``. It holds configs/metadata.json, configs/inference.json (``network_def``), models/model.pt,
-    LICENSE and docs/README.md: what `lorkd_monai.networks.teacher` reads, and any other MONAI tool too.
+    LICENSE and docs/README.md: what `lorkd_monai.teachers.teacher` reads, and any other MONAI tool too.
 
     Raises:
         LoRKDError: an argument does not fit, or the folder exists and ``overwrite`` is not set.

@@ -30,10 +30,10 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.weight_selection import select_weights
 from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, TaskChannels
-from lorkd_monai.networks.teacher import Teacher, check_channels
-from lorkd_monai.networks.teacher_bundle import load_teacher, teacher_from_checkpoint
-from lorkd_monai.networks.teacher_cache import CachedTeacher
-from lorkd_monai.networks.teacher_channels import channels_by_name
+from lorkd_monai.teachers.bundle import load_teacher, teacher_from_checkpoint
+from lorkd_monai.teachers.cache import CachedTeacher
+from lorkd_monai.teachers.channels import channels_by_name
+from lorkd_monai.teachers.teacher import Teacher, check_channels
 from lorkd_monai.transforms import default_intensity
 
 _log = logging.getLogger(__name__)

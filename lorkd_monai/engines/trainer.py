@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from lorkd_monai.engines.distributed import average_gradients, share_buffers
 from lorkd_monai.errors import LoRKDError, find_lorkd_error
 from lorkd_monai.losses import LoRKDLoss
-from lorkd_monai.networks.teacher_intensity import TeacherView
+from lorkd_monai.teachers.intensity import TeacherView
 from lorkd_monai.transforms import augment_together, fixed_view
 
 __all__ = ["AutocastInferer", "DecompositionTrainer", "TaskEvaluator"]

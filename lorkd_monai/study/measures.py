@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorkd_monai import __version__
 from lorkd_monai.networks import LoRKDNet, TaskChannels
-from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.study.models import OneEach
+from lorkd_monai.teachers.teacher import Teacher
 
 __all__ = ["command", "cost_of", "hardware", "peak_memory", "plain_networks", "versions"]
 

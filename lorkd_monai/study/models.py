@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lorkd_monai.data import DataList
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, TaskChannels
-from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.study.settings import StudySettings
+from lorkd_monai.teachers.teacher import Teacher
 
 __all__ = [
     "MeanNetwork",

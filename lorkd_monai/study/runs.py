@@ -17,7 +17,6 @@ from lorkd_monai.engines.evaluation import collect_predictions, figures_of_predi
 from lorkd_monai.engines.run import find_teacher
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import TaskChannels
-from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.study import measures
 from lorkd_monai.study.examples import example_arrays
 from lorkd_monai.study.files import RunFile
@@ -27,6 +26,7 @@ from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Students, Trained
 from lorkd_monai.study.subsets import Part, choose_labelled, only_tasks
 from lorkd_monai.study.training import Fitted, evaluation_loader, fit, inferer_of
+from lorkd_monai.teachers.teacher import Teacher
 
 __all__ = ["Workbench", "check_teacher", "score_name"]
 

@@ -13,13 +13,13 @@ from lorkd_monai.data import DataList, TaskDataset
 from lorkd_monai.data.samplers import draws_per_task
 from lorkd_monai.experts.weight_selection import select_weights
 from lorkd_monai.networks import LoRKDNet, TaskChannels
-from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.study.diagnostics import gradient_conflict, spectra
 from lorkd_monai.study.methods import Method
 from lorkd_monai.study.models import OneEach, RememberedTeacher, build_student, members_of
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.subsets import Part, only_tasks
 from lorkd_monai.study.training import Fitted, fit
+from lorkd_monai.teachers.teacher import Teacher
 
 __all__ = ["Students", "Trained", "draws_of"]
 

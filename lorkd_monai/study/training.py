@@ -22,9 +22,9 @@ from lorkd_monai.engines import DecompositionTrainer, TaskEvaluator, make_object
 from lorkd_monai.engines.run import cosine_schedule
 from lorkd_monai.handlers import TaskMetric, WeightAverage
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.teacher import Teacher
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.subsets import LabelShareSampler, Part
+from lorkd_monai.teachers.teacher import Teacher
 from lorkd_monai.transforms import BatchAugment
 
 __all__ = ["Fitted", "evaluation_loader", "fit", "inferer_of"]

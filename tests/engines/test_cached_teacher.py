@@ -7,8 +7,8 @@ from tiny_run import TASKS, Items, network, trainer
 from torch import nn
 
 from lorkd_monai.data import TaskSampler
-from lorkd_monai.networks.teacher import Teacher
-from lorkd_monai.networks.teacher_cache import CachedTeacher
+from lorkd_monai.teachers.cache import CachedTeacher
+from lorkd_monai.teachers.teacher import Teacher
 from lorkd_monai.transforms import BatchAugment, fixed_view
 
 

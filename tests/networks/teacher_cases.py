@@ -14,7 +14,7 @@ from torch import nn
 
 from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.data import TaskSpec
-from lorkd_monai.networks.teacher_bundle import load_teacher
+from lorkd_monai.teachers.bundle import load_teacher
 from lorkd_monai.transforms import ItemLoader, default_intensity, preprocessing
 
 WIDE = {"range": [-1100.0, 1100.0]}

@@ -13,9 +13,9 @@ from torch import nn
 
 from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.teacher import Teacher
-from lorkd_monai.networks.teacher_bundle import load_teacher, teacher_from_checkpoint
-from lorkd_monai.networks.teacher_channels import channels_by_name
+from lorkd_monai.teachers.bundle import load_teacher, teacher_from_checkpoint
+from lorkd_monai.teachers.channels import channels_by_name
+from lorkd_monai.teachers.teacher import Teacher
 
 TASKS = {"a": 2, "b": 3}
 

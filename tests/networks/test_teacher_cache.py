@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.teacher import Teacher
-from lorkd_monai.networks.teacher_cache import CachedTeacher
+from lorkd_monai.teachers.cache import CachedTeacher
+from lorkd_monai.teachers.teacher import Teacher
 
 CLASSES = {"a": 2, "b": 3, "c": 2}
 

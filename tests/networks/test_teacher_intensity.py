@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.teacher_intensity import Axes, TeacherView, given_steps, values_of
+from lorkd_monai.teachers.intensity import Axes, TeacherView, given_steps, values_of
 
 RANGES = [(-100.0, 300.0), (0.0, 255.0)]
 

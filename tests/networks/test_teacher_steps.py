@@ -43,8 +43,8 @@ from torch import nn
 
 from lorkd_monai.data import TaskSpec
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.teacher_bundle import load_teacher
-from lorkd_monai.networks.teacher_cache import fingerprint
+from lorkd_monai.teachers.bundle import load_teacher
+from lorkd_monai.teachers.cache import fingerprint
 from lorkd_monai.transforms import ItemLoader, preprocessing
 
 CT_FORMS = {

@@ -13,10 +13,10 @@ from torch import nn
 
 from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.feature_teacher import FeatureTeacher
-from lorkd_monai.networks.teacher_bundle import load_teacher
-from lorkd_monai.networks.teacher_cache import CachedTeacher
-from lorkd_monai.networks.vista_teacher import ClassPrompted, vista_prompts, vista_teacher
+from lorkd_monai.teachers.bundle import load_teacher
+from lorkd_monai.teachers.cache import CachedTeacher
+from lorkd_monai.teachers.features import FeatureTeacher
+from lorkd_monai.teachers.vista import ClassPrompted, vista_prompts, vista_teacher
 
 NAMES = {0: "background", 1: "liver", 3: "spleen", 5: "right kidney", 14: "left kidney"}
 TASKS = {

@@ -11,8 +11,8 @@ from lorkd_monai.engines import start_from_teacher
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.weight_selection import select_weights
 from lorkd_monai.networks import LoRKDNet, TaskChannels
-from lorkd_monai.networks.teacher import Teacher
-from lorkd_monai.networks.teacher_cache import CachedTeacher
+from lorkd_monai.teachers.cache import CachedTeacher
+from lorkd_monai.teachers.teacher import Teacher
 
 CLASSES = {"a": 2, "b": 3}
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.teacher import Channel
+from lorkd_monai.teachers.teacher import Channel
 
 __all__ = ["channels_by_name", "plain_name"]
 

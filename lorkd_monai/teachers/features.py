@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.surgery.outputs import first_tensor
-from lorkd_monai.networks.teacher import Teacher
+from lorkd_monai.teachers.teacher import Teacher
 
 __all__ = ["FeatureTeacher"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorkd_monai import __version__
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
-from lorkd_monai.networks.teacher import Teacher
+from lorkd_monai.teachers.teacher import Teacher
 
 __all__ = ["CachedTeacher"]
 

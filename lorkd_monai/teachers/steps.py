@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.teacher_intensity import Axes, Range, TeacherView, given_steps, run
+from lorkd_monai.teachers.intensity import Axes, Range, TeacherView, given_steps, run
 from lorkd_monai.transforms.loading import quiet_readers
 
 __all__ = ["OwnSteps", "find_steps", "teacher_view"]

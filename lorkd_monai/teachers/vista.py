@@ -9,8 +9,8 @@ from monai.networks.nets import VISTA3D
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.teacher import Teacher
-from lorkd_monai.networks.teacher_channels import channels_by_name
+from lorkd_monai.teachers.channels import channels_by_name
+from lorkd_monai.teachers.teacher import Teacher
 
 __all__ = ["ClassPrompted", "vista_prompts", "vista_teacher"]
 

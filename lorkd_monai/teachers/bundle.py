@@ -12,13 +12,13 @@ from torch import nn
 
 from lorkd_monai.checkpoints.weights import fit_weights, load_weights
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.feature_teacher import FeatureTeacher
 from lorkd_monai.networks.surgery.replace import build_backbone
-from lorkd_monai.networks.teacher import Channel, Teacher, channels_of, check_channels
-from lorkd_monai.networks.teacher_channels import channels_by_name, plain_name
-from lorkd_monai.networks.teacher_intensity import TeacherView
-from lorkd_monai.networks.teacher_steps import find_steps, teacher_view
-from lorkd_monai.networks.vista_teacher import vista_teacher
+from lorkd_monai.teachers.channels import channels_by_name, plain_name
+from lorkd_monai.teachers.features import FeatureTeacher
+from lorkd_monai.teachers.intensity import TeacherView
+from lorkd_monai.teachers.steps import find_steps, teacher_view
+from lorkd_monai.teachers.teacher import Channel, Teacher, channels_of, check_channels
+from lorkd_monai.teachers.vista import vista_teacher
 
 __all__ = ["load_teacher", "teacher_from_checkpoint"]
 

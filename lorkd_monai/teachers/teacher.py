@@ -13,7 +13,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.routing.table import task_list
 from lorkd_monai.networks.surgery.heads import find_heads
 from lorkd_monai.networks.surgery.outputs import first_tensor
-from lorkd_monai.networks.teacher_intensity import TeacherView
+from lorkd_monai.teachers.intensity import TeacherView
 
 __all__ = ["Channel", "Teacher"]
 
