@@ -216,7 +216,7 @@ def load_expert(net: LoRKDNet, file: str | os.PathLike) -> str:
     """Put the expert of a pack's file into a decomposition: in place of its task's, or as a new task.
 
     It may have another rank than the one that it replaces. ``net`` must not be called meanwhile; where it serves, use
-    :meth:`ExpertPool.exchange <lorkd_monai.networks.pool.ExpertPool.exchange>` and ``add``.
+    :meth:`ExpertPool.exchange <lorkd_monai.serving.pool.ExpertPool.exchange>` and ``add``.
 
     Returns:
         The name of the task.

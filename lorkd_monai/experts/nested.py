@@ -77,7 +77,7 @@ def exchange_expert(net: LoRKDNet, task: str | int, state: Mapping[str, Tensor],
     """Put an expert of any rank in the place of a task's; nothing is changed where it does not fit.
 
     The new factors are complete before the first of them is put in place. A call that runs meanwhile may still meet
-    layers of both experts: :class:`~lorkd_monai.networks.pool.ExpertPool` exchanges between two batches.
+    layers of both experts: :class:`~lorkd_monai.serving.pool.ExpertPool` exchanges between two batches.
 
     Args:
         net: the decomposition.

@@ -14,7 +14,7 @@ from test_packs import decomposition
 from lorkd_monai.checkpoints.packs import load_pack, save_pack
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.pool import ExpertPool, PoolFullError
+from lorkd_monai.serving.pool import ExpertPool, PoolFullError
 
 SHAPES = [(1, 32, 32), (1, 24, 40)]
 
