@@ -39,7 +39,7 @@ def _checkpoint(path: Any) -> Path:
 
 
 def _backbone(file: Any) -> dict[str, Any] | None:
-    from lorkd_monai.bundle.imported import read_backbone
+    from lorkd_monai.workflows.import_released import read_backbone
 
     return None if file is None else read_backbone(as_path(file, "backbone"))
 
@@ -157,7 +157,7 @@ def rank_curve(
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
     from lorkd_monai.checkpoints.weights import load_decomposition
-    from lorkd_monai.engines.rank_curve import write_rank_curve
+    from lorkd_monai.workflows.rank_curve import write_rank_curve
 
     net = load_decomposition(_checkpoint(checkpoint), _backbone(backbone))
     folder = as_path(output, "output")
@@ -176,7 +176,7 @@ def remove_task(checkpoint: str, task: str, output: str, overwrite: bool = False
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
     from lorkd_monai.checkpoints.weights import save_weights
-    from lorkd_monai.engines.adding import network_without_task
+    from lorkd_monai.workflows.adding import network_without_task
 
     file = as_path(output, "output")
     if file.exists() and not overwrite:
@@ -292,7 +292,7 @@ def import_checkpoint(
         image_size: size of the images or patches in voxels, with dataset_dir.
         report: JSON file to write, with what became of every single key.
     """
-    from lorkd_monai.bundle.imported import import_file
+    from lorkd_monai.workflows.import_released import import_file
 
     net, found = import_file(
         as_path(checkpoint, "checkpoint"), as_path(backbone, "backbone"), as_names(tasks) or [],
@@ -326,7 +326,7 @@ def renorm(
         overwrite: replace bundles that are there.
         formats: of pt, safetensors, ts, onnx, separated by commas; all that can be written by default.
     """
-    from lorkd_monai.engines.renorm import renorm_experts
+    from lorkd_monai.workflows.renorm import renorm_experts
 
     written, table = renorm_experts(
         _checkpoint(checkpoint), as_path(dataset_dir, "dataset_dir"), as_path(output, "output"), as_names(tasks),

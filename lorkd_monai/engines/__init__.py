@@ -1,12 +1,5 @@
 """The decomposition trainer, its evaluator, and the figures of a trained decomposition."""
 
-from lorkd_monai.engines.adding import (
-    added_tasks,
-    network_with_new_tasks,
-    new_tasks_of,
-    trained_info,
-    what_is_added,
-)
 from lorkd_monai.engines.begin import begin_run, end_run
 from lorkd_monai.engines.distributed import leave_processes
 from lorkd_monai.engines.evaluation import evaluate_tasks
@@ -23,6 +16,13 @@ from lorkd_monai.engines.run import (
 )
 from lorkd_monai.engines.settings import check_settings
 from lorkd_monai.engines.trainer import AutocastInferer, DecompositionTrainer, TaskEvaluator
+from lorkd_monai.workflows.adding import (
+    added_tasks,
+    network_with_new_tasks,
+    new_tasks_of,
+    trained_info,
+    what_is_added,
+)
 
 __all__ = [
     "AutocastInferer",

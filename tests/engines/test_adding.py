@@ -10,7 +10,10 @@ from lorkd_monai.bundle import network_info
 from lorkd_monai.checkpoints.weights import load_decomposition, save_weights
 from lorkd_monai.data import TaskDataset, TaskSampler, load_data_list, make_phantoms
 from lorkd_monai.engines import DecompositionTrainer, train_loader
-from lorkd_monai.engines.adding import (
+from lorkd_monai.errors import LoRKDError
+from lorkd_monai.losses import LoRKDLoss
+from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.workflows.adding import (
     added_tasks,
     network_with_new_tasks,
     network_without_task,
@@ -18,9 +21,6 @@ from lorkd_monai.engines.adding import (
     trained_info,
     what_is_added,
 )
-from lorkd_monai.errors import LoRKDError
-from lorkd_monai.losses import LoRKDLoss
-from lorkd_monai.networks import LoRKDNet
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from lorkd_monai import cli
 from lorkd_monai.bundle import check_bundle, network_info
 from lorkd_monai.checkpoints.weights import load_weights, save_weights
 from lorkd_monai.data import TaskDataset, load_data_list, make_phantoms
-from lorkd_monai.engines.renorm import renorm_experts
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.workflows.renorm import renorm_experts
 
 RESNET = {**SMALL_RESNET, "conv1_t_stride": 1}
 

@@ -455,7 +455,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_missing_package_names_the_extra(tmp_path, monkeypatch):
-    from lorkd_monai.bundle import imported
+    from lorkd_monai.workflows import import_released as imported
 
     (tmp_path / "net.yaml").write_text(f"_target_: {UNET['_target_']}\n")
     monkeypatch.setattr(imported.importlib.util, "find_spec", lambda name: None)
@@ -465,7 +465,7 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["- a", "a: [", "a: 1"])
 def test_bad_backbone_file(tmp_path, text):
-    from lorkd_monai.bundle.imported import read_backbone
+    from lorkd_monai.workflows.import_released import read_backbone
 
     (tmp_path / "net.yaml").write_text(text)
     with pytest.raises(LoRKDError, match="backbone: .*(mapping|read|_target_)"):
