@@ -115,7 +115,7 @@ def export(
         rank: cut nested experts to at most this rank; figures are then taken from --figures only.
     """
     from lorkd_monai.bundle.export import export_experts, read_figures
-    from lorkd_monai.bundle.parent import read_facts
+    from lorkd_monai.bundle.facts import read_facts
     from lorkd_monai.checkpoints.weights import load_decomposition
 
     file = _checkpoint(checkpoint)

@@ -1,6 +1,6 @@
 """Expert bundles: writing, checking, measuring and sharing them."""
 
-from lorkd_monai.bundle.checker import Problem, check_bundle, check_origin
+from lorkd_monai.bundle.check.checker import Problem, check_bundle, check_origin
 from lorkd_monai.bundle.export import export_experts, network_info
 from lorkd_monai.bundle.formats import measure
 from lorkd_monai.bundle.overrides import check_overrides

@@ -6,8 +6,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorkd_monai.bundle.inert import check_task_name
 from lorkd_monai.bundle.listed import LISTED, OTHER_CLASSES, STEMS, augment_steps, no_items, or_arrays
-from lorkd_monai.bundle.text import check_task_name
 from lorkd_monai.transforms.dicom import IS_DICOM, SERIES_FAULT
 
 __all__ = ["LOGGING", "evaluate_config", "inference_config", "multi_gpu_config", "train_config"]

@@ -9,7 +9,7 @@ from importlib import metadata as installed
 from typing import Any
 
 import lorkd_monai
-from lorkd_monai.bundle.text import inert_text
+from lorkd_monai.bundle.inert import inert_text
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["SCHEMA_URL", "VERSION", "build_metadata", "needed_packages", "strings_of"]

@@ -14,7 +14,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
-from lorkd_monai.bundle.checker import check_bundle
+from lorkd_monai.bundle.check.checker import check_bundle
 from lorkd_monai.bundle.formats import build_network
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorkd_monai.bundle.text import markdown_text
+from lorkd_monai.bundle.inert import markdown_text
 
 __all__ = ["SECTIONS", "data_license_text", "readme_text"]
 

@@ -28,9 +28,9 @@ from lorkd_monai.bundle.formats import (
     torchscript_of,
     weights_of,
 )
+from lorkd_monai.bundle.inert import check_task_name, inert_text
 from lorkd_monai.bundle.metadata import build_metadata
 from lorkd_monai.bundle.readme import data_license_text, readme_text
-from lorkd_monai.bundle.text import check_task_name, inert_text
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
 from lorkd_monai.locks import is_abandoned, mark_in_use
@@ -359,7 +359,7 @@ def write_expert_bundle(
         save_formats(temporary / "models", plain, image, formats, metadata=metadata, configs=extra)
         _list_large_files(temporary)
         if check:
-            from lorkd_monai.bundle.checker import check_bundle
+            from lorkd_monai.bundle.check.checker import check_bundle
 
             problems = check_bundle(temporary, name=folder.name, thorough=False, for_zoo=False)
             if problems:
@@ -402,7 +402,7 @@ def write_teacher_bundle(
     Raises:
         LoRKDError: an argument does not fit, or the folder exists and ``overwrite`` is not set.
     """
-    from lorkd_monai.bundle.teacher import teacher_files
+    from lorkd_monai.bundle.teacher_pages import teacher_files
 
     size = _check_arguments(kind, spatial_dims, in_channels, image_size)
     weights = weights_of(network)

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorkd_monai import __version__
-from lorkd_monai.bundle.parent import teacher_facts
+from lorkd_monai.bundle.facts import teacher_facts
 from lorkd_monai.checkpoints.weights import load_weights, read_decomposition_spec
 from lorkd_monai.data import DataList, TaskBatchSampler, TaskDataset
 from lorkd_monai.data.identity import split_digests, task_identity

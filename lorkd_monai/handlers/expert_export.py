@@ -12,7 +12,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from lorkd_monai.bundle.export import expert_folders, export_experts
-from lorkd_monai.bundle.parent import resolved_facts, write_facts
+from lorkd_monai.bundle.facts import resolved_facts, write_facts
 from lorkd_monai.bundle.writer import check_formats
 from lorkd_monai.checkpoints.weights import load_weights
 from lorkd_monai.networks import LoRKDNet

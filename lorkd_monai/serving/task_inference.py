@@ -14,7 +14,7 @@ from torch import nn
 
 from lorkd_monai.bundle.configs import default_inferer, inference_config
 from lorkd_monai.bundle.export import network_info, tasks_of_info
-from lorkd_monai.bundle.text import inert_text
+from lorkd_monai.bundle.inert import inert_text
 from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.errors import LoRKDError

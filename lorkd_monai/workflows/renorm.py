@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lorkd_monai.bundle.configs import default_inferer
 from lorkd_monai.bundle.export import expert_folders, export_experts
-from lorkd_monai.bundle.parent import read_facts
+from lorkd_monai.bundle.facts import read_facts
 from lorkd_monai.bundle.writer import check_formats
 from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import DataList, TaskDataset, load_data_list

@@ -173,7 +173,7 @@ def test_personal_path_in_a_config(bundle):
 
 
 def test_large_file(bundle, monkeypatch):
-    monkeypatch.setattr("lorkd_monai.bundle.checker._LARGE", 2**14)
+    monkeypatch.setattr("lorkd_monai.bundle.check.checker._LARGE", 2**14)
     problems = check_bundle(bundle, thorough=False)
     assert {problem.code for problem in problems} == {"large-file"}
     assert "models/model.pt" in {problem.file for problem in problems}
@@ -186,7 +186,7 @@ def list_large(bundle: Path, text: str, **entry: str) -> None:
 
 def test_large_file_with_a_wrong_hash(bundle, monkeypatch):
     limit = (bundle / "models" / "model.ts").stat().st_size
-    monkeypatch.setattr("lorkd_monai.bundle.checker._LARGE", limit - 1)
+    monkeypatch.setattr("lorkd_monai.bundle.check.checker._LARGE", limit - 1)
     list_large(bundle, "", path="models/model.ts", url="https://example.org/model.ts", hash_val="0")
     problems = check_bundle(bundle, thorough=False)
     assert any(p.file == "models/model.ts" and "another hash" in p.message for p in problems)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorkd_monai.bundle.text import check_task_name, inert_text, is_inert, markdown_text
+from lorkd_monai.bundle.inert import check_task_name, inert_text, is_inert, markdown_text
 from lorkd_monai.errors import LoRKDError
 
 

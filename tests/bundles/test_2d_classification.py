@@ -15,7 +15,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
-from lorkd_monai.bundle.checker import check_bundle
+from lorkd_monai.bundle.check.checker import check_bundle
 from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import TaskDataset, load_data_list
 

@@ -17,8 +17,8 @@ from monai.bundle.properties import InferProperties, TrainProperties
 from monai.utils import BundleProperty, BundlePropertyConfig
 
 from lorkd_monai.bundle import check_bundle
+from lorkd_monai.bundle.inert import is_inert
 from lorkd_monai.bundle.metadata import strings_of
-from lorkd_monai.bundle.text import is_inert
 from lorkd_monai.checkpoints.weights import load_weights
 from lorkd_monai.data import make_phantoms
 from lorkd_monai.engines import settings

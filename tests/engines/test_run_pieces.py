@@ -13,7 +13,7 @@ from torch import nn
 
 from lorkd_monai import engines
 from lorkd_monai.bundle import network_info
-from lorkd_monai.bundle.parent import resolved_facts
+from lorkd_monai.bundle.facts import resolved_facts
 from lorkd_monai.bundle.writer import write_teacher_bundle
 from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.data import TaskDataset, TaskSampler, load_data_list, make_phantoms

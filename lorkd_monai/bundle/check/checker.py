@@ -16,11 +16,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from lorkd_monai.bundle.check_weights import check_weights, check_zoo_commands
+from lorkd_monai.bundle.check.problem import BundleFiles, Problem
+from lorkd_monai.bundle.check.weights import check_weights, check_zoo_commands
+from lorkd_monai.bundle.inert import is_inert
 from lorkd_monai.bundle.metadata import NO_AUTHORS, needed_packages, strings_of
-from lorkd_monai.bundle.problem import BundleFiles, Problem
 from lorkd_monai.bundle.readme import NO_LICENSE, SECTIONS
-from lorkd_monai.bundle.text import is_inert
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from lorkd_monai.bundle.configs import default_inferer
+from lorkd_monai.bundle.inert import inert_text, markdown_text
 from lorkd_monai.bundle.metadata import build_metadata
-from lorkd_monai.bundle.text import inert_text, markdown_text
 
 __all__ = ["teacher_files"]
 

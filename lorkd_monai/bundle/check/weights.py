@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorkd_monai.bundle.problem import BundleFiles, Problem
+from lorkd_monai.bundle.check.problem import BundleFiles, Problem
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["check_weights", "check_zoo_commands"]
