@@ -408,7 +408,8 @@ def _json(value: Any) -> str:
 
 
 def _data_commands() -> dict[str, Any]:
-    from lorkd_monai.data import builders, segmentation_folders
+    from lorkd_monai.data import builders
+    from lorkd_monai.data import decathlon as segmentation_folders
 
     return {
         "folders": builders.from_class_folders,

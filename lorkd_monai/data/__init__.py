@@ -3,10 +3,10 @@
 from lorkd_monai.data.builders import combine, fetch_medmnist, fetch_mednist, from_class_folders, from_medmnist
 from lorkd_monai.data.datalist import DataList, TaskSpec, load_data_list, measure_spacing
 from lorkd_monai.data.datasets import TaskDataset
+from lorkd_monai.data.decathlon import from_segmentation_folders
 from lorkd_monai.data.identity import data_identity
 from lorkd_monai.data.phantoms import make_phantoms
 from lorkd_monai.data.samplers import Draw, TaskBatchSampler, TaskSampler, draws_per_task
-from lorkd_monai.data.segmentation_folders import from_segmentation_folders
 
 __all__ = [
     "DataList",
