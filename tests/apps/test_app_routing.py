@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorkd_monai.apps.deploy.rules import dicom_modalities, routing_text
+from lorkd_monai.apps.deploy.initial_rules import dicom_modalities, routing_text
 from lorkd_monai.apps.deploy.runtime.routing import RoutingError, Rule, choose, no_rule, read_rules
-from lorkd_monai.apps.experts import ExpertFolder
+from lorkd_monai.apps.expert_folders import ExpertFolder
 
 NAMES = ["spleen_segmentation", "liver_segmentation"]
 CT = {"Modality": "CT", "BodyPartExamined": "ABDOMEN", "SeriesDescription": "portal venous 2.0"}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from lorkd_monai.apps.deploy.rules import routing_text
-from lorkd_monai.apps.experts import copy_expert, read_experts
+from lorkd_monai.apps.deploy.initial_rules import routing_text
+from lorkd_monai.apps.expert_folders import copy_expert, read_experts
 from lorkd_monai.bundle.writer import bundle_folder
 
 __all__ = ["write_deploy_app"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from lorkd_monai.apps.experts import ExpertFolder, copy_expert, read_experts
+from lorkd_monai.apps.expert_folders import ExpertFolder, copy_expert, read_experts
 from lorkd_monai.bundle.writer import bundle_folder
 from lorkd_monai.errors import LoRKDError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lorkd_monai.apps.experts import ExpertFolder
+from lorkd_monai.apps.expert_folders import ExpertFolder
 
 __all__ = ["dicom_modalities", "routing_text"]
 
