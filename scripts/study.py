@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fire
 
-from lorkd_monai.cli_study import study
+from lorkd_monai.cli.study import study
 from lorkd_monai.errors import show_errors_plainly
 
 if __name__ == "__main__":

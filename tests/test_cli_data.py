@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lorkd_monai import cli
+from lorkd_monai.cli import commands as cli
 from lorkd_monai.data import load_data_list
 from lorkd_monai.errors import LoRKDError
 

@@ -52,7 +52,7 @@ def test_no_extra_holds_label_and_deploy_together(project):
 
 
 def test_the_console_script_and_the_python_range(project):
-    assert project["scripts"] == {"lorkd": "lorkd_monai.cli:main"}
+    assert project["scripts"] == {"lorkd": "lorkd_monai.cli.commands:main"}
     assert project["requires-python"] == ">=3.10,<3.13"
 
 

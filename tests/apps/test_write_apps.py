@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lorkd_monai import cli
 from lorkd_monai.apps import write_deploy_app, write_label_app
+from lorkd_monai.cli import commands as cli
 from lorkd_monai.errors import LoRKDError
 
 WRITERS = [write_label_app, write_deploy_app]

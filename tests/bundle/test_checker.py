@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorkd_monai import cli
 from lorkd_monai.bundle import Problem, check_bundle, check_origin, pack_bundle
+from lorkd_monai.cli import commands as cli
 from lorkd_monai.errors import LoRKDError
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from small_networks import SMALL_RESNET
 
-from lorkd_monai import cli
 from lorkd_monai.bundle import check_bundle, network_info
 from lorkd_monai.checkpoints.weights import load_weights, save_weights
+from lorkd_monai.cli import commands as cli
 from lorkd_monai.data import TaskDataset, load_data_list, make_phantoms
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet

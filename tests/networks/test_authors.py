@@ -429,7 +429,7 @@ def test_factors_of_grouped_convolutions_are_left_out():
 
 
 def run_cli(monkeypatch, *words: str) -> None:
-    from lorkd_monai import cli
+    from lorkd_monai.cli import commands as cli
 
     monkeypatch.setattr("sys.argv", ["lorkd", *words])
     cli.main()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lorkd_monai.checkpoints.weights import save_weights
-from lorkd_monai.cli_study import report
+from lorkd_monai.cli.study import report
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.study.files import RunFile, write_json

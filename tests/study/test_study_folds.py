@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorkd_monai.cli_study import study
+from lorkd_monai.cli.study import study
 from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.study.files import RunFile, read_runs

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorkd_monai.bundle import write_teacher_bundle
-from lorkd_monai.cli_study import report, study
+from lorkd_monai.cli.study import report, study
 from lorkd_monai.data import load_data_list, make_phantoms
 from lorkd_monai.engines import DecompositionTrainer
 from lorkd_monai.errors import LoRKDError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorkd_monai.cli_study import study
+from lorkd_monai.cli.study import study
 from lorkd_monai.data import TaskBatchSampler, load_data_list, make_phantoms
 from lorkd_monai.data.datasets import TaskDataset
 from lorkd_monai.errors import LoRKDError

@@ -14,7 +14,7 @@ from typing import Any
 import fire
 
 from lorkd_monai.arguments import as_names, as_path
-from lorkd_monai.cli_study import report, study
+from lorkd_monai.cli.study import report, study
 from lorkd_monai.errors import LoRKDError, show_errors_plainly
 from lorkd_monai.printing import printed_log
 
