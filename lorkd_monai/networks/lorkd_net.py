@@ -18,8 +18,9 @@ from lorkd_monai.experts.nested import cut_rank, cut_ranks, draw_ranks, layer_ra
 from lorkd_monai.networks.low_rank import LowRankLayer
 from lorkd_monai.networks.plain_view import PlainView
 from lorkd_monai.networks.routing.folding import find_folding
+from lorkd_monai.networks.routing.module import RoutedModule, UnverifiedFolding
 from lorkd_monai.networks.routing.recompute import remember_routing
-from lorkd_monai.networks.routing.table import RoutedModule, Routing, UnverifiedFolding, route, task_list
+from lorkd_monai.networks.routing.table import Routing, route, task_list
 from lorkd_monai.networks.spec import (
     checked_options,
     checked_ranks,

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorkd_monai.networks.eks.vmapped_heads import can_run_together, run_together, slow_one_by_one
-from lorkd_monai.networks.routing.table import RoutedModule, Routing, join_segments, owners, take_rows, take_segment
+from lorkd_monai.networks.routing.module import RoutedModule
+from lorkd_monai.networks.routing.rows import join_segments, owners, take_rows, take_segment
+from lorkd_monai.networks.routing.table import Routing
 from lorkd_monai.networks.weight_facts import READABLE, readable
 
 __all__ = ["HeadBank", "NormBank", "TaskBank", "pooled_features", "watch_heads"]

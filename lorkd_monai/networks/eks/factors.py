@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.routing.table import take_rows
+from lorkd_monai.networks.routing.rows import take_rows
 
 __all__ = ["LAYOUTS", "BranchFilters", "FusedWeights", "delta_weight", "factor_shapes", "fuse"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorkd_monai.networks.eks.factors import BranchFilters, FusedWeights
 from lorkd_monai.networks.eks.layer_maps import ConvMap, LinearMap
-from lorkd_monai.networks.routing.table import join_segments, owners, take_rows, take_segment
+from lorkd_monai.networks.routing.rows import join_segments, owners, take_rows, take_segment
 
 __all__ = ["TaskMap"]
 

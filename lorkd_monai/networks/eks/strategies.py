@@ -29,7 +29,8 @@ from lorkd_monai.networks.eks.costs import eks_strategy
 from lorkd_monai.networks.eks.factors import LAYOUTS, BranchFilters, FusedWeights, delta_weight, factor_shapes, fuse
 from lorkd_monai.networks.eks.layer_maps import ConvMap, LayerOp, LinearMap
 from lorkd_monai.networks.eks.rebuilt_weights import TaskMap
-from lorkd_monai.networks.routing.table import Routing, owners, take_rows
+from lorkd_monai.networks.routing.rows import owners, take_rows
+from lorkd_monai.networks.routing.table import Routing
 
 __all__ = ["LAYOUTS", "LayerOp", "delta_weight", "eks", "eks_strategy", "factor_shapes", "fuse"]
 

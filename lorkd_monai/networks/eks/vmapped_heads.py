@@ -14,7 +14,8 @@ from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
 from lorkd_monai.networks.eks.costs import falls_to_slow_kernel
-from lorkd_monai.networks.routing.table import Routing, take_rows
+from lorkd_monai.networks.routing.rows import take_rows
+from lorkd_monai.networks.routing.table import Routing
 
 __all__ = ["can_run_together", "run_together", "slow_one_by_one"]
 

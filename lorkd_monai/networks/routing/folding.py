@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.routing.table import RoutedModule, watch_inputs
+from lorkd_monai.networks.routing.module import RoutedModule
+from lorkd_monai.networks.routing.table import watch_inputs
 
 __all__ = ["find_folding"]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.routing.table import Routing, take_rows
+from lorkd_monai.networks.routing.rows import take_rows
+from lorkd_monai.networks.routing.table import Routing
 from lorkd_monai.networks.task_banks import pad_channels
 
 __all__ = ["fill_classes", "map_classes", "narrow_classes", "select_rows", "widen_classes"]

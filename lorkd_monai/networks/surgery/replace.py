@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.strategies import LayerOp
-from lorkd_monai.networks.routing.table import refuse_direct_calls
+from lorkd_monai.networks.routing.module import refuse_direct_calls
 from lorkd_monai.networks.surgery.heads import find_heads, head_channels, head_layers, head_like
 from lorkd_monai.networks.task_banks import HeadBank, NormBank
 
