@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from lorkd_monai.checkpoints.weights import check_inert_config
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.experts.nested import cut_expert_state, cut_rank, cut_ranks, exchange_expert
+from lorkd_monai.experts.nested import cut_expert_state, exchange_expert
 from lorkd_monai.files import atomic_file
-from lorkd_monai.networks.lorkd_net import LoRKDNet
+from lorkd_monai.networks.lorkd_net import LoRKDNet, cut_rank, cut_ranks
 from lorkd_monai.networks.spec import SPEC_KEY
 
 __all__ = ["PackedExpert", "fingerprint", "load_expert", "load_pack", "read_expert", "save_expert", "save_pack"]

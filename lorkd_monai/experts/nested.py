@@ -16,47 +16,13 @@ from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.factors import factor_shapes
-from lorkd_monai.networks.spec import misfits
+from lorkd_monai.networks.lorkd_net import cut_rank
+from lorkd_monai.networks.spec import layer_rank, misfits
 
 if TYPE_CHECKING:
     from lorkd_monai.networks.lorkd_net import LoRKDNet
 
-__all__ = ["cut_expert_state", "cut_rank", "cut_ranks", "draw_ranks", "exchange_expert", "layer_rank"]
-
-
-def layer_rank(rank: int, factor: float) -> int:
-    """Rank of a layer's expert, of a task's rank and the factor that ``rank_pattern`` gives the layer."""
-    return max(1, round(rank * factor))
-
-
-def cut_rank(net: LoRKDNet, task: str | int, rank: int) -> int:
-    """The rank that is left of a task's expert when it is cut to at most ``rank``.
-
-    Raises:
-        LoRKDError: ``rank`` is no whole number of at least 1, or less than the expert's own in a decomposition that was
-            not trained for it.
-    """
-    name = net.tasks[net.task_index(task)]
-    own = net.spec()["rank"][name]
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise LoRKDError(f"rank must be a whole number of at least 1, got {rank!r}")
-    if rank < own and not net.nested:
-        raise LoRKDError(
-            f"task {name!r} can't be cut from rank {own} to {rank}: the first components of its expert work alone only "
-            "where the decomposition was trained with nested=True (--nested True)"
-        )
-    return min(rank, own)
-
-
-def cut_ranks(net: LoRKDNet, rank: int | Mapping[str, int]) -> dict[int, int]:
-    """:func:`cut_rank` of every task that ``rank`` names, or of all, by the task's index."""
-    given = rank.items() if isinstance(rank, Mapping) else [(task, rank) for task in net.tasks]
-    return {net.task_index(task): cut_rank(net, task, k) for task, k in given}
-
-
-def draw_ranks(ranks: list[int]) -> dict[int, int]:
-    """One rank for each task, even from 1 to its own, from torch's random generator on the CPU."""
-    return {t: 1 + int(u * r) for t, (u, r) in enumerate(zip(torch.rand(len(ranks)).tolist(), ranks, strict=True))}
+__all__ = ["cut_expert_state", "exchange_expert"]
 
 
 def cut_expert_state(net: LoRKDNet, task: str | int, rank: int) -> dict[str, Tensor]:

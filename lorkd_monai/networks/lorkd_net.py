@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.experts.nested import cut_rank, cut_ranks, draw_ranks, layer_rank
 from lorkd_monai.networks.low_rank import LowRankLayer
 from lorkd_monai.networks.plain_view import PlainView
 from lorkd_monai.networks.routing.folding import find_folding
@@ -26,6 +26,8 @@ from lorkd_monai.networks.spec import (
     checked_ranks,
     checked_tasks,
     differences,
+    draw_ranks,
+    layer_rank,
     misfits,
     read_spec,
     write_spec,
@@ -36,7 +38,10 @@ from lorkd_monai.networks.surgery.outputs import fill_classes, first_rows, narro
 from lorkd_monai.networks.task_banks import TaskBank, pooled_features, watch_heads
 from lorkd_monai.networks.trial import try_experts
 
-__all__ = ["LoRKDNet"]
+if TYPE_CHECKING:
+    from lorkd_monai.networks.lorkd_net import LoRKDNet
+
+__all__ = ["LoRKDNet", "cut_rank", "cut_ranks"]
 
 # The task that `serving` serves in this thread or asyncio task, by the id of its network.
 _SERVING: ContextVar[Mapping[int, int]] = ContextVar("lorkd_serving", default={})  # noqa: B039 (never changed)
@@ -529,3 +534,28 @@ class LoRKDNet(nn.Module):
         differing = differences(read_spec(state), self.spec())
         if differing:
             raise LoRKDError("the checkpoint belongs to another decomposition: " + "; ".join(differing))
+
+
+def cut_rank(net: LoRKDNet, task: str | int, rank: int) -> int:
+    """The rank that is left of a task's expert when it is cut to at most ``rank``.
+
+    Raises:
+        LoRKDError: ``rank`` is no whole number of at least 1, or less than the expert's own in a decomposition that was
+            not trained for it.
+    """
+    name = net.tasks[net.task_index(task)]
+    own = net.spec()["rank"][name]
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise LoRKDError(f"rank must be a whole number of at least 1, got {rank!r}")
+    if rank < own and not net.nested:
+        raise LoRKDError(
+            f"task {name!r} can't be cut from rank {own} to {rank}: the first components of its expert work alone only "
+            "where the decomposition was trained with nested=True (--nested True)"
+        )
+    return min(rank, own)
+
+
+def cut_ranks(net: LoRKDNet, rank: int | Mapping[str, int]) -> dict[int, int]:
+    """:func:`cut_rank` of every task that ``rank`` names, or of all, by the task's index."""
+    given = rank.items() if isinstance(rank, Mapping) else [(task, rank) for task in net.tasks]
+    return {net.task_index(task): cut_rank(net, task, k) for task, k in given}

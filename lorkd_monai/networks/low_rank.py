@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.experts.nested import layer_rank
 from lorkd_monai.networks.eks.strategies import LayerOp, eks, factor_shapes, fuse
 from lorkd_monai.networks.routing.module import RoutedModule, refuse_direct_calls
 from lorkd_monai.networks.routing.table import Routing
+from lorkd_monai.networks.spec import layer_rank
 from lorkd_monai.networks.weight_facts import READABLE, readable
 
 __all__ = ["LowRankLayer"]

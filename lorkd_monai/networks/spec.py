@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,12 +12,17 @@ from torch import Tensor
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.strategies import LAYOUTS
 
+if TYPE_CHECKING:
+    pass
+
 __all__ = [
     "SPEC_KEY",
     "checked_options",
     "checked_ranks",
     "checked_tasks",
     "differences",
+    "draw_ranks",
+    "layer_rank",
     "misfits",
     "read_spec",
     "write_spec",
@@ -123,3 +129,13 @@ def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
+
+
+def layer_rank(rank: int, factor: float) -> int:
+    """Rank of a layer's expert, of a task's rank and the factor that ``rank_pattern`` gives the layer."""
+    return max(1, round(rank * factor))
+
+
+def draw_ranks(ranks: list[int]) -> dict[int, int]:
+    """One rank for each task, even from 1 to its own, from torch's random generator on the CPU."""
+    return {t: 1 + int(u * r) for t, (u, r) in enumerate(zip(torch.rand(len(ranks)).tolist(), ranks, strict=True))}

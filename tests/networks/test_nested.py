@@ -8,10 +8,12 @@ from torch import nn
 from lorkd_monai.checkpoints.packs import load_expert, load_pack, save_pack
 from lorkd_monai.checkpoints.weights import load_decomposition, save_weights
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.experts.nested import cut_rank, draw_ranks, exchange_expert
+from lorkd_monai.experts.nested import exchange_expert
 from lorkd_monai.losses import LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, LowRankLayer, route
+from lorkd_monai.networks.lorkd_net import cut_rank
 from lorkd_monai.networks.routing.table import Routing
+from lorkd_monai.networks.spec import draw_ranks
 
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (4, 9)),
