@@ -22,7 +22,7 @@ import torch
 from lorkd_monai.apps.deploy.runtime.pool import ExpertPool
 from lorkd_monai.bundle import load_expert, write_expert_bundle
 from lorkd_monai.bundle.formats import build_network
-from lorkd_monai.data.datalist import TaskSpec
+from lorkd_monai.tasks import TaskSpec
 from lorkd_monai.transforms import postprocessing, preprocessing
 
 

@@ -25,7 +25,7 @@ from lorkd_monai.data.splitting import Row, assign_splits, read_patients
 from lorkd_monai.data.taken import Skipped
 from lorkd_monai.data.writing import refuse_existing, write_data_list
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.transforms.preprocessing import check_kind
+from lorkd_monai.tasks import check_kind
 
 __all__ = ["combine", "fetch_mednist", "fetch_medmnist", "from_class_folders", "from_medmnist"]
 

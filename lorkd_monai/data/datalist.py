@@ -34,10 +34,11 @@ from lorkd_monai.data.checks import (
 )
 from lorkd_monai.data.taken import remarks
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.tasks import TaskSpec, check_kind
 from lorkd_monai.transforms.loading import ImageFacts, ItemLoader, describe_image
-from lorkd_monai.transforms.preprocessing import check_kind, measured_intensity, preprocessing
+from lorkd_monai.transforms.preprocessing import measured_intensity, preprocessing
 
-__all__ = ["DataList", "TaskSpec", "load_data_list", "measure_spacing"]
+__all__ = ["DataList", "load_data_list", "measure_spacing"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,40 +46,6 @@ _log = logging.getLogger(__name__)
 _NO_SCORE = re.compile(r"wiring only|never (for )?a score|\bno score\b", re.IGNORECASE)
 _MEASURED = ("channels", "intensity", "spacing")  # on a task's images, where the list does not state them
 _MOST_HEADERS = 50  # images per task whose headers are read for the median spacing
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """One task of a data list.
-
-    ``labels`` names the class ids 0..n-1. ``channels`` are those of its images. ``intensity`` is
-    ``{"range": [low, high]}`` or ``{"percentiles": [low, high]}``, None for the default of its kind (see
-    `lorkd_monai.transforms.default_intensity`). ``spacing`` (mm, axes of RAS) is what 3D segmentation resamples to.
-    ``measured`` says that the list states no intensity, so that 2D files of 8 and 16 bits each have their own depth.
-    ``vista3d_class`` gives VISTA3D's index of each class id, for that teacher.
-    ``score`` is False for a task that is there to try things out: its figures stand apart and count in no mean.
-    ``licence`` and ``authors`` of its images are the task's own, else those of the list.
-    """
-
-    name: str
-    index: int
-    labels: dict[int, str]
-    modality: str | None = None
-    body_part: str | None = None
-    note: str | None = None
-    channels: int | None = None
-    intensity: dict[str, Any] | None = None
-    spacing: tuple[float, ...] | None = None
-    score: bool = True
-    vista3d_class: dict[int, int] | None = None
-    licence: str | None = None
-    authors: list[str] | None = None
-    measured: bool = False
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, background included."""
-        return len(self.labels)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lorkd_monai import __version__
-from lorkd_monai.data.datalist import DataList, TaskSpec
+from lorkd_monai.data.datalist import DataList
 from lorkd_monai.data.identity import file_stamps
 from lorkd_monai.data.samplers import Draw
 from lorkd_monai.errors import LoRKDError, find_lorkd_error
 from lorkd_monai.losses.task import UNLABELLED
+from lorkd_monai.tasks import TaskSpec
 from lorkd_monai.transforms.gate import compiled, odd
 from lorkd_monai.transforms.loading import ItemLoader, drop_alpha
 from lorkd_monai.transforms.preprocessing import default_intensity, full_depth, preprocessing

@@ -17,7 +17,7 @@ from lorkd_monai.data.splitting import Row, assign_splits, read_patients
 from lorkd_monai.data.taken import Skipped
 from lorkd_monai.data.writing import refuse_existing
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.transforms.preprocessing import check_kind
+from lorkd_monai.tasks import check_kind
 
 __all__ = ["from_segmentation_folders"]
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from lorkd_monai.data.checks import SPLITS
-from lorkd_monai.data.datalist import DataList, TaskSpec
+from lorkd_monai.data.datalist import DataList
+from lorkd_monai.tasks import TaskSpec
 from lorkd_monai.transforms import default_intensity
 
 __all__ = ["data_identity", "differences", "digest_of", "file_stamps", "split_digests", "task_identity"]

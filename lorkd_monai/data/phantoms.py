@@ -15,7 +15,8 @@ import numpy as np
 
 from lorkd_monai.data.writing import refuse_existing, write_data_list
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.transforms.preprocessing import CT_WINDOW, check_kind
+from lorkd_monai.tasks import check_kind
+from lorkd_monai.transforms.preprocessing import CT_WINDOW
 
 __all__ = ["make_phantoms"]
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.tasks import check_kind
 from lorkd_monai.transforms.dicom import picture_reader
 from lorkd_monai.transforms.gate import gate, scaled, upright
 
 if TYPE_CHECKING:
-    from lorkd_monai.data.datalist import TaskSpec
+    from lorkd_monai.tasks import TaskSpec
     from lorkd_monai.transforms.loading import ImageFacts
 
 __all__ = ["CT_WINDOW", "PERCENTILES", "default_intensity", "postprocessing", "preprocessing", "saving_handlers"]
@@ -38,15 +39,6 @@ _TO_GREY = (
 )
 # The stock Lambdad wraps one transform for any number of channels: RepeatChanneld would make nine of three.
 _TO_CHANNELS = "$lambda x: x.expand({channels}, *x.shape[1:])"
-
-
-def check_kind(kind: str, spatial_dims: int) -> None:
-    """Raise a `LoRKDError` unless ``kind`` and ``spatial_dims`` name one of the four kinds of work."""
-    if kind not in ("classification", "segmentation") or spatial_dims not in (2, 3):
-        raise LoRKDError(
-            "expected kind 'classification' or 'segmentation' and spatial_dims 2 or 3, "
-            f"got {kind!r} and {spatial_dims!r}."
-        )
 
 
 def default_intensity(task: TaskSpec, spatial_dims: int) -> dict[str, Any]:

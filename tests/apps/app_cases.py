@@ -15,7 +15,7 @@ from PIL import Image
 
 from lorkd_monai.bundle import write_expert_bundle
 from lorkd_monai.bundle.formats import build_network
-from lorkd_monai.data.datalist import TaskSpec
+from lorkd_monai.tasks import TaskSpec
 from lorkd_monai.transforms import postprocessing, preprocessing
 
 # name -> kind, dimensions, channels, modality, body part, classes. Two share one architecture.

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lorkd_monai.bundle.formats import build_network
 from lorkd_monai.data import load_data_list
-from lorkd_monai.data.datalist import TaskSpec
+from lorkd_monai.tasks import TaskSpec
 from lorkd_monai.transforms import postprocessing, preprocessing
 from lorkd_monai.transforms.loading import ItemLoader
 

@@ -16,9 +16,9 @@ from PIL import Image
 from lorkd_monai.bundle import check_bundle, check_origin, expert_name, measure, write_teacher_bundle
 from lorkd_monai.bundle.formats import build_network, run_onnx, torchscript_of
 from lorkd_monai.bundle.writer import bundle_folder
-from lorkd_monai.data.datalist import TaskSpec
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.locks import mark_in_use
+from lorkd_monai.tasks import TaskSpec
 
 KINDS = ("2d_classification", "3d_classification", "2d_segmentation", "3d_segmentation")
 WRITTEN = {

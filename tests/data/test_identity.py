@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from lorkd_monai.data import data_identity, load_data_list, make_phantoms
-from lorkd_monai.data.datalist import DataList, TaskSpec
+from lorkd_monai.data.datalist import DataList
 from lorkd_monai.data.identity import differences, digest_of, file_stamps, split_digests
+from lorkd_monai.tasks import TaskSpec
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from monai.bundle import ConfigParser
 from PIL import Image
 from pydicom.pixels import convert_color_space
 
-from lorkd_monai.data.datalist import TaskSpec
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.tasks import TaskSpec
 from lorkd_monai.transforms import ItemLoader, describe_image, preprocessing
 from lorkd_monai.transforms.dicom import is_dicom, is_series
 
