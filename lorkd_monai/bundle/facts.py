@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -9,11 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import monai
+import torch
+
+from lorkd_monai import __version__
 from lorkd_monai.bundle.formats import measure
+from lorkd_monai.data import DataList
 from lorkd_monai.files import atomic_file, read_json
+from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.teachers.bundle import bundle_network
 
-__all__ = ["read_facts", "resolved_facts", "teacher_facts", "write_facts"]
+__all__ = ["read_facts", "resolved_facts", "run_facts", "teacher_facts", "write_facts"]
 
 _log = logging.getLogger(__name__)
 
@@ -64,3 +71,42 @@ def read_facts(checkpoint: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(checkpoint).with_name("facts.json")
     return read_json(path, "delete it to go on without the facts") if path.is_file() else {}
+
+
+def run_facts(
+    network: LoRKDNet,
+    data: DataList,
+    teacher_bundle: str | os.PathLike | None,
+    max_epochs: int,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Facts on a decomposition for the READMEs of its experts.
+
+    ``teacher`` is a function: what the teacher costs is measured when the experts are written, see `resolved_facts`.
+    """
+    spec, info = network.spec(), network.info
+    counts = {split: len(data.split(split)) for split in ("training", "validation", "test")}
+    return {
+        "data": f"{data.name}: "
+        + ", ".join(f"{n} {split} images" for split, n in counts.items())
+        + (f" ({data.unlabelled} training images without a label)" if data.unlabelled else ""),
+        "tasks": ", ".join(f"{name} ({n} classes)" for name, n in network.num_classes.items()),
+        "experts": f"rank {_words(spec['rank'])}, layout {spec['layout']}, norm {spec['norm']}",
+        "epochs": max_epochs,
+        "settings": ", ".join(f"{key} {_words(value)}" for key, value in settings.items()),
+        "augmentation": {key: settings[key] for key in ("rotate", "flip_axes") if key in settings},
+        "teacher": functools.partial(teacher_facts, teacher_bundle, info["spatial_dims"], info["image_size"]),
+        "versions": f"lorkd-monai {__version__}, monai {monai.__version__}, torch {torch.__version__}",
+    }
+
+
+def _words(value: Any) -> str:
+    """A setting as a person writes it: no brackets, and one number where all are the same."""
+    if isinstance(value, Mapping):
+        values = list(value.values())
+        if values and all(v == values[0] for v in values):
+            return _words(values[0])
+        return " and ".join(f"{_words(v)} ({k})" for k, v in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_words, value)) or "none"
+    return str(value)

@@ -1,21 +1,15 @@
 """The decomposition trainer, its evaluator, and the figures of a trained decomposition."""
 
+from lorkd_monai.bundle.facts import run_facts
+from lorkd_monai.data.loaders import test_loader, train_loader
 from lorkd_monai.engines.begin import begin_run, end_run
 from lorkd_monai.engines.distributed import leave_processes
-from lorkd_monai.engines.evaluation import evaluate_tasks
-from lorkd_monai.engines.run import (
-    cosine_schedule,
-    figures_of,
-    find_teacher,
-    make_objective,
-    report_figures,
-    run_facts,
-    start_from_teacher,
-    test_loader,
-    train_loader,
-)
+from lorkd_monai.engines.evaluation import evaluate_tasks, figures_of, report_figures
+from lorkd_monai.engines.objective import make_objective
+from lorkd_monai.engines.schedule import cosine_schedule
 from lorkd_monai.engines.settings import check_settings
 from lorkd_monai.engines.trainer import AutocastInferer, DecompositionTrainer, TaskEvaluator
+from lorkd_monai.teachers.find import find_teacher, start_from_teacher
 from lorkd_monai.workflows.adding import (
     added_tasks,
     network_with_new_tasks,

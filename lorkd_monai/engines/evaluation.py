@@ -6,19 +6,36 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.inferers import Inferer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lorkd_monai.data import DataList
-from lorkd_monai.engines.trainer import TaskEvaluator
+from lorkd_monai.checkpoints.weights import load_weights, read_decomposition_spec
+from lorkd_monai.data import DataList, TaskDataset
+from lorkd_monai.data.identity import split_digests, task_identity
+from lorkd_monai.data.loaders import test_loader
+from lorkd_monai.engines.run import _log
+from lorkd_monai.engines.trained_tasks import as_trained, other_images
+from lorkd_monai.engines.trainer import TaskEvaluator, show_volumes
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.metrics import case_scores, classification_figures, segmentation_figures
+from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.teachers.find import _knows, find_teacher
+from lorkd_monai.transforms import default_intensity
 
-__all__ = ["collect_predictions", "evaluate_tasks", "figures_of_predictions", "figures_table", "write_figures"]
+__all__ = [
+    "collect_predictions",
+    "evaluate_tasks",
+    "figures_of",
+    "figures_of_predictions",
+    "figures_table",
+    "report_figures",
+    "write_figures",
+]
 
 Figures = dict[str, dict[str, dict[str, float]]]
 Predictions = dict[str, dict[str, Tensor]]
@@ -150,3 +167,100 @@ def _cell(entry: Mapping[str, float] | None) -> str:
         return ""
     interval = f" ({entry['low']:.3f}–{entry['high']:.3f})" if "low" in entry else ""
     return f"{entry['value']:.3f}{interval}"
+
+
+def figures_of(
+    loader: DataLoader,
+    data: DataList,
+    device: torch.device | str,
+    path: str | os.PathLike,
+    inferer: Inferer | None = None,
+) -> Any:
+    """A function of a network that measures it on ``loader``, writes the figures to ``path`` and returns them.
+
+    Without images there are no figures and no file: `load_data_list` told so before the run.
+    """
+
+    def measure(network: nn.Module) -> Figures:
+        if not len(loader):
+            _log.warning("%s has no test images: no figures are measured.", data.name)
+            return {}
+        figures = evaluate_tasks(network, loader, data, device, inferer)
+        write_figures(path, figures)
+        return figures
+
+    return measure
+
+
+def report_figures(
+    network: LoRKDNet,
+    weights: str | os.PathLike,
+    loader: DataLoader,
+    data: DataList,
+    device: torch.device | str,
+    path: str | os.PathLike,
+    teacher_bundle: str | os.PathLike | None,
+    inferer: Inferer | None = None,
+    teacher_intensity: str | Mapping[str, Any] = "auto",
+) -> Mapping[str, Figures]:
+    """Measure the experts, and the teacher beside them where there is one; print a table and write it as JSON.
+
+    Args:
+        network: the decomposed network.
+        weights: file of its weights.
+        loader: the images to measure on.
+        data: the data list.
+        device: where to run.
+        path: JSON file to write: ``{"experts": …, "teacher": …, "data": …}``, the last with what they were measured on.
+        teacher_bundle: folder of the teacher; left out where it does not exist or does not know all tasks measured.
+        inferer: such as sliding windows.
+        teacher_intensity: what the teacher wants of the images, see `find_teacher`.
+
+    Raises:
+        LoRKDError: there are no test images, no weights yet, or they belong to another decomposition or were trained
+            on tasks that the list describes in another way, see `as_trained`.
+    """
+    if not len(loader):
+        raise LoRKDError(
+            f"the data list {data.name!r} has no test images with labels to measure on: give it some in 'test', or "
+            "name a list that has them with --dataset_dir"
+        )
+    if not Path(weights).exists():
+        run_id = "adding" if Path(weights).parent.name == "adding" else "training"
+        raise LoRKDError(f"no trained weights at {weights}: run `{run_id}` with the same --output_dir first")
+    state = load_weights(weights)
+    network.load_state_dict(state)
+    info = read_decomposition_spec(state, str(weights)).get("info") or {}
+    trained = as_trained(data, info, str(weights))
+    loader = _prepared_as(trained, data, loader)
+    figures: dict[str, Any] = {"experts": evaluate_tasks(network.eval(), loader, trained, device, inferer)}
+    if teacher_bundle is not None and Path(teacher_bundle).is_dir():
+        teacher = find_teacher(teacher_bundle, trained, intensity=teacher_intensity, split="test", from_files=True)
+        if _knows(teacher, trained, "test"):
+            if teacher.intensity is not None and teacher.intensity.from_files:
+                show_volumes(loader, teacher.intensity)
+            figures["teacher"] = evaluate_tasks(teacher, loader, trained, device, inferer)
+    tasks = {name: task_identity(task, data.spatial_dims) for name, task in trained.tasks.items()}
+    write_figures(path, {**figures, "data": {"name": data.name, "tasks": tasks, "images": split_digests(data)}})
+    if other_images(data, info, "test"):
+        print("These are other test images, or other labels, than those of the list of the training.\n")
+    score = "balanced_accuracy" if data.kind == "classification" else "dice"
+    print(f"{score} on {len(loader.dataset)} images, with 95 % bootstrap intervals\n")
+    print(figures_table(figures, score, data.scored))
+    print(f"\nAll figures: {path}")
+    return figures
+
+
+def _prepared_as(trained: DataList, data: DataList, loader: DataLoader) -> DataLoader:
+    """The loader of images that are prepared as a decomposition learned them, where the list says otherwise."""
+
+    def preparation(tasks: DataList) -> dict[str, Any]:
+        return {
+            name: (default_intensity(task, data.spatial_dims), task.spacing and tuple(task.spacing))
+            for name, task in tasks.tasks.items()
+        }
+
+    if preparation(trained) == preparation(data):
+        return loader
+    images = loader.dataset
+    return test_loader(TaskDataset(trained, "test", images.in_channels, images.image_size), loader.batch_size)

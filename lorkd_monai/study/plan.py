@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from lorkd_monai.data import DataList
-from lorkd_monai.engines.run import find_teacher
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.locks import mark_in_use
 from lorkd_monai.study.agreement import agree_on_settings, check_finished
@@ -20,6 +19,7 @@ from lorkd_monai.study.methods import Method, label_share_of
 from lorkd_monai.study.models import build_student
 from lorkd_monai.study.runs import Workbench, check_teacher
 from lorkd_monai.study.settings import StudySettings
+from lorkd_monai.teachers.find import find_teacher
 
 __all__ = ["PlannedRun", "plan_runs", "run_study"]
 

@@ -14,7 +14,6 @@ from torch import nn
 from lorkd_monai.checkpoints.weights import load_weights, save_weights
 from lorkd_monai.data import DataList, TaskDataset
 from lorkd_monai.engines.evaluation import collect_predictions, figures_of_predictions
-from lorkd_monai.engines.run import find_teacher
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import TaskChannels
 from lorkd_monai.study import measures
@@ -26,6 +25,7 @@ from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Students, Trained
 from lorkd_monai.study.subsets import Part, choose_labelled, only_tasks
 from lorkd_monai.study.training import Fitted, evaluation_loader, fit, inferer_of
+from lorkd_monai.teachers.find import find_teacher
 from lorkd_monai.teachers.teacher import Teacher
 
 __all__ = ["Workbench", "check_teacher", "score_name"]

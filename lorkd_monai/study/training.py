@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lorkd_monai.data import DataList
 from lorkd_monai.data.samplers import TaskSampler
 from lorkd_monai.engines import DecompositionTrainer, TaskEvaluator, make_objective, test_loader, train_loader
-from lorkd_monai.engines.run import cosine_schedule
+from lorkd_monai.engines.schedule import cosine_schedule
 from lorkd_monai.handlers import TaskMetric, WeightAverage
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.study.settings import StudySettings
