@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from tiny_run import TASKS, Items, network, trainer
 from torch import nn
 
 from lorkd_monai.data import TaskSampler
 from lorkd_monai.teachers.cache import CachedTeacher
 from lorkd_monai.teachers.teacher import Teacher
 from lorkd_monai.transforms import BatchAugment, fixed_view
+from tests.engines.tiny_run import TASKS, Items, network, trainer
 
 
 def teacher(folder, views):

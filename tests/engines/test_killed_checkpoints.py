@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import network, trainer
 
 from lorkd_monai.handlers import RunCheckpoint
+from tests.engines.tiny_run import network, trainer
 
 KILLS, EPOCHS = 20, 80
 

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from monai.networks.nets import ResNet
-from small_networks import SMALL_RESNET
 from torch import nn
 
 from lorkd_monai import engines
@@ -20,6 +19,7 @@ from lorkd_monai.data import TaskDataset, TaskSampler, load_data_list, make_phan
 from lorkd_monai.engines.evaluation import figures_table
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, TaskChannels
+from tests.small_networks import SMALL_RESNET
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import torch
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 from monai.handlers import StatsHandler, from_engine
-from tiny_run import TASKS, Items, Teacher, network, trainer
 from torch import nn
 
 from lorkd_monai.engines import AutocastInferer, TaskEvaluator
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
 from lorkd_monai.networks import LoRKDNet
+from tests.engines.tiny_run import TASKS, Items, Teacher, network, trainer
 
 
 def state(net):

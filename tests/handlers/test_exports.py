@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from ignite.engine import Engine
-from small_networks import SMALL_RESNET
 
 from lorkd_monai.bundle import network_info
 from lorkd_monai.checkpoints.weights import load_weights, save_weights
@@ -15,6 +14,7 @@ from lorkd_monai.data import load_data_list, make_phantoms
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.handlers import ExpertExport, TeacherExport
 from lorkd_monai.networks import LoRKDNet, TaskChannels
+from tests.small_networks import SMALL_RESNET
 
 
 @pytest.fixture(scope="module")

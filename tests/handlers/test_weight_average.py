@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from ignite.engine import Engine
-from small_networks import SMALL_RESNET
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.handlers import RunCheckpoint, WeightAverage
 from lorkd_monai.networks import LoRKDNet
+from tests.small_networks import SMALL_RESNET
 
 BATCHES = [torch.arange(12.0).reshape(4, 3) / 10 + i for i in range(3)]
 

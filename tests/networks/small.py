@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from common import TASKS, assert_nothing_of_ours, made, main_outputs
-from reference import assert_close
 from torch import Tensor, nn
 
 from lorkd_monai.networks import LoRKDNet
+from tests.networks.common import TASKS, assert_nothing_of_ours, made, main_outputs
+from tests.networks.reference import assert_close
 
 NAMES = list(TASKS)
 ROWS = [2, 0, 1, 0]

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from common import TASKS, made
-from reference import assert_close
-from small import ROWS, Net, X, check
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
+from tests.networks.common import TASKS, made
+from tests.networks.reference import assert_close
+from tests.networks.small import ROWS, Net, X, check
 
 # ---------------------------------------------------------------------- batches folded
 

@@ -11,17 +11,17 @@ import threading
 import numpy as np
 import pytest
 import torch
-from common import TASKS, made, owned_by_task, randomise
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import BasicUNet, DynUNet, resnet10
 from torch import nn
-from zoo import ZOO
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, Routing
 from lorkd_monai.networks.surgery.heads import find_heads, head_like
 from lorkd_monai.networks.task_banks import HeadBank
+from tests.networks.common import TASKS, made, owned_by_task, randomise
+from tests.networks.zoo import ZOO
 
 NAMES = list(TASKS)
 

@@ -8,12 +8,12 @@ import random
 
 import pytest
 import torch
-from reference import assert_close, reference
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LowRankLayer, route
 from lorkd_monai.networks.eks.strategies import delta_weight, fuse
+from tests.networks.reference import assert_close, reference
 
 CONVOLUTIONS = {("conv", n): getattr(nn, f"Conv{n}d") for n in (1, 2, 3)}
 TRANSPOSED = {("transposed", n): getattr(nn, f"ConvTranspose{n}d") for n in (1, 2, 3)}

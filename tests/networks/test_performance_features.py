@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from monai.networks.nets import ResNet, UNet
-from reference import assert_close
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +18,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, LowRankLayer, route
 from lorkd_monai.networks.eks import costs as dispatch
 from lorkd_monai.networks.eks.strategies import eks_strategy
+from tests.networks.reference import assert_close
 
 TASKS = {"a": 2, "b": 3, "c": 3}
 

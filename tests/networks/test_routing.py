@@ -10,11 +10,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from reference import assert_close, reference
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LowRankLayer, Routing, current_routing, route
+from tests.networks.reference import assert_close, reference
 
 
 def test_tasks_in_any_order():

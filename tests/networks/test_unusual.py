@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from common import TASKS, made
-from reference import assert_close
-from small import ROWS, Net, X, check
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
+from tests.networks.common import TASKS, made
+from tests.networks.reference import assert_close
+from tests.networks.small import ROWS, Net, X, check
 
 
 def test_plain_network_of_the_users():

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from common import TASKS, assert_nothing_of_ours, class_dim, made, main_outputs, owned_by_task, randomise
 from monai.bundle import ConfigParser
-from reference import assert_close
 from torch import nn
-from zoo import ZOO
 
 from lorkd_monai.networks import LoRKDNet
+from tests.networks.common import TASKS, assert_nothing_of_ours, class_dim, made, main_outputs, owned_by_task, randomise
+from tests.networks.reference import assert_close
+from tests.networks.zoo import ZOO
 
 NAMES = list(TASKS)
 TASK_NORMS = (nn.modules.batchnorm._NormBase,)

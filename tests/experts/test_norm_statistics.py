@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from common import made
 from monai.networks.nets import BasicUNet
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.norm_statistics import reestimate_norms
 from lorkd_monai.networks import LoRKDNet
+from tests.networks.common import made
 
 
 def network():

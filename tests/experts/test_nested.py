@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small_networks import SMALL_RESNET
 from torch import nn
 
 from lorkd_monai.checkpoints.packs import load_expert, load_pack, save_pack
@@ -14,6 +13,7 @@ from lorkd_monai.networks import LoRKDNet, LowRankLayer, route
 from lorkd_monai.networks.lorkd_net import cut_rank
 from lorkd_monai.networks.routing.table import Routing
 from lorkd_monai.networks.spec import draw_ranks
+from tests.small_networks import SMALL_RESNET
 
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (4, 9)),

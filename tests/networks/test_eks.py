@@ -7,7 +7,6 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from reference import assert_close, reference
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
@@ -15,6 +14,7 @@ from lorkd_monai.networks import LowRankLayer, route
 from lorkd_monai.networks.eks import costs as dispatch
 from lorkd_monai.networks.eks.factors import BranchFilters
 from lorkd_monai.networks.eks.strategies import delta_weight, eks_strategy, factor_shapes
+from tests.networks.reference import assert_close, reference
 
 STRATEGIES = (*dispatch.STRATEGIES, "auto")
 

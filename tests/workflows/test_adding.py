@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from small_networks import SMALL_RESNET
 
 from lorkd_monai.bundle import network_info
 from lorkd_monai.checkpoints.weights import load_decomposition, save_weights
@@ -21,6 +20,7 @@ from lorkd_monai.workflows.adding import (
     trained_info,
     what_is_added,
 )
+from tests.small_networks import SMALL_RESNET
 
 
 @pytest.fixture(scope="module")

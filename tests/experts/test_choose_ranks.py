@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import made
 from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.choose_ranks import expert_spectrum, suggest_ranks, update_spectrum
 from lorkd_monai.networks import LoRKDNet
+from tests.networks.common import made
 
 
 def backbone():

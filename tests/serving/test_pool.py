@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_packs import decomposition
 
 from lorkd_monai.checkpoints.packs import load_pack, save_pack
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.serving.pool import ExpertPool, PoolFullError
+from tests.checkpoints.test_packs import decomposition
 
 SHAPES = [(1, 32, 32), (1, 24, 40)]
 

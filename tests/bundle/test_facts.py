@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from small_networks import SMALL_RESNET
 
 from lorkd_monai.bundle import network_info, write_teacher_bundle
 from lorkd_monai.bundle.export import export_experts
@@ -16,6 +15,7 @@ from lorkd_monai.data import load_data_list, make_phantoms
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.handlers import ExpertExport
 from lorkd_monai.networks import LoRKDNet
+from tests.small_networks import SMALL_RESNET
 
 
 @pytest.fixture(scope="module")

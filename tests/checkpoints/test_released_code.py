@@ -14,13 +14,13 @@ import pytest
 import torch
 from authors_shufflenet import AuthorsShuffleNet
 from monai.bundle import ConfigParser
-from reference import assert_close
 from torch import nn
 
 from lorkd_monai.checkpoints.released_code import import_authors
 from lorkd_monai.checkpoints.weights import load_decomposition, save_weights
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
+from tests.networks.reference import assert_close
 
 RESNET = {
     "_target_": "monai.networks.nets.resnet18", "spatial_dims": 2, "n_input_channels": 3, "conv1_t_stride": 2,

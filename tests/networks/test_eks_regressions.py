@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from reference import assert_close, reference
 from torch import nn
 
 from lorkd_monai.networks import LowRankLayer, route
+from tests.networks.reference import assert_close, reference
 
 
 @pytest.mark.parametrize("tasks", [[0, 1, 2], [2, 0, 1], [0, 0, 1, 1], [1, 1], [0]])

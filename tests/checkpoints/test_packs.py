@@ -5,11 +5,11 @@ import copy
 import pytest
 import safetensors.torch
 import torch
-from small_networks import SMALL_RESNET
 
 from lorkd_monai.checkpoints.packs import fingerprint, load_expert, load_pack, save_expert, save_pack
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
+from tests.small_networks import SMALL_RESNET
 
 BACKBONE = {**SMALL_RESNET, "n_input_channels": 1}
 

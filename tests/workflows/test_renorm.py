@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from small_networks import SMALL_RESNET
 
 from lorkd_monai.bundle import check_bundle, network_info
 from lorkd_monai.checkpoints.weights import load_weights, save_weights
@@ -15,6 +14,7 @@ from lorkd_monai.data import TaskDataset, load_data_list, make_phantoms
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.workflows.renorm import renorm_experts
+from tests.small_networks import SMALL_RESNET
 
 RESNET = {**SMALL_RESNET, "conv1_t_stride": 1}
 
