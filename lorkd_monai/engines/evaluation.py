@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from lorkd_monai.checkpoints.weights import load_weights, read_decomposition_spe
 from lorkd_monai.data import DataList, TaskDataset
 from lorkd_monai.data.identity import split_digests, task_identity
 from lorkd_monai.data.loaders import test_loader
-from lorkd_monai.engines.run import _log
 from lorkd_monai.engines.trained_tasks import as_trained, other_images
 from lorkd_monai.engines.trainer import TaskEvaluator, show_volumes
 from lorkd_monai.errors import LoRKDError
@@ -26,6 +26,8 @@ from lorkd_monai.metrics import case_scores, classification_figures, segmentatio
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.teachers.find import _knows, find_teacher
 from lorkd_monai.transforms import default_intensity
+
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "collect_predictions",

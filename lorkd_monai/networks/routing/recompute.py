@@ -1,9 +1,9 @@
 """The routing of layers that are computed again in a backward pass (gradient checkpointing).
 
-A backward pass runs outside of :func:`~lorkd_monai.networks.routing.table.route`, on CUDA even in a thread of autograd's
-own, where no context variable of the caller can be seen. But autograd gives every backward pass a number, which its
-threads know; and it works backwards: a hook on the outputs of a network call fires before anything inside that call is computed
-again, and after everything inside calls that came later. So the hook notes whose turn it is.
+A backward pass runs outside of :func:`~lorkd_monai.networks.routing.table.route`, on CUDA even in a thread of
+autograd's own, where no context variable of the caller can be seen. But autograd gives every backward pass a number,
+which its threads know; and it works backwards: a hook on the outputs of a network call fires before anything inside
+that call is computed again, and after everything inside calls that came later. So the hook notes whose turn it is.
 """
 
 from __future__ import annotations
