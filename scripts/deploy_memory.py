@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from lorkd_monai.apps.deploy.runtime.pool import ExpertPool
+from lorkd_monai.apps.deploy.runtime.shared_weights import ExpertPool
 from lorkd_monai.bundle import load_expert, write_expert_bundle
 from lorkd_monai.bundle.formats import build_network
 from lorkd_monai.tasks import TaskSpec

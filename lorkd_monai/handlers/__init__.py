@@ -1,10 +1,9 @@
 """Handlers for MONAI's engines: checkpoints, averages of weights, per-task scores, export."""
 
-from lorkd_monai.handlers.expert_export import ExpertExport
+from lorkd_monai.handlers.exports import ExpertExport, TeacherExport
 from lorkd_monai.handlers.progress import TerminalProgress
 from lorkd_monai.handlers.run_checkpoint import RunCheckpoint
 from lorkd_monai.handlers.task_metric import TaskMetric
-from lorkd_monai.handlers.teacher_export import TeacherExport
 from lorkd_monai.handlers.weight_average import WeightAverage
 
 __all__ = ["ExpertExport", "RunCheckpoint", "TaskMetric", "TeacherExport", "TerminalProgress", "WeightAverage"]

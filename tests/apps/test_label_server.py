@@ -24,7 +24,7 @@ from app_cases import EXPERTS, clean_environ, tool_environment, write_picture, w
 from PIL import Image
 
 from lorkd_monai.apps import write_label_app
-from lorkd_monai.apps.deploy.runtime.pool import ExpertPool
+from lorkd_monai.apps.deploy.runtime.shared_weights import ExpertPool
 
 pytestmark = pytest.mark.slow
 

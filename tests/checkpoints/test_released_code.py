@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import authors_shufflenet
 import pytest
 import torch
 from authors_shufflenet import AuthorsShuffleNet
@@ -20,6 +19,7 @@ from lorkd_monai.checkpoints.released_code import import_authors
 from lorkd_monai.checkpoints.weights import load_decomposition, save_weights
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
+from tests.checkpoints import authors_shufflenet
 from tests.networks.reference import assert_close
 
 RESNET = {

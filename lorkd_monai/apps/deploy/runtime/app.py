@@ -15,9 +15,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from lorkd_deploy.dicom_rules import RoutingError, read_rules  # noqa: E402
 from lorkd_deploy.operators import ExpertOperator, RouteOperator, WriteOperator  # noqa: E402
-from lorkd_deploy.pool import ExpertError, ExpertPool  # noqa: E402
-from lorkd_deploy.routing import RoutingError, read_rules  # noqa: E402
+from lorkd_deploy.shared_weights import ExpertError, ExpertPool  # noqa: E402
 from monai.deploy.conditions import CountCondition  # noqa: E402
 from monai.deploy.core import AppContext, Application  # noqa: E402
 from monai.deploy.operators import DICOMDataLoaderOperator  # noqa: E402

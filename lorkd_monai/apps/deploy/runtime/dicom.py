@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from .pool import ExpertError
-from .routing import TAGS
+from .dicom_rules import TAGS
+from .shared_weights import ExpertError
 
 __all__ = ["check_uid", "tags_of", "volume"]
 

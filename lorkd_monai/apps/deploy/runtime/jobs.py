@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .dicom import check_uid, tags_of
-from .routing import RoutingError, Rule, choose, no_rule
+from .dicom_rules import RoutingError, Rule, choose, no_rule
 
 __all__ = ["Job", "jobs_of_files", "jobs_of_series"]
 

@@ -21,9 +21,9 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 from .dicom import volume
+from .dicom_rules import RoutingError, Rule
 from .jobs import Job, jobs_of_files, jobs_of_series
-from .pool import Expert, ExpertError, ExpertPool
-from .routing import RoutingError, Rule
+from .shared_weights import Expert, ExpertError, ExpertPool
 
 __all__ = ["Answer", "ExpertOperator", "RouteOperator", "WriteOperator"]
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lorkd_monai.apps.deploy.initial_rules import dicom_modalities, routing_text
-from lorkd_monai.apps.deploy.runtime.routing import RoutingError, Rule, choose, no_rule, read_rules
+from lorkd_monai.apps.deploy.runtime.dicom_rules import RoutingError, Rule, choose, no_rule, read_rules
 from lorkd_monai.apps.expert_folders import ExpertFolder
 
 NAMES = ["spleen_segmentation", "liver_segmentation"]

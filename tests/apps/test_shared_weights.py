@@ -14,9 +14,9 @@ from app_cases import write_expert, write_volume
 from dicom_pictures import write_picture
 from PIL import Image
 
+from lorkd_monai.apps.deploy.runtime.dicom_rules import RoutingError, Rule
 from lorkd_monai.apps.deploy.runtime.jobs import jobs_of_files
-from lorkd_monai.apps.deploy.runtime.pool import ExpertError, ExpertPool
-from lorkd_monai.apps.deploy.runtime.routing import RoutingError, Rule
+from lorkd_monai.apps.deploy.runtime.shared_weights import ExpertError, ExpertPool
 from lorkd_monai.bundle import load_expert
 
 
