@@ -10,7 +10,7 @@ from typing import Any
 from monai.bundle import ConfigParser, ConfigWorkflow, ReferenceResolver
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, ID_SEP_KEY
 
-from lorkd_monai.arguments import as_path
+from lorkd_monai.checks import as_path
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["check_overrides"]

@@ -23,7 +23,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.strategies import LayerOp
 from lorkd_monai.networks.lorkd_net import LoRKDNet
 from lorkd_monai.networks.low_rank import LowRankLayer
-from lorkd_monai.networks.surgery import replace as decompose
+from lorkd_monai.networks.surgery import replace
 from lorkd_monai.networks.surgery.heads import find_heads
 
 __all__ = ["ImportReport", "import_authors"]
@@ -121,7 +121,7 @@ def import_authors(
             f"{', '.join(list(state)[:3]) or 'none'}"
         )
     classes = _classes(source, tasks)
-    plain, _ = decompose.build_backbone(backbone, max(classes.values()))
+    plain, _ = replace.build_backbone(backbone, max(classes.values()))
     heads = _heads(plain, head)
     target = _target_keys(plain, heads)
     places = rules.places(source.shared) if rules.place_keys else by_structure(source.shared, target)

@@ -13,10 +13,10 @@ from typing import Any
 
 import fire
 
-from lorkd_monai.arguments import as_names, as_path
+from lorkd_monai.checks import as_names, as_path
+from lorkd_monai.cli.printing import printed_log
 from lorkd_monai.cli.study import report, study
 from lorkd_monai.errors import LoRKDError, show_errors_plainly
-from lorkd_monai.printing import printed_log
 
 __all__ = ["COMMANDS", "main"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorkd_monai.arguments import as_names, as_path
+from lorkd_monai.checks import as_names, as_path
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["report", "study"]

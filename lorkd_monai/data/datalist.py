@@ -20,7 +20,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorkd_monai.data.checks import (
     SPLITS,
@@ -32,13 +32,15 @@ from lorkd_monai.data.checks import (
     read_origin,
     unique_keys,
 )
-from lorkd_monai.data.taken import remarks
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.tasks import TaskSpec, check_kind
 from lorkd_monai.transforms.loading import ImageFacts, ItemLoader, describe_image
 from lorkd_monai.transforms.preprocessing import measured_intensity, preprocessing
 
-__all__ = ["DataList", "load_data_list", "measure_spacing"]
+if TYPE_CHECKING:
+    from lorkd_monai.data.datalist import DataList
+
+__all__ = ["DataList", "counts_table", "load_data_list", "measure_spacing", "remarks"]
 
 _log = logging.getLogger(__name__)
 
@@ -305,3 +307,57 @@ def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims:
         licence=entry["licence"],
         authors=entry["authors"],
     )
+
+
+def counts_table(data: DataList) -> str:
+    """A Markdown table of the images: a row for each class of each task (segmentation: each task), a column a split.
+
+    Images without a label have a row of their own.
+    """
+    lines = ["| task | class | " + " | ".join(SPLITS) + " |", "|---|---|" + "---|" * len(SPLITS)]
+    for task, counts in _label_counts(data).items():
+        for label, row in counts.items():
+            cells = " | ".join(str(row[split]) for split in SPLITS)
+            lines.append(f"| {task} | {label} | {cells} |")
+    sums = " | ".join(str(len(data.split(split))) for split in SPLITS)
+    return "\n".join([*lines, f"| all | | {sums} |"])
+
+
+def remarks(data: DataList) -> list[str]:
+    """What a user should know of a list that can be used: classes nothing can be learnt of, splits without images."""
+    lines = []
+    for task, counts in _label_counts(data).items():
+        if data.kind == "classification":
+            missing = [name for name in data.tasks[task].labels.values() if not counts[name]["training"]]
+            if missing and "(no label)" not in counts:  # the teacher may show it the others
+                lines.append(
+                    f"task {task!r}: no training image of the class{'es' * (len(missing) > 1)} {', '.join(missing)}; "
+                    "its expert cannot learn to name what it never saw"
+                )
+    for split, one, whole in (
+        ("validation", "it does not count in the choice of the best epoch", "the weights of the last epoch are kept"),
+        ("test", "its expert is written without figures", "experts are written without figures"),
+    ):
+        present = {item["task"] for item in data.split(split)}
+        if not present:
+            lines.append(f"the list has no {split} images: {whole}")
+        else:
+            lines += [f"task {task!r} has no {split} images: {one}" for task in data.tasks if task not in present]
+    return lines
+
+
+def _label_counts(data: DataList) -> dict[str, dict[str, dict[str, int]]]:
+    """{task: {class: {split: images}}}; one class of no name for segmentation, "(no label)" where there are some."""
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for name, task in data.tasks.items():
+        classes = task.labels.values() if data.kind == "classification" else [""]
+        counts[name] = {label: dict.fromkeys(SPLITS, 0) for label in classes}
+    for split in SPLITS:
+        for item in data.split(split):
+            own, label = counts[item["task"]], item["label"]
+            if label is None:
+                row = own.setdefault("(no label)", dict.fromkeys(SPLITS, 0))
+            else:
+                row = own[data.tasks[item["task"]].labels[label] if data.kind == "classification" else ""]
+            row[split] += 1
+    return counts

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorkd_monai.arguments import as_path
+from lorkd_monai.checks import as_path
 from lorkd_monai.data.builders import Sources, finish, task_folders
 from lorkd_monai.data.checks import SPLITS
+from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
-from lorkd_monai.data.taken import Skipped
 from lorkd_monai.data.writing import refuse_existing
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.tasks import check_kind

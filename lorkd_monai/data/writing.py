@@ -7,8 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lorkd_monai.data.datalist import load_data_list
-from lorkd_monai.data.taken import counts_table
+from lorkd_monai.data.datalist import counts_table, load_data_list
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 

@@ -17,7 +17,6 @@ from lorkd_monai.bundle.writer import check_formats, refuse_foreign, write_teach
 from lorkd_monai.checkpoints.weights import load_weights
 from lorkd_monai.data import DataList
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.handlers.teacher_export import _log
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 
 __all__ = ["ExpertExport", "TeacherExport"]

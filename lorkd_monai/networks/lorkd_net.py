@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 from monai.data import MetaTensor
@@ -32,14 +31,11 @@ from lorkd_monai.networks.spec import (
     read_spec,
     write_spec,
 )
-from lorkd_monai.networks.surgery import replace as decompose
+from lorkd_monai.networks.surgery import replace
 from lorkd_monai.networks.surgery.heads import head_like
 from lorkd_monai.networks.surgery.outputs import fill_classes, first_rows, narrow_classes, select_rows, widen_classes
 from lorkd_monai.networks.task_banks import TaskBank, pooled_features, watch_heads
 from lorkd_monai.networks.trial import try_experts
-
-if TYPE_CHECKING:
-    from lorkd_monai.networks.lorkd_net import LoRKDNet
 
 __all__ = ["LoRKDNet", "cut_rank", "cut_ranks"]
 
@@ -106,11 +102,9 @@ class LoRKDNet(nn.Module):
         self._frozen = self._head_seen = self._tried = False
         self._serving: int | None = None
         self._verified: set[bool] = set()
-        self.backbone, self._config = decompose.build_backbone(backbone, max(self._num_classes.values()))
-        self._heads, self._built_classes = decompose.insert_heads(self.backbone, head, list(self._num_classes.values()))
-        self._norms = (
-            decompose.insert_norms(self.backbone, list(self._heads), len(self.tasks)) if norm == "task" else {}
-        )
+        self.backbone, self._config = replace.build_backbone(backbone, max(self._num_classes.values()))
+        self._heads, self._built_classes = replace.insert_heads(self.backbone, head, list(self._num_classes.values()))
+        self._norms = replace.insert_norms(self.backbone, list(self._heads), len(self.tasks)) if norm == "task" else {}
         self._layers: dict[str, LowRankLayer] = {}
         self._insert_experts()
         for module in self._routed().values():
@@ -119,7 +113,7 @@ class LoRKDNet(nn.Module):
 
     def _insert_experts(self) -> None:
         options = self._options
-        layers = decompose.expert_layers(self.backbone, list(self._heads), options["include"], options["exclude"])
+        layers = replace.expert_layers(self.backbone, list(self._heads), options["include"], options["exclude"])
         if not any(self._rank.values()):
             return
         if not layers:
@@ -132,7 +126,7 @@ class LoRKDNet(nn.Module):
             ranks = [layer_rank(self._rank[task], factor) for task in self.tasks]
             scales = [self.layer_scale(r) for r in ranks]
             wrapped = LowRankLayer(layer, ranks, scales, options["layout"], name, factor)
-            decompose.replace_module(self.backbone, layer, wrapped)
+            replace.replace_module(self.backbone, layer, wrapped)
             self._layers[name] = wrapped
 
     def layer_scale(self, rank: int) -> float:
@@ -210,7 +204,7 @@ class LoRKDNet(nn.Module):
         classes = self._num_classes[self.tasks[self.task_index(task)]]
         if self._config is None:
             return None
-        argument = decompose.class_argument(self._config)
+        argument = replace.class_argument(self._config)
         config = copy.deepcopy(self._config) | ({argument: classes} if argument else {})
         # Its weights come from here: none are to be downloaded.
         return config | {"pretrained": False} if config.get("pretrained") is True else config
@@ -358,7 +352,7 @@ class LoRKDNet(nn.Module):
         self._verified.add(self.training)
 
     def __deepcopy__(self, memo: dict) -> LoRKDNet:
-        memo.update(decompose.detached(self.backbone))
+        memo.update(replace.detached(self.backbone))
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(self.__dict__, memo))
         return new
@@ -396,7 +390,7 @@ class LoRKDNet(nn.Module):
     def _plain(self, task: int, memo: dict, rank: int | None = None) -> nn.Module:
         replaced = {id(m): m.plain(task, memo) for m in (*self._norms.values(), *self._heads.values())}
         replaced |= {id(m): m.plain(task, memo, rank) for m in self._layers.values()}
-        plain = copy.deepcopy(self.backbone, {**decompose.detached(self.backbone), **memo, **replaced})
+        plain = copy.deepcopy(self.backbone, {**replace.detached(self.backbone), **memo, **replaced})
         for attribute in ("out_channels", "num_classes"):
             if getattr(plain, attribute, None) == self._built_classes:
                 setattr(plain, attribute, self._num_classes[self.tasks[task]])

@@ -1,20 +1,20 @@
-"""Serving one task at the price of a plain network."""
+"""The plain network of one task, kept as long as the weights stay what they are: serving at its price.
+
+``net`` is a :class:`~lorkd_monai.networks.LoRKDNet`, which makes one of these for itself.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lorkd_monai.networks.eks import costs as dispatch
+from lorkd_monai.networks.eks import costs
 from lorkd_monai.networks.surgery.outputs import widen_classes
-
-if TYPE_CHECKING:
-    from lorkd_monai.networks.lorkd_net import LoRKDNet
 
 __all__ = ["PlainView"]
 
@@ -39,14 +39,14 @@ class PlainView:
     other.
     """
 
-    def __init__(self, net: LoRKDNet) -> None:
+    def __init__(self, net: nn.Module) -> None:
         self._net = net
         self._kept: _Kept | None = None
 
     def usable(self) -> bool:
         """True where a call may go through the view: evaluation mode, no gradients, nothing forced, not compiling."""
         differs = self._net.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return not differs and dispatch.wanted() == "auto"
+        return not differs and costs.wanted() == "auto"
 
     def keeps(self, task: int) -> bool:
         """True where the network of ``task`` is there already."""

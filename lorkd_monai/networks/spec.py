@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.strategies import LAYOUTS
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "SPEC_KEY",

@@ -19,7 +19,7 @@ from lorkd_monai.data import load_data_list
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.surgery import replace as decompose
+from lorkd_monai.networks.surgery import replace
 
 __all__ = ["import_file", "read_backbone", "read_config"]
 
@@ -118,7 +118,7 @@ def _info(
         return None
     if kind is None or image_size is None:
         raise LoRKDError("dataset_dir: give kind (classification or segmentation) and image_size with it")
-    network, _ = decompose.build_backbone(config, 2)
+    network, _ = replace.build_backbone(config, 2)
     first = next((m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     if first is None:
         raise LoRKDError(f"dataset_dir: {config['_target_']} has no convolution that says what images it takes")

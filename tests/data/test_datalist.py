@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lorkd_monai.data import load_data_list
-from lorkd_monai.data.taken import counts_table
+from lorkd_monai.data.datalist import counts_table
 from lorkd_monai.errors import LoRKDError
 
 LABELS = {"0": "healthy", "1": "ill"}

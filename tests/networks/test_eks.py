@@ -11,12 +11,12 @@ from torch import nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LowRankLayer, route
-from lorkd_monai.networks.eks import costs as dispatch
+from lorkd_monai.networks.eks import costs
 from lorkd_monai.networks.eks.factors import BranchFilters
 from lorkd_monai.networks.eks.strategies import delta_weight, eks_strategy, factor_shapes
 from tests.networks.reference import assert_close, reference
 
-STRATEGIES = (*dispatch.STRATEGIES, "auto")
+STRATEGIES = (*costs.STRATEGIES, "auto")
 
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (4, 11)),
@@ -93,7 +93,7 @@ def test_every_strategy_equals_the_loop_over_samples(name, routing):
 @pytest.mark.parametrize("form", ["split", "group", "unfold"])
 @pytest.mark.parametrize("name", [n for n in LAYERS if n.startswith("conv2d")])
 def test_every_form_of_the_factored_branch(monkeypatch, name, form):
-    monkeypatch.setattr(dispatch, "branch_form", lambda s: form if form != "unfold" or s.unfolded else "split")
+    monkeypatch.setattr(costs, "branch_form", lambda s: form if form != "unfold" or s.unfolded else "split")
     task = [0, 0, 2, 3, 3, 3]
     for layout in ("lorkd", "conv"):
         layer = made(name, layout)
@@ -123,7 +123,7 @@ def test_float32(strategy):
             assert_close(grad, other, what=key)
 
 
-@pytest.mark.parametrize("strategy", dispatch.STRATEGIES)
+@pytest.mark.parametrize("strategy", costs.STRATEGIES)
 @pytest.mark.parametrize("task", [[1, 0, 1], [0, 1, 0, 1]])
 def test_gradients_of_gradients(strategy, task):
     layer = made("conv2d", ranks=(1, 1, 1, 1))
@@ -144,7 +144,7 @@ def test_gradients_of_gradients(strategy, task):
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("strategy", dispatch.STRATEGIES)
+@pytest.mark.parametrize("strategy", costs.STRATEGIES)
 @pytest.mark.parametrize("frozen", ["layer", "lora_A", "lora_B", "x"])
 def test_frozen_parts_get_no_gradient_and_the_others_the_right_one(strategy, frozen):
     task = [0, 1, 1]
@@ -166,7 +166,7 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_right_one(strategy, fro
             assert_close(fast, expected)
 
 
-@pytest.mark.parametrize("strategy", dispatch.STRATEGIES)
+@pytest.mark.parametrize("strategy", costs.STRATEGIES)
 @pytest.mark.parametrize("name", ["conv2d", "conv2d-strided", "conv3d"])
 @pytest.mark.parametrize("task", [[0, 0, 2, 2], [0, 2, 0, 2]])
 def test_channels_last_is_kept(strategy, name, task):
@@ -185,7 +185,7 @@ def test_output_size_of_a_transposed_convolution():
     task = [1, 0, 1]
     layer = made("transposed3d")
     x = torch.randn(3, 4, 3, 3, 4, dtype=torch.float64)
-    for strategy in dispatch.STRATEGIES:
+    for strategy in costs.STRATEGIES:
         with eks_strategy(strategy), route(task):
             assert_close(layer(x, output_size=[6, 6, 8]), slow(layer, x, task, output_size=[6, 6, 8]))
 
@@ -193,7 +193,7 @@ def test_output_size_of_a_transposed_convolution():
 def test_no_merged_weight_is_kept_for_the_backward_pass():
     layer = LowRankLayer(nn.Conv2d(64, 64, 3, padding=1), [2] * 4)
     x = torch.randn(4, 64, 4, 4, requires_grad=True)
-    for strategy in dispatch.STRATEGIES:
+    for strategy in costs.STRATEGIES:
         kept = []
         with (
             torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t),
@@ -208,13 +208,13 @@ def test_no_merged_weight_is_kept_for_the_backward_pass():
 
 def test_strategy_is_forced_by_context_or_environment(monkeypatch):
     monkeypatch.setenv("LORKD_EKS", "group")
-    assert dispatch.wanted() == "group"
+    assert costs.wanted() == "group"
     with eks_strategy("split"):
-        assert dispatch.wanted() == "split"
-    assert dispatch.wanted() == "group"
+        assert costs.wanted() == "split"
+    assert costs.wanted() == "group"
     monkeypatch.setenv("LORKD_EKS", "fast")
     with pytest.raises(LoRKDError, match=r"must be one of split, group, factored, auto, got 'fast'"):
-        dispatch.wanted()
+        costs.wanted()
 
 
 def test_unknown_strategy_is_refused():
@@ -224,20 +224,20 @@ def test_unknown_strategy_is_refused():
 
 def test_default_choice_depends_on_shapes_and_routing_alone():
     size = 512 * 512 * 9
-    base = dispatch.Situation("cpu", (4,) * 8, 16, size, 2 * 32 * 512 * 16, 36 * 512 * 9, 512)
-    assert dispatch.choose(base) == "factored"  # large weights, small maps
+    base = costs.Situation("cpu", (4,) * 8, 16, size, 2 * 32 * 512 * 16, 36 * 512 * 9, 512)
+    assert costs.choose(base) == "factored"  # large weights, small maps
     thin = base._replace(positions=4096, weight=16 * 3 * 49, branch=0, channels=3, moved=19 * 32 * 4096)
-    assert dispatch.choose(thin) == "split"
+    assert costs.choose(thin) == "split"
     narrow = base._replace(sizes=(1,) * 4, positions=24**3, weight=16 * 16 * 27, branch=36 * 16 * 27, channels=16)
-    assert dispatch.choose(narrow._replace(moved=32 * 4 * 24**3, slow="plain")) == "group"
+    assert costs.choose(narrow._replace(moved=32 * 4 * 24**3, slow="plain")) == "group"
 
 
 def test_grouping_is_cheaper_where_a_batch_lies_in_rounds():
     moved = 2 * 32 * 64 * 32**2
-    rounds = dispatch.Situation("cpu", (4,) * 8, 32**2, 64 * 64 * 9, moved, 36 * 64 * 9, 64, rounds=4)
-    assert rounds.in_place and dispatch.choose(rounds) == "group"
+    rounds = costs.Situation("cpu", (4,) * 8, 32**2, 64 * 64 * 9, moved, 36 * 64 * 9, 64, rounds=4)
+    assert rounds.in_place and costs.choose(rounds) == "group"
     sorted_ = rounds._replace(rounds=1)
-    assert not sorted_.in_place and dispatch.choose(sorted_) == "split"
+    assert not sorted_.in_place and costs.choose(sorted_) == "split"
 
 
 @pytest.mark.parametrize("multiple", [1, 16])
@@ -264,12 +264,12 @@ def test_branch_filters_are_the_first_half_of_the_delta(multiple, ranks):
 
 def test_slow_kernel_of_one_3d_sample():
     sample = ((4, 16, 24, 24, 24), (3, 3, 3), 1)
-    assert dispatch.left_to_slow_kernel("cpu", *sample)
-    assert not dispatch.left_to_slow_kernel("cuda", *sample)
-    assert not dispatch.left_to_slow_kernel("cpu", (4, 64, 24, 24, 24), *sample[1:])
-    situation = dispatch.Situation("cpu", (1, 3), 24**3, 16 * 16 * 27, 10**6, 0, 16, slow="plain")
+    assert costs.left_to_slow_kernel("cpu", *sample)
+    assert not costs.left_to_slow_kernel("cuda", *sample)
+    assert not costs.left_to_slow_kernel("cpu", (4, 64, 24, 24, 24), *sample[1:])
+    situation = costs.Situation("cpu", (1, 3), 24**3, 16 * 16 * 27, 10**6, 0, 16, slow="plain")
     larger = situation._replace(sizes=(2, 2))
-    assert dispatch.costs(situation)["split"] > 2 * dispatch.costs(larger)["split"]
+    assert costs.costs(situation)["split"] > 2 * costs.costs(larger)["split"]
 
 
 def test_absent_experts_cost_nothing():

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, LowRankLayer, route
-from lorkd_monai.networks.eks import costs as dispatch
+from lorkd_monai.networks.eks import costs
 from lorkd_monai.networks.eks.strategies import eks_strategy
 from tests.networks.reference import assert_close
 
@@ -141,7 +141,7 @@ LOW_PRECISION = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16]
 
 
 @LOW_PRECISION
-@pytest.mark.parametrize("strategy", [*dispatch.STRATEGIES, "auto"])
+@pytest.mark.parametrize("strategy", [*costs.STRATEGIES, "auto"])
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, padding=1), nn.Linear(6, 5)], ids=["conv", "linear"])
 def test_autocast(layer, strategy, dtype):
     wrapped = LowRankLayer(copy.deepcopy(layer), [2, 2, 2])

@@ -24,7 +24,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from lorkd_monai.networks.eks import costs as dispatch
+from lorkd_monai.networks.eks import costs
 from lorkd_monai.networks.eks.costs import eks_strategy
 from lorkd_monai.networks.eks.factors import LAYOUTS, BranchFilters, FusedWeights, delta_weight, factor_shapes, fuse
 from lorkd_monai.networks.eks.layer_maps import ConvMap, LayerOp, LinearMap
@@ -61,7 +61,7 @@ def eks(
         routing: the task of each row; any order.
         kwargs: further arguments of the layer (``output_size`` of transposed convolutions).
     """
-    forced = dispatch.wanted() == "factored" and op.batched(x)
+    forced = costs.wanted() == "factored" and op.batched(x)
     if routing.uniform is not None and not forced and (not torch.is_grad_enabled() or not op.batched(x)):
         t = routing.uniform
         return op(x, fuse(weight, factors_a[t], factors_b[t], scales[t]), bias, **kwargs)
@@ -113,10 +113,10 @@ class _Call:
 
     def strategy(self) -> str:
         """The strategy to take: forced or chosen."""
-        wanted = dispatch.wanted()
+        wanted = costs.wanted()
         if len(self.spans) == 1 and wanted != "factored":
             return "split"  # merged once: nothing to gain
-        return dispatch.choose(self._situation) if wanted == "auto" else wanted
+        return costs.choose(self._situation) if wanted == "auto" else wanted
 
     @property
     def _can_factor(self) -> bool:
@@ -132,7 +132,7 @@ class _Call:
         return max(a.shape[0] for a in self.a)
 
     @cached_property
-    def _situation(self) -> dispatch.Situation:
+    def _situation(self) -> costs.Situation:
         sizes = tuple((stop - start) * self.rounds for start, stop in self.spans)
         branch_rows = self._rows * self._blocks if self._can_factor else 0
         return _situation(
@@ -141,7 +141,7 @@ class _Call:
 
     def _factored(self) -> Tensor:
         x, dtype, channels_last = self.x, self.x.dtype, isinstance(self.map, LinearMap)
-        form = dispatch.branch_form(self._situation)
+        form = costs.branch_form(self._situation)
         multiple = _GROUP_MULTIPLE if form == "group" and not channels_last else 1
         filters = BranchFilters(tuple(self.weight.shape), self._blocks, self._rows, dtype, multiple)
         owner = owners(self.spans, self.rounds)
@@ -179,7 +179,7 @@ def _situation(
     sizes: tuple[int, ...],
     rounds: int,
     branch_rows: int,
-) -> dispatch.Situation:
+) -> costs.Situation:
     """What the choice of a strategy depends on.
 
     Args:
@@ -206,6 +206,6 @@ def _situation(
         channels = min(weight[0] // layer_map.groups, weight[1])
         if len(kernel) == 2 and branch_rows:
             unfolded = shape[0] * positions * numbers // weight[0]
-        if dispatch.left_to_slow_kernel(device, shape, kernel, layer_map.groups):
+        if costs.left_to_slow_kernel(device, shape, kernel, layer_map.groups):
             slow = "strided" if stride > 1 or layer_map.transposed else "plain"
-    return dispatch.Situation(device, sizes, positions, numbers, moved, branch, channels, unfolded, slow, rounds)
+    return costs.Situation(device, sizes, positions, numbers, moved, branch, channels, unfolded, slow, rounds)
