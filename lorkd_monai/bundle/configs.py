@@ -9,6 +9,7 @@ from typing import Any
 from lorkd_monai.bundle.inert import check_task_name
 from lorkd_monai.bundle.listed import LISTED, OTHER_CLASSES, STEMS, augment_steps, no_items, or_arrays
 from lorkd_monai.transforms.dicom import IS_DICOM, SERIES_FAULT
+from lorkd_monai.transforms.loading import SUFFIXES
 
 __all__ = ["LOGGING", "evaluate_config", "inference_config", "multi_gpu_config", "train_config"]
 
@@ -35,10 +36,6 @@ args=(sys.stdout,)
 format=%(asctime)s - %(name)s - %(levelname)s - %(message)s
 """
 
-_SUFFIXES = {
-    2: [".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"],
-    3: [".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"],
-}
 _DEVICE = "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')"
 _NO_IMAGES = (
     "$@images or sys.exit('error: no image in ' + repr(str(@dataset_dir)) + ': expected --dataset_dir to be an image "
@@ -214,7 +211,7 @@ def inference_config(
         "output_dir": "$str(@bundle_root) + '/eval'",
         "overwrite": False,
         "ckpt_path": "$str(@bundle_root) + '/models/model.pt'",
-        "suffixes": _SUFFIXES[spatial_dims],
+        "suffixes": list(SUFFIXES[spatial_dims]),
         "is_dicom": f"${IS_DICOM}",
         "images": _IMAGES[spatial_dims],
         "paths": "$[str(pathlib.Path(monai.utils.ensure_tuple(image)[0]).expanduser()) for image in @images]",

@@ -408,15 +408,14 @@ def _json(value: Any) -> str:
 
 
 def _data_commands() -> dict[str, Any]:
-    from lorkd_monai.data import builders
-    from lorkd_monai.data import decathlon as segmentation_folders
+    from lorkd_monai.data import builders, decathlon
 
     return {
         "folders": builders.from_class_folders,
         "medmnist": builders.from_medmnist,
         "fetch_medmnist": builders.fetch_medmnist,
         "fetch_mednist": builders.fetch_mednist,
-        "segmentation": segmentation_folders.from_segmentation_folders,
+        "segmentation": decathlon.from_segmentation_folders,
         "combine": builders.combine,
     }
 

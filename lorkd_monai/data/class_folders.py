@@ -12,13 +12,10 @@ from lorkd_monai.data.checks import SPLITS
 from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.dicom import is_dicom, is_series
+from lorkd_monai.transforms.loading import SUFFIXES
 
-__all__ = ["SUFFIXES", "ClassImage", "class_images", "holds_tasks", "visible_folders"]
+__all__ = ["ClassImage", "class_images", "holds_tasks", "visible_folders"]
 
-SUFFIXES = {
-    2: (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"),
-    3: (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd"),
-}
 _SPLIT_FOLDERS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 _MASK_FOLDERS = {"mask", "masks", "label", "labels", "seg", "segmentation", "segmentations", "annotations"}
 _IMAGE_FOLDERS = {"image", "images", "img", "imgs", "data", *_MASK_FOLDERS}

@@ -1,0 +1,1 @@
+"""Many experts behind one call."""

@@ -1,6 +1,5 @@
 """What MONAI's transforms lack, and the stock configs that training and expert bundles share."""
 
-from lorkd_monai.teachers.views import augment_together, fixed_view
 from lorkd_monai.transforms.augment import BatchAugment
 from lorkd_monai.transforms.loading import ImageFacts, ItemLoader, describe_image, wrap_array
 from lorkd_monai.transforms.preprocessing import (
@@ -11,6 +10,7 @@ from lorkd_monai.transforms.preprocessing import (
     preprocessing,
     saving_handlers,
 )
+from lorkd_monai.transforms.views import augment_together, fixed_view
 
 __all__ = [
     "CT_WINDOW",

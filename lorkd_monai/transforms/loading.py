@@ -23,9 +23,13 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.dicom import is_dicom, series_fault
 from lorkd_monai.transforms.gate import affine_fault, refusal
 
-__all__ = ["ImageFacts", "ItemLoader", "describe_image", "wrap_array"]
+__all__ = ["SUFFIXES", "ImageFacts", "ItemLoader", "describe_image", "wrap_array"]
 
-_PIL_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
+SUFFIXES = {
+    2: (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"),
+    3: (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"),
+}
+"""Suffixes of files that are taken for images, by spatial dimensions; DICOM files are recognised by `is_dicom`."""
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")
 
 
@@ -94,7 +98,7 @@ def describe_image(path: str | Sequence[str]) -> ImageFacts:
         return dataclasses.replace(facts, channels=len(path))
     _check_series(path)
     try:
-        if path.lower().endswith(_PIL_SUFFIXES):
+        if path.lower().endswith(SUFFIXES[2]):
             return _describe_pil(path)
         if path.lower().endswith(_NIFTI_SUFFIXES):
             return _describe_nifti(path)

@@ -1,0 +1,1 @@
+"""The operation of a layer on a batch of mixed tasks."""

@@ -1,0 +1,1 @@
+"""Taking a backbone apart and putting it together."""
