@@ -5,6 +5,19 @@ import sys
 
 import pytest
 
+import lorkd_monai.bundle
+import lorkd_monai.engines
+import lorkd_monai.serving.task_inference
+import lorkd_monai.workflows.adding
+
+
+def test_copies_of_earlier_training_bundles_find_what_they_call():
+    assert lorkd_monai.bundle.TaskInference is lorkd_monai.serving.task_inference.TaskInference
+    for name in ("added_tasks", "network_with_new_tasks", "new_tasks_of", "trained_info", "what_is_added"):
+        assert getattr(lorkd_monai.engines, name) is getattr(lorkd_monai.workflows.adding, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lorkd_monai.engines.nothing
+
 
 @pytest.mark.parametrize(
     ("old", "new", "name"),

@@ -1,16 +1,16 @@
 """Expert bundles: writing, checking, measuring and sharing them."""
 
+import importlib
+
 from lorkd_monai.bundle.check.checker import Problem, check_bundle, check_origin
 from lorkd_monai.bundle.export import export_experts, network_info
 from lorkd_monai.bundle.formats import measure
 from lorkd_monai.bundle.overrides import check_overrides
 from lorkd_monai.bundle.pack import load_expert, pack_bundle, push_bundle
 from lorkd_monai.bundle.writer import expert_name, write_expert_bundle, write_teacher_bundle
-from lorkd_monai.serving.task_inference import TaskInference
 
 __all__ = [
     "Problem",
-    "TaskInference",
     "check_bundle",
     "check_origin",
     "check_overrides",
@@ -24,3 +24,9 @@ __all__ = [
     "write_expert_bundle",
     "write_teacher_bundle",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "TaskInference":  # copies of the training bundles of an earlier version call it by this room
+        return getattr(importlib.import_module("lorkd_monai.serving.task_inference"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

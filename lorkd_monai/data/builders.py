@@ -20,12 +20,13 @@ import yaml
 
 from lorkd_monai.checks import as_path
 from lorkd_monai.data.checks import NPZ_ARRAYS, SPLITS, Problems, check_task_name, read_origin
-from lorkd_monai.data.class_folders import SUFFIXES, ClassImage, class_images, holds_tasks, visible_folders
+from lorkd_monai.data.class_folders import ClassImage, class_images, holds_tasks, visible_folders
 from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
 from lorkd_monai.data.writing import refuse_existing, write_data_list
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.tasks import check_kind
+from lorkd_monai.transforms.loading import SUFFIXES
 
 __all__ = ["combine", "fetch_mednist", "fetch_medmnist", "from_class_folders", "from_medmnist"]
 

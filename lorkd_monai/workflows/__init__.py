@@ -1,1 +1,1 @@
-"""What is done with a trained decomposition: tasks added, ranks compared, norms estimated anew, checkpoints taken over."""
+"""What is done with a trained decomposition: tasks added, ranks compared, norms estimated anew, files taken over."""
