@@ -70,6 +70,7 @@ class ExpertPool:
         self._requests: queue.Queue[tuple[Tensor, int, Future] | None] = queue.Queue(max_waiting)
         self._lock = threading.Lock()
         self._between = threading.Lock()  # held while the network runs, and while its experts change
+        self._changing = threading.Lock()  # one change at a time: a file is checked against experts that stand still
         self._repeated: tuple[int, int] = (-1, 0)  # a task, and how many passes in a row were of it alone
         self._closed = False
         self._worker = threading.Thread(target=self._serve, name="ExpertPool", daemon=True)
@@ -148,12 +149,15 @@ class ExpertPool:
         return self._put(file, served=False)
 
     def _put(self, file: str | os.PathLike, served: bool) -> str:
-        expert = read_expert(self.net, file)
-        with self._between:
-            if (expert.task in self.net.tasks) != served:
-                known, other = ("not served", "add") if served else ("served already", "exchange")
-                raise LoRKDError(f"{file} holds the expert of task {expert.task!r}, which is {known} here: {other} it")
-            expert.put_into(self.net)
+        with self._changing:
+            expert = read_expert(self.net, file)
+            with self._between:
+                if (expert.task in self.net.tasks) != served:
+                    known, other = ("not served", "add") if served else ("served already", "exchange")
+                    raise LoRKDError(
+                        f"{file} holds the expert of task {expert.task!r}, which is {known} here: {other} it"
+                    )
+                expert.put_into(self.net)
         return expert.task
 
     def close(self) -> None:

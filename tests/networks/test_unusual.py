@@ -419,6 +419,20 @@ def test_every_number_of_classes_is_tried():
         net(X, "a")
 
 
+class FixedAndNoClasses(Net):
+    """As MONAI's GlobalNet: the head's numbers are a matrix, and what is returned holds none of them."""
+
+    def forward(self, x):
+        return x.flatten(2)[:, :, :2] @ super().forward(x).view(len(x), 2, 2)
+
+
+@pytest.mark.parametrize("tasks", [{"a": 3, "b": 2}, {"a": 3, "b": 3}, {"a": 6, "b": 4}])
+def test_a_network_whose_head_gives_no_classes_is_refused(tasks):
+    for task in (0, [0, 1, 1, 0]):
+        with pytest.raises(LoRKDError, match="could not run: FixedAndNoClasses fixes its 4 outputs outside its head"):
+            LoRKDNet(FixedAndNoClasses(), tasks, head="fc")(X, task)
+
+
 @pytest.mark.parametrize(
     "after",
     [lambda y: y - y.mean(1, keepdim=True), lambda y: nn.functional.normalize(y, dim=1), lambda y: y.flip(1)],

@@ -3,6 +3,7 @@
 import copy
 import os
 import statistics
+import sys
 import threading
 import time
 from pathlib import Path
@@ -152,6 +153,34 @@ def test_experts_are_exchanged_and_added_under_load_without_a_wrong_answer(tmp_p
         client_thread.join()
     assert not wrong and asked[0] > 20
     assert {("a", 0), ("a", 1), ("b", 0), ("b", 1)} <= seen
+
+
+def test_several_callers_change_experts_at_once(tmp_path):
+    names = [f"t{i}" for i in range(8)]
+    save_pack(decomposition(tasks=dict.fromkeys(names, 2)), tmp_path)
+    files = {t: tmp_path / f"expert_{t}.safetensors" for t in names}
+    interval, refused = sys.getswitchinterval(), []
+
+    def change(call, tasks):
+        for task in tasks:
+            try:
+                call(files[task])
+            except LoRKDError as e:
+                refused.append(str(e))
+
+    with ExpertPool(load_pack(tmp_path, tasks=names[:3])) as pool:
+        callers = [threading.Thread(target=change, args=(pool.exchange, [t] * 25)) for t in names[:3]]
+        callers.append(threading.Thread(target=change, args=(pool.add, names[3:])))
+        sys.setswitchinterval(1e-5)
+        try:
+            for caller in callers:
+                caller.start()
+            for caller in callers:
+                caller.join()
+        finally:
+            sys.setswitchinterval(interval)
+        assert not refused
+        assert sorted(pool.tasks) == names
 
 
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
