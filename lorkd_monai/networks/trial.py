@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.networks.routing.folding import buffers_kept
 from lorkd_monai.networks.routing.table import route
 from lorkd_monai.networks.surgery.heads import head_like
 from lorkd_monai.networks.surgery.outputs import first_rows, first_tensor, map_classes, narrow_classes
@@ -69,7 +70,8 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
     for module in training:
         module.training = False
     try:
-        yield
+        with buffers_kept(network):
+            yield
     finally:
         for module in training:
             module.training = True

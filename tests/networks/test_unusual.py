@@ -465,6 +465,32 @@ def test_the_trial_leaves_no_trace():
     assert torch.equal(first, net(X, [0, 1, 0, 1]))
 
 
+@pytest.mark.parametrize("task", ["b", [0, 1, 0, 1]])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_trial_leaves_the_networks_own_buffers(task, training):
+    class Remembers(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+            self.register_buffer("seen", torch.zeros(2, 6, 6))
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen.copy_(x.detach().mean(0))
+            return super().forward(x)
+
+    net = LoRKDNet(Remembers(), {"a": 4, "b": 2}, head="fc").train(training)
+    net(X, task)
+    assert net.backbone.calls == 1
+    assert_close(net.backbone.seen, X.mean(0))
+    refused = LoRKDNet(FixedOutputs(lambda y: y.reshape(-1, 4)), {"a": 4, "b": 2}).train(training)
+    refused.backbone.register_buffer("calls", torch.zeros(()))
+    refused.backbone.after = lambda y: refused.backbone.calls.add_(1) * y.reshape(-1, 4)
+    with pytest.raises(LoRKDError, match="could not run"):
+        refused(X, task)
+    assert refused.backbone.calls == 0
+
+
 # ---------------------------------------------------------------------- what networks return
 
 

@@ -21,7 +21,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.routing.module import RoutedModule
 from lorkd_monai.networks.routing.table import watch_inputs
 
-__all__ = ["find_folding"]
+__all__ = ["buffers_kept", "find_folding"]
 
 # An untouched row counts as moved only beyond this multiple of what two equal passes differ by (mostly nothing at all).
 _NOISE_MARGIN = 8
@@ -91,14 +91,23 @@ def _noise_like(sample: Tensor) -> Tensor:
 def _untouched(network: nn.Module) -> Iterator[None]:
     """Norms in evaluation mode, since batch statistics would mix the samples; afterwards all buffers as before."""
     norms = [m for m in network.modules() if getattr(m, "track_running_stats", False) and m.training]
-    before = [(b, b._version, b.clone()) for b in network.buffers() if not b.is_inference()]
     for norm in norms:
         norm.training = False
     try:
-        yield
+        with buffers_kept(network):
+            yield
     finally:
         for norm in norms:
             norm.training = True
+
+
+@contextmanager
+def buffers_kept(network: nn.Module) -> Iterator[None]:
+    """After the block, all buffers are as before: some networks count their calls, or keep what they saw."""
+    before = [(b, b._version, b.clone()) for b in network.buffers() if not b.is_inference()]
+    try:
+        yield
+    finally:
         for buffer, version, value in before:
             if buffer._version != version:
                 buffer.copy_(value)
