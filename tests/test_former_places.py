@@ -1,4 +1,4 @@
-"""Names that README and docs gave before the package was arranged anew; they go with version 0.2."""
+"""Names that README, docs and scripts used before the package was arranged anew; they go with version 0.2."""
 
 import importlib
 import sys
@@ -27,6 +27,8 @@ def test_copies_of_earlier_training_bundles_find_what_they_call():
         ("networks.functional", "networks.eks.strategies", "eks_strategy"),
         ("networks.checkpoint", "checkpoints.weights", "load_decomposition"),
         ("networks.teacher", "teachers.teacher", "Teacher"),
+        ("networks.teacher_bundle", "teachers.bundle", "load_teacher"),
+        ("networks.authors", "checkpoints.released_code", "import_authors"),
     ],
 )
 def test_a_former_place_hands_the_names_on_and_says_so(old, new, name):
