@@ -60,3 +60,11 @@ def test_files_are_as_readable_as_other_new_files(tmp_path):
     with atomic_file(tmp_path / "model.safetensors") as temporary:
         save_file({"w": torch.zeros(2)}, temporary)
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_lock_that_a_killed_process_left_alone_goes_too(tmp_path):
+    """The process was killed between moving the file into place and deleting the lock beside it."""
+    (tmp_path / ".last.pt.123-0a1b2c3d.tmp.lock").touch()
+    (tmp_path / ".other.pt.123-0a1b2c3d.tmp.lock").touch()
+    remove_leftovers(tmp_path / "last.pt")
+    assert [path.name for path in tmp_path.iterdir()] == [".other.pt.123-0a1b2c3d.tmp.lock"]

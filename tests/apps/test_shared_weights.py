@@ -122,7 +122,7 @@ def test_a_dicom_picture_is_read_as_training_reads_it(experts: Path, tmp_path: P
             given, expert.predict(network, expert.load(tmp_path / "image.png")), atol=1e-3, rtol=0
         )
         frames = write_picture(tmp_path / "frames", np.stack([shown] * 3), NumberOfFrames=3)
-        with pytest.raises(ExpertError, match="frames: refused: .*frames holds several frames"):
+        with pytest.raises(ExpertError, match="frames holds several frames, expected one"):
             expert.load_dicom(frames)
 
 

@@ -12,7 +12,7 @@ from lorkd_monai.bundle.writer import bundle_folder
 
 __all__ = ["write_deploy_app"]
 
-_MODULES = ("__init__", "dicom", "jobs", "operators", "pool", "routing")
+_MODULES = ("__init__", "dicom", "dicom_rules", "jobs", "operators", "shared_weights")
 _REQUIREMENTS = """\
 torch=={torch}
 monai=={monai}
