@@ -1,9 +1,10 @@
-"""The four training bundles are of one shape: what differs between their configs stands here."""
+"""The four training bundles: made from one template, with the properties that MONAI expects."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,66 +25,69 @@ from lorkd_monai.data import make_phantoms
 from lorkd_monai.engines import settings
 from lorkd_monai.errors import find_lorkd_error
 
-SAME_FILES = ("LICENSE", "configs/logging.conf", "configs/evaluate.yaml", "configs/multi_gpu_train.yaml",
-              "configs/add.yaml")  # fmt: skip
-# What may differ from kind to kind in train.yaml, by the beginning of its id.
-DIFFERING = (
-    "backbone", "teacher_backbone", "image_size", "in_channels", "batch_size", "max_epochs", "pretrain_epochs",
-    "val_interval", "learning_rate", "rank", "rank_pattern", "flip_axes", "rotate", "norm", "weight_decay",
-    "temperature", "data_list",
-    "train#dataset", "train#augment", "validate#dataset", "validate#dataloader", "validate#inferer",
-    "validate#metric#kind", "validate#key_metric", "evaluate#dataset", "evaluate#dataloader",
-    "pretrain#loss",
-)  # fmt: skip
-# Keys that some kinds have and others have no use for.
-EXTRA_KEYS = {"3d_segmentation": {"cache_dir"}}
-
 
 def config_of(kind: str, name: str = "train.yaml") -> dict:
     return yaml.safe_load((BUNDLES / f"lorkd_{kind}" / "configs" / name).read_text())
 
 
-def flat(config: object, prefix: str = "") -> dict[str, object]:
-    """Ids with their values."""
-    if isinstance(config, dict):
-        items = config.items()
-    elif isinstance(config, list):
-        items = enumerate(config)
-    else:
-        return {prefix: config}
-    return {k: v for key, value in items for k, v in flat(value, f"{prefix}#{key}" if prefix else str(key)).items()}
+def make_bundles(root: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(root / "scripts" / "make_bundles.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-def same_part(kind: str) -> dict[str, object]:
-    own = {k: v for k, v in flat(config_of(kind)).items() if k.split("#")[0] not in EXTRA_KEYS.get(kind, ())}
-    return {
-        key: value
-        for key, value in own.items()
-        if not any(key == start or key.startswith(f"{start}#") for start in DIFFERING)
-    }
+def test_bundles_are_up_to_date(repository):
+    done = make_bundles(repository, "--check")
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_train_configs_are_of_one_shape(kind):
-    first, other = config_of(KINDS[0]), config_of(kind)
-    assert [key for key in other if key not in EXTRA_KEYS.get(kind, ())] == list(first)
-    for section in ("train", "validate", "evaluate", "pretrain"):
-        assert list(other[section]) == list(first[section])
-    assert same_part(kind) == same_part(KINDS[0])
+@pytest.fixture
+def copied(repository, tmp_path):
+    """A copy of the bundles and of what makes them."""
+    shutil.copytree(repository / "bundles", tmp_path / "bundles", ignore=shutil.ignore_patterns("output", "data"))
+    shutil.copytree(repository / "scripts", tmp_path / "scripts")
+    shutil.copy(repository / "LICENSE", tmp_path)
+    return tmp_path
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
-@pytest.mark.parametrize("name", SAME_FILES)
-def test_files_that_are_the_same(name, kind):
-    assert (BUNDLES / f"lorkd_{kind}" / name).read_bytes() == (BUNDLES / f"lorkd_{KINDS[0]}" / name).read_bytes()
+def test_what_is_not_up_to_date_is_named_and_made_again(copied):
+    bundle = copied / "bundles" / "lorkd_3d_segmentation"
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    changed, lost = bundle / "configs" / "train.yaml", bundle / "configs" / "add.yaml"
+    changed.write_text(changed.read_text().replace("rank: 4", "rank: 5"))
+    lost.unlink()
+    done = make_bundles(copied, "--check")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert all(str(path.relative_to(copied)) in done.stderr for path in (changed, lost))
+    assert done.stderr.count("lorkd_") == 2
+    assert not lost.exists()
+    assert make_bundles(copied).returncode == 0
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_inference_configs_differ_in_the_backbone_of_their_training_only(kind):
-    own, first = config_of(kind, "inference.yaml"), config_of(KINDS[0], "inference.yaml")
-    assert own["backbone"] == config_of(kind)["backbone"]
-    assert list(own) == list(first)
-    assert {**own, "backbone": None} == {**first, "backbone": None}
+def test_a_change_of_a_template_reaches_all_bundles_and_their_pages(copied):
+    template = copied / "scripts" / "bundle_templates" / "configs" / "train.yaml"
+    template.write_text(template.read_text().replace("\nrank: 4\n", "\nrank: 5\n"))
+    assert make_bundles(copied, "--check").stderr.count("lorkd_") == 8
+    assert make_bundles(copied).returncode == 0
+    for kind in KINDS:
+        bundle = copied / "bundles" / f"lorkd_{kind}"
+        assert yaml.safe_load((bundle / "configs" / "train.yaml").read_text())["rank"] == 5
+        assert "| `rank` | `5` |" in (bundle / "docs" / "README.md").read_text()
+
+
+def test_a_key_that_is_not_described_is_named(copied):
+    template = copied / "scripts" / "bundle_templates" / "configs" / "train.yaml"
+    template.write_text(template.read_text().replace("\nalpha: ", "\nbrand_new: 1\nalpha: "))
+    done = make_bundles(copied)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "keys.yaml" in done.stderr
+    assert "'brand_new'" in done.stderr
+
+
+def test_every_description_is_of_a_key_that_exists(repository):
+    described = yaml.safe_load((repository / "scripts" / "bundle_templates" / "keys.yaml").read_text(encoding="utf-8"))
+    assert set(described) == {key for kind in KINDS for key in overridable(kind)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,13 +186,6 @@ def test_readme_lists_every_key_with_its_default(kind):
     for run_id in ("pretraining", "training", "evaluating"):
         assert f"`{run_id}`" in text
     assert "not for clinical use" in text.lower()
-
-
-def test_readmes_are_up_to_date(repository):
-    done = subprocess.run(
-        [sys.executable, str(repository / "scripts" / "bundle_docs.py"), "--check"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)
