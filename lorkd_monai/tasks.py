@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorkd_monai.errors import LoRKDError
-
-if TYPE_CHECKING:
-    from lorkd_monai.tasks import TaskSpec
 
 __all__ = ["TaskSpec", "check_kind"]
 

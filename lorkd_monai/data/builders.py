@@ -19,8 +19,9 @@ import numpy as np
 import yaml
 
 from lorkd_monai.checks import as_path
-from lorkd_monai.data.checks import NPZ_ARRAYS, SPLITS, Problems, check_task_name, read_origin
+from lorkd_monai.data.checks import NPZ_ARRAYS, check_task_name, read_origin
 from lorkd_monai.data.class_folders import ClassImage, class_images, holds_tasks, visible_folders
+from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
 from lorkd_monai.data.writing import refuse_existing, write_data_list
@@ -234,7 +235,7 @@ def combine(
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             own, folder = dict(content["tasks"]), file.parent.resolve()
-            origin = read_origin(content, str(file), Problems(file))
+            origin = read_origin(content)
             items = [(split, item) for split in SPLITS for item in content.get(split, [])]
             rows += [Row(i["task"], _absolute(i["image"], folder), _absolute(i["label"], folder), s) for s, i in items]
         except (OSError, ValueError, KeyError, TypeError) as error:

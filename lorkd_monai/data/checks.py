@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from lorkd_monai.data.form import ITEM_KEYS, SPLITS, TASK_KEYS, TASK_NAME, class_ids, faults
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses.task import UNLABELLED
 from lorkd_monai.transforms.loading import ImageFacts, ItemLoader
 
 __all__ = [
     "NPZ_ARRAYS",
-    "SPLITS",
     "Problems",
     "check_items",
     "check_masks",
@@ -31,10 +30,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-SPLITS = ("training", "validation", "test")
 _NPZ_NAMES = {"training": "train", "validation": "val", "test": "test"}
 NPZ_ARRAYS = {f"{name}_{part}" for name in _NPZ_NAMES.values() for part in ("images", "labels")} | {"class_names"}
-_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SHOWN = 20
 
 
@@ -63,7 +60,7 @@ class Problems:
 
 def check_task_name(name: Any) -> str | None:
     """Return what is wrong with a task's name, or None. It becomes a folder's name and part of config ids."""
-    if isinstance(name, str) and _TASK_NAME.fullmatch(name):
+    if isinstance(name, str) and TASK_NAME.fullmatch(name):
         return None
     return (
         f"task name {name!r} cannot be a folder's name: use 1 to 64 letters a-z, digits, '_' and '-', "
@@ -85,7 +82,7 @@ def unique_keys(problems: Problems) -> Callable[[list[tuple[str, Any]]], dict[st
     return hook
 
 
-def check_tasks(tasks: Any, kind: str, problems: Problems, origin: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def check_tasks(tasks: Any, problems: Problems, origin: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the entries of ``"tasks"`` that can be used, and note what is wrong with them.
 
     ``origin`` is the list's own licence and authors, for the tasks that say none.
@@ -101,28 +98,25 @@ def check_tasks(tasks: Any, kind: str, problems: Problems, origin: Mapping[str, 
             fault = f"tasks {lower[name.lower()]!r} and {name!r} differ by case only, which folders may not"
         if fault is None and not isinstance(entry, dict):
             fault = f"task {name!r} must be an object with 'labels', got {entry!r}"
-        faults = [fault] if fault else [f"task {name!r}: {f}" for f in _entry_faults(entry, kind)]
-        for line in faults:
+        for line in [fault] if fault else [f"task {name!r}: {line}" for line in faults(entry, TASK_KEYS)]:
             problems.add(line)
         if isinstance(entry, dict):  # kept though faulty, so that its items are not reported as of an unknown task
-            own = read_origin(entry, f"task {name!r}", problems)
-            entries[name] = {**entry, **{key: value or origin[key] for key, value in own.items()}}
+            labels = entry.get("labels")
+            own = {key: value or origin[key] for key, value in read_origin(entry).items()}
+            entries[name] = {**entry, **own, "labels": labels if class_ids(labels) else {}}
     return entries
 
 
-def read_origin(content: dict[str, Any], where: str, problems: Problems) -> dict[str, Any]:
+def read_origin(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``{"licence": text or None, "authors": list of texts or None}`` of a list or of one of its tasks.
 
     One author may stand without a list; ``license`` is read as ``licence``.
     """
-    licence = content.get("licence", content.get("license"))
     authors = content.get("authors")
-    authors = [authors] if isinstance(authors, str) else authors
-    if licence is not None and not _is_text(licence):
-        problems.add(f"{where}: 'licence' must be text, got {licence!r}")
-    if authors is not None and not (isinstance(authors, list) and authors and all(map(_is_text, authors))):
-        problems.add(f"{where}: 'authors' must be a list of names, got {authors!r}")
-    return {"licence": licence, "authors": authors}
+    return {
+        "licence": content.get("licence", content.get("license")),
+        "authors": [authors] if isinstance(authors, str) else authors,
+    }
 
 
 def check_items(
@@ -137,7 +131,7 @@ def check_items(
     unlabelled: list[str] = []
     for number, row in enumerate(rows):
         where = f"{split}[{number}]"
-        if not isinstance(row, dict) or not {"image", "label", "task"} <= set(row):
+        if not isinstance(row, dict) or not row.keys() >= ITEM_KEYS.keys():
             problems.add(f"{where} must have 'image', 'label' and 'task', got {str(row)[:200]}")
             continue
         task = row["task"]
@@ -242,58 +236,6 @@ def check_masks(items: dict[str, list[dict[str, Any]]], loaders: dict[str, ItemL
                 loaders[item["task"]](item)
             except LoRKDError as error:
                 problems.add(str(error).replace("\n", " "))
-
-
-def _entry_faults(entry: dict[str, Any], kind: str) -> list[str]:
-    faults = []
-    labels = entry.get("labels")
-    if not isinstance(labels, dict) or sorted(labels) != sorted(map(str, range(len(labels)))) or len(labels) < 2:
-        faults.append(
-            f'"labels" must name ids "0" to "n-1" of two or more classes, as {{"0": "a", "1": "b"}}, got {labels!r}'
-        )
-        entry["labels"] = {}
-    else:
-        names = list(labels.values())
-        if any(not isinstance(n, str) or not n.strip() or not n.isprintable() for n in names):
-            faults.append(f"each class needs a name that is printable text, got {names!r}")
-        elif len(set(names)) < len(names):
-            faults.append(f"two classes have the same name: {names!r}")
-    for key in ("modality", "body_part", "note"):
-        if not isinstance(entry.get(key, ""), (str, type(None))):
-            faults.append(f"{key!r} must be text, got {entry[key]!r}")
-    if not isinstance(entry.get("score", True), bool):
-        faults.append(f"'score' must be true or false, got {entry['score']!r}")
-    channels = entry.get("channels", 1)
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        faults.append(f"'channels' must be a whole number of at least 1, got {channels!r}")
-    intensity = entry.get("intensity")
-    if intensity is not None and not _is_intensity(intensity):
-        faults.append(
-            '"intensity" must be {"range": [low, high]} with low < high or {"percentiles": [low, high]} within '
-            f"0..100, got {intensity!r}"
-        )
-    spacing = entry.get("spacing")
-    if spacing is not None and not (_are_numbers(spacing) and len(spacing) in (2, 3) and min(spacing) > 0):
-        faults.append(f"'spacing' must be a list of lengths in mm, each above 0, got {spacing!r}")
-    return faults
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_intensity(value: Any) -> bool:
-    if not isinstance(value, dict) or len(value) != 1:
-        return False
-    ((how, limits),) = value.items()
-    if how not in ("range", "percentiles") or not _are_numbers(limits) or len(limits) != 2 or limits[0] >= limits[1]:
-        return False
-    return how == "range" or (limits[0] >= 0 and limits[1] <= 100)
-
-
-def _are_numbers(value: Any) -> bool:
-    numbers = isinstance(value, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
-    return numbers and bool(np.isfinite(value).all())
 
 
 def _files(value: Any, folder: Path, where: str, what: str, problems: Problems) -> Any:

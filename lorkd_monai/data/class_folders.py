@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorkd_monai.data.checks import SPLITS
+from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.dicom import is_dicom, is_series

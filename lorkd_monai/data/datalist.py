@@ -20,10 +20,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorkd_monai.data.checks import (
-    SPLITS,
     Problems,
     check_items,
     check_masks,
@@ -32,13 +31,11 @@ from lorkd_monai.data.checks import (
     read_origin,
     unique_keys,
 )
+from lorkd_monai.data.form import LIST_KEYS, SPLITS, faults
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.tasks import TaskSpec, check_kind
 from lorkd_monai.transforms.loading import ImageFacts, ItemLoader, describe_image
 from lorkd_monai.transforms.preprocessing import measured_intensity, preprocessing
-
-if TYPE_CHECKING:
-    from lorkd_monai.data.datalist import DataList
 
 __all__ = ["DataList", "counts_table", "load_data_list", "measure_spacing", "remarks"]
 
@@ -147,8 +144,10 @@ def load_data_list(
     if problems:
         problems.raise_all()
 
-    origin = read_origin(content, "the list", problems)
-    entries = check_tasks(content.get("tasks"), kind, problems, origin)
+    for line in faults(content, LIST_KEYS):
+        problems.add(f"the list: {line}")
+    origin = read_origin(content)
+    entries = check_tasks(content.get("tasks"), problems, origin)
     items = {split: check_items(content, split, entries, folder, kind, problems) for split in SPLITS}
     facts = read_npz_tasks(entries, items, folder, kind, spatial_dims, problems)
     _check_presence(entries, items, needs, problems)
@@ -269,18 +268,10 @@ def _common_facts(images: list) -> ImageFacts:
     return dataclasses.replace(facts, values=(min(lows), max(highs)))
 
 
-def _prompts(name: str, value: object) -> dict[int, int] | None:
+def _prompts(value: Any) -> dict[int, int] | None:
     if value is None:
         return None
-    value = {"1": value} if isinstance(value, int) else value
-    if not isinstance(value, dict) or not all(
-        str(k).isdigit() and isinstance(v, int) and not isinstance(v, bool) and v > 0 for k, v in value.items()
-    ):
-        raise LoRKDError(
-            f"task {name!r}: vista3d_class must map class ids to VISTA3D's class indices, such as {{'1': 3}}, got "
-            f"{value!r}"
-        )
-    return {int(k): v for k, v in value.items()}
+    return {int(k): v for k, v in (value if isinstance(value, dict) else {"1": value}).items()}
 
 
 def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims: int) -> TaskSpec:
@@ -301,7 +292,7 @@ def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims:
         channels=entry.get("channels", facts.channels),
         intensity=intensity,
         spacing=None if spacing is None else tuple(map(float, spacing)),
-        vista3d_class=_prompts(name, entry.get("vista3d_class")),
+        vista3d_class=_prompts(entry.get("vista3d_class")),
         measured=measured,
         score=entry.get("score", not _NO_SCORE.search(entry.get("note") or "")),
         licence=entry["licence"],

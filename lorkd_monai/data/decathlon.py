@@ -12,7 +12,7 @@ from typing import Any
 
 from lorkd_monai.checks import as_path
 from lorkd_monai.data.builders import Sources, finish, task_folders
-from lorkd_monai.data.checks import SPLITS
+from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
 from lorkd_monai.data.writing import refuse_existing

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lorkd_monai.data.checks import SPLITS
 from lorkd_monai.data.datalist import DataList
+from lorkd_monai.data.form import SPLITS
 from lorkd_monai.tasks import TaskSpec
 from lorkd_monai.transforms import default_intensity
 

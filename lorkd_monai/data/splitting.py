@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lorkd_monai.data.checks import SPLITS
+from lorkd_monai.data.form import SPLITS
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["Row", "assign_splits", "read_patients", "share_patients"]

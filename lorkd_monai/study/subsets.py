@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lorkd_monai.data import DataList, TaskDataset
-from lorkd_monai.data.checks import SPLITS
+from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.samplers import Draw, TaskSampler
 from lorkd_monai.losses.task import UNLABELLED
 

@@ -19,7 +19,7 @@ from lorkd_monai.checkpoints.weights import (
     read_decomposition_spec,
 )
 from lorkd_monai.data import DataList
-from lorkd_monai.data.checks import SPLITS
+from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.identity import split_digests
 from lorkd_monai.engines.trained_tasks import as_trained
 from lorkd_monai.errors import LoRKDError

@@ -187,6 +187,7 @@ def test_task_names_that_differ_by_case_only(folder):
         ({"labels": LABELS, "intensity": {"range": [3, 2]}}, '"intensity" must be'),
         ({"labels": LABELS, "intensity": {"percentiles": [0, 101]}}, '"intensity" must be'),
         ({"labels": LABELS, "spacing": [1, 0, 1]}, "'spacing' must be"),
+        ({"labels": LABELS, "vista3d_class": "3"}, "vista3d_class must map"),
         ({"labels": LABELS, "npz": 3}, "the npz file must be the path"),
         ({"labels": LABELS, "npz": "gone.npz"}, "missing npz file gone.npz"),
         ({"labels": LABELS, "npz": "a.png"}, "no npz file of plain arrays"),
@@ -271,7 +272,7 @@ def test_spacing_is_the_median_unless_given(tmp_path):
 
 
 def test_licence_and_authors(folder):
-    content = {**good(), "licence": "CC-BY-4.0", "authors": ["A. Lee", "B. Ono"]}
+    content = {"$schema": "dataset.schema.json", **good(), "licence": "CC-BY-4.0", "authors": ["A. Lee", "B. Ono"]}
     content["tasks"]["two"] |= {"licence": "CC0-1.0", "authors": "C. Diaz"}
     data = load_data_list(write(folder, content), "classification", 2)
     assert (data.licence, data.authors) == ("CC-BY-4.0", ["A. Lee", "B. Ono"])
