@@ -31,7 +31,7 @@ def check_overrides() -> None:
     Raises:
         LoRKDError: naming each unknown key with the nearest one that is known, or a number in place of a path.
 
-    Example::
+    In a config::
 
         initialize:
         - $bundle.check_overrides()

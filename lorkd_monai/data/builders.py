@@ -74,7 +74,7 @@ def from_class_folders(
 
     Example::
 
-        from_class_folders({"breast": "~/ultrasound", "chest": "~/xray"}, "my_list", patient_regex=r"^(P\\d+)_")
+        from_class_folders({"breast": "ultrasound", "chest": "xray"}, "my_list", patient_regex=r"^(P\\d+)_")
     """
     check_kind("classification", spatial_dims)
     output = as_path(output, "output")

@@ -129,7 +129,7 @@ def load_data_list(
 
     Example::
 
-        data = load_data_list("shared/data/2d_classification", "classification", 2)
+        data = load_data_list("data", "segmentation", 3)
         data.num_classes, len(data.training)
     """
     check_kind(kind, spatial_dims)

@@ -80,7 +80,9 @@ def data_identity(data: DataList) -> dict[str, Any]:
 
     Example::
 
-        differences(data_identity(load_data_list("a", kind, 2)), data_identity(load_data_list("b", kind, 2)))
+        >>> data = load_data_list("data", "segmentation", 3)
+        >>> differences(data_identity(data), {**data_identity(data), "tasks": ["ct", "mr"]})
+        ["tasks was ['ct', 'ultrasound', 'mr'], now ['ct', 'mr']"]
     """
     return {
         "tasks": list(data.tasks),

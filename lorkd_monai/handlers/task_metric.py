@@ -31,7 +31,8 @@ class TaskMetric(Metric):
 
     Example::
 
-        SupervisedEvaluator(..., key_val_metric={"mean_score": TaskMetric(net.num_classes)})
+        metric = TaskMetric(net.num_classes)
+        evaluator = TaskEvaluator(device, loader, net, key_val_metric={"mean_score": metric})
     """
 
     def __init__(

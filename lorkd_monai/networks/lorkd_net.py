@@ -73,9 +73,12 @@ class LoRKDNet(nn.Module):
 
     Example::
 
-        net = LoRKDNet(monai.networks.nets.resnet10(spatial_dims=2, n_input_channels=1), {"breast": 2, "xray": 6})
-        y = net(torch.rand(4, 1, 64, 64), torch.tensor([0, 1, 1, 0]))  # 4 × 6; rows of "breast" end in four -inf
-        plain = net.extract("breast")                                  # a plain ResNet with 2 outputs
+        >>> net = LoRKDNet(monai.networks.nets.resnet10(spatial_dims=2, n_input_channels=1), {"breast": 2, "xray": 6})
+        >>> y = net(torch.rand(4, 1, 64, 64), torch.tensor([0, 1, 1, 0]))  # rows of "breast" end in four -inf
+        >>> y.shape, y[0].isinf().sum()
+        (torch.Size([4, 6]), tensor(4))
+        >>> net.extract("breast").fc                                       # a plain ResNet with 2 outputs
+        Linear(in_features=512, out_features=2, bias=True)
     """
 
     def __init__(
@@ -408,8 +411,9 @@ class LoRKDNet(nn.Module):
 
         Example::
 
-            with net.serving("breast"):
-                y = net(x)                    # B × 2
+            >>> with net.serving("breast"):
+            ...     net(x).shape              # B × 2
+            torch.Size([2, 2])
         """
         token = _SERVING.set({**_SERVING.get(), id(self): self.task_index(task)})
         try:

@@ -40,9 +40,10 @@ class LowRankLayer(RoutedModule):
 
     Example::
 
-        layer = LowRankLayer(nn.Conv3d(8, 16, 3, padding=1), ranks=[4, 4, 8], scale=2.0)
-        with route([2, 0, 1]):
-            y = layer(torch.rand(3, 8, 12, 12, 12))
+        >>> layer = LowRankLayer(nn.Conv3d(8, 16, 3, padding=1), ranks=[4, 4, 8], scale=2.0)
+        >>> with route([2, 0, 1]):
+        ...     layer(torch.rand(3, 8, 12, 12, 12)).shape
+        torch.Size([3, 16, 12, 12, 12])
     """
 
     def __init__(

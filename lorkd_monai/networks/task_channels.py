@@ -27,8 +27,10 @@ class TaskChannels(nn.Module):
 
     Example::
 
-        net = TaskChannels(monai.networks.nets.resnet18(spatial_dims=2, num_classes=8), {"breast": 2, "xray": 6})
-        y = net(x, torch.tensor([0, 1]))    # 2 × 6, the first row filled up with -inf
+        >>> net = TaskChannels(monai.networks.nets.resnet18(spatial_dims=2, num_classes=8), {"breast": 2, "xray": 6})
+        >>> y = net(x, torch.tensor([0, 1]))    # 2 × 6, the first row filled up with -inf
+        >>> y.shape, y.isinf().sum(1)
+        (torch.Size([2, 6]), tensor([4, 0]))
     """
 
     def __init__(self, network: nn.Module, num_classes: Mapping[str, int]) -> None:

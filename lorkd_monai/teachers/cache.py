@@ -48,9 +48,10 @@ class CachedTeacher(nn.Module):
 
     Example::
 
-        teacher = CachedTeacher(load_teacher("bundle", data.tasks), "output/teacher_cache", views=4)
-        logits = teacher(image, task)          # runs the teacher
-        logits = teacher(image, task)          # reads
+        >>> cached = CachedTeacher(teacher, "output/teacher_cache", views=4)
+        >>> logits = cached(x, 0)           # runs the teacher
+        >>> torch.equal(cached(x, 0), logits), cached.answered_from_disk == len(x)
+        (True, True)
     """
 
     def __init__(self, teacher: Teacher, folder: str | os.PathLike, views: int = 1, memory: int = 2**30) -> None:

@@ -38,8 +38,8 @@ def channels_by_name(
 
     Example::
 
-        channels_by_name({"0": "background", "1": "spleen", "2": "liver"}, {"liver": {0: "background", 1: "Liver"}})
-        # {"liver": [(0, 1), 2]}
+        >>> channels_by_name({"0": "background", "1": "spleen", "2": "liver"}, {"liver": {0: "background", 1: "Liver"}})
+        {'liver': [(0, 1), 2]}
     """
     channels = {int(k): str(v) for k, v in channel_def.items()}
     found: dict[str, list[Channel] | None] = {}

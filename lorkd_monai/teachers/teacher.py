@@ -49,7 +49,7 @@ class Teacher(nn.Module):
     Example::
 
         teacher = Teacher(network, {"spleen": [[0, 2], 1], "heart": None}, {"spleen": 2, "heart": 3})
-        logits = teacher(torch.rand(2, 1, 32, 32), torch.tensor([1, 0]))   # 2 × 3 × 32 × 32; the first all NaN
+        logits = teacher(torch.rand(2, 3, 32, 32), torch.tensor([1, 0]))   # 2 × 3 × 32 × 32; the first all NaN
     """
 
     def __init__(

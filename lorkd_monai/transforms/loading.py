@@ -124,9 +124,11 @@ class ItemLoader:
 
     Example::
 
-        load = ItemLoader(preprocessing(task, "classification", 2, in_channels=3, image_size=64), 2)
-        load({"image": "scan.png"})["image"].shape          # torch.Size([3, 64, 64])
-        load({"image": np.zeros((28, 28), "uint8")})["image"].shape
+        >>> load = ItemLoader(preprocessing(task, "classification", 2, in_channels=3, image_size=64), 2)
+        >>> load({"image": "scan.png"})["image"].shape
+        torch.Size([3, 64, 64])
+        >>> load({"image": np.full((28, 28), 128, "uint8")})["image"].shape
+        torch.Size([3, 64, 64])
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 
 import pytest
@@ -12,7 +11,7 @@ from monai.data import MetaTensor
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss, objective, transfer_loss
+from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss, transfer_loss
 
 INF = float("inf")
 TASKS = {"breast": 2, "blood": 4, "xray": 3}
@@ -319,7 +318,3 @@ def test_too_few_weights_for_the_resolutions():
     output = [given.pop("student_out"), torch.zeros(5, 4, 4, 4)]
     with pytest.raises(LoRKDError, match="the network has 2 outputs, got 1 weights"):
         LoRKDLoss("dice_ce", tasks=TASKS, deep_supervision=[1.0])(output, **given)
-
-
-def test_the_example_in_the_docstring():
-    assert doctest.testmod(objective).failed == 0

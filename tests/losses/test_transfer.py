@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 
 import pytest
 import torch
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.losses import FeatureTransferLoss, TransferLoss, transfer, transfer_loss
+from lorkd_monai.losses import FeatureTransferLoss, TransferLoss, transfer_loss
 
 INF = float("inf")
 
@@ -282,7 +281,3 @@ def test_bad_feature_sizes(sizes):
 def test_features_of_other_shapes(shapes):
     with pytest.raises(LoRKDError, match="expected student and teacher features of shapes"):
         FeatureTransferLoss(4, 6)(*[torch.zeros(s) for s in shapes])
-
-
-def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(transfer).failed == 0
