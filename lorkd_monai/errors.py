@@ -6,7 +6,7 @@ import os
 import sys
 from types import TracebackType
 
-__all__ = ["LoRKDError", "find_lorkd_error", "show_errors_plainly"]
+__all__ = ["LoRKDError", "find_lorkd_error", "root_cause", "show_errors_plainly"]
 
 
 class LoRKDError(ValueError):
@@ -26,6 +26,20 @@ def find_lorkd_error(error: BaseException | None) -> LoRKDError | None:
         seen.add(id(error))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
+
+
+def root_cause(error: BaseException) -> str:
+    """Return one line for an error: its first cause, as MONAI's own errors are tracebacks of many lines.
+
+    Example::
+
+        >>> root_cause(ValueError("no such file\\nmore"))
+        'ValueError: no such file'
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _print_plainly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lorkd_monai.errors import LoRKDError, find_lorkd_error
+from lorkd_monai.errors import LoRKDError, find_lorkd_error, root_cause
 
 
 def caught(text: str) -> BaseException:
@@ -69,3 +69,14 @@ def test_other_errors_keep_their_traceback():
 def test_the_traceback_can_be_asked_for():
     done = run(WRAPPED, LORKD_TRACEBACK="1")
     assert done.returncode == 1 and "Traceback" in done.stderr and "the list is empty" in done.stderr
+
+
+def test_the_root_cause_is_one_line() -> None:
+    inner = KeyError("\n  the file has no key 'x'\nmore")
+    outer = RuntimeError("applying transform <…>")
+    outer.__cause__ = inner
+    assert root_cause(outer) == root_cause(inner) == f"KeyError: {inner}"[:300]
+    outer.__cause__ = ValueError("\n  no such file\nmore")
+    assert root_cause(outer) == "ValueError: no such file"
+    assert root_cause(ValueError("x" * 400)) == f"ValueError: {'x' * 300}"
+    assert root_cause(AssertionError()) == "AssertionError"

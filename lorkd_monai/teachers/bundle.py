@@ -11,7 +11,7 @@ from monai.networks.nets import VISTA3D
 from torch import nn
 
 from lorkd_monai.checkpoints.weights import fit_weights, load_weights
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, root_cause
 from lorkd_monai.networks.surgery.replace import build_backbone
 from lorkd_monai.teachers.channels import channels_by_name, plain_name
 from lorkd_monai.teachers.features import FeatureTeacher
@@ -158,7 +158,7 @@ def _parser(folder: Path, file: Path) -> ConfigParser:
         if metadata.is_file():
             parser.read_meta(str(metadata))
     except Exception as e:
-        raise LoRKDError(f"the config of the teacher bundle {folder} can't be read: {_root_cause(e)}") from e
+        raise LoRKDError(f"the config of the teacher bundle {folder} can't be read: {root_cause(e)}") from e
     parser["bundle_root"] = str(folder)
     return parser
 
@@ -183,7 +183,7 @@ def _build(parser: ConfigParser, file: Path) -> nn.Module:
     try:
         network = parser.get_parsed_content(ids[0])
     except Exception as e:
-        cause = _root_cause(e)
+        cause = root_cause(e)
         own = f" (its own code: start the command with PYTHONPATH={file.parent.parent})" if "scripts." in cause else ""
         raise LoRKDError(f"{file}: {ids[0]!r} could not be built: {cause}{own}") from e
     if not isinstance(network, nn.Module):
@@ -257,7 +257,7 @@ def _data_format(folder: Path) -> Mapping:
     try:
         formats = ConfigParser.load_config_file(str(file)).get("network_data_format")
     except Exception as e:
-        raise LoRKDError(f"{file} can't be read: {_root_cause(e)}") from e
+        raise LoRKDError(f"{file} can't be read: {root_cause(e)}") from e
     return formats if isinstance(formats, Mapping) else {}
 
 
@@ -275,10 +275,3 @@ def _class_names(formats: Mapping) -> dict[int, str]:
 def _input_channels(formats: Mapping) -> int | None:
     count = _first(formats, "inputs").get("num_channels")
     return count if isinstance(count, int) and not isinstance(count, bool) else None
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300] if text else ''}"

@@ -28,7 +28,7 @@ from monai.transforms import Compose, MapTransform, Randomizable
 from PIL import Image
 from torch import Tensor
 
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, root_cause
 from lorkd_monai.teachers.intensity import Axes, Range, TeacherView, given_steps, run
 from lorkd_monai.transforms.loading import quiet_readers
 
@@ -103,7 +103,7 @@ def find_steps(folder: Path, parsers: Sequence[tuple[Path, ConfigParser]], stric
         except Exception as error:
             if not strict:
                 return None
-            raise _cannot(source, f"{place!r}, which can't be built: {_cause(error)}") from error
+            raise _cannot(source, f"{place!r}, which can't be built: {root_cause(error)}") from error
         own = _sorted(steps, source)
         own.mark = hashlib.sha256(file.read_bytes()).hexdigest()
         if strict and own.several:
@@ -276,7 +276,7 @@ def _try(
                 after = run([step], image.clone())
             except Exception as error:
                 raise _cannot(
-                    source, f"{name}, which fails on an image of {channels} channels: {_cause(error)}"
+                    source, f"{name}, which fails on an image of {channels} channels: {root_cause(error)}"
                 ) from error
             if not isinstance(after, Tensor) or after.shape != image.shape:
                 raise _cannot(
@@ -388,7 +388,7 @@ def _loaded(own: OwnSteps, dims: int, channels: int, stored: str) -> Axes:
                 image = torch.as_tensor(np.asarray(image if own.key is None else image[own.key]))
                 break
             except Exception as error:
-                causes.append(_cause(error))
+                causes.append(root_cause(error))
         else:
             raise LoRKDError(
                 f"{own.source} can't load a file of {count} channels like the data's: {causes[0]}. It can't be followed"
@@ -458,10 +458,3 @@ def _size_words(step: Any) -> str:
     inner = next((v for k, v in vars(step).items() if k in ("spacing_transform", "resizer")), step)
     size = next((getattr(inner, k) for k in ("pixdim", "spatial_size") if getattr(inner, k, None) is not None), None)
     return _name(step) if size is None else f"{_name(step)} to {np.asarray(size).tolist()}"
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}"

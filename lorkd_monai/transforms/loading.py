@@ -19,7 +19,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImage, LoadImaged
 from PIL import Image
 
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, root_cause
 from lorkd_monai.transforms.dicom import is_dicom, series_fault
 from lorkd_monai.transforms.gate import affine_fault, refusal
 
@@ -162,7 +162,7 @@ class ItemLoader:
         try:
             return self.rest(item)
         except Exception as error:
-            words = refusal(error) or f"cannot preprocess {_names(item)}: {_last_words(error)}"
+            words = refusal(error) or f"cannot preprocess {_names(item)}: {root_cause(error)}"
             raise LoRKDError(words) from error
 
     def read_small(self, path: str, size: Sequence[int]) -> np.ndarray | None:
@@ -260,13 +260,5 @@ def _names(item: dict[str, Any]) -> str:
 
 
 def _cannot_read(names: str, error: Exception) -> str:
-    message = f"cannot read {names}: {_last_words(error)}"
+    message = f"cannot read {names}: {root_cause(error)}"
     return f"{message}\nThe file may be damaged, or of another format than its name says."
-
-
-def _last_words(error: BaseException) -> str:
-    """Return one line for an error: MONAI's own are tracebacks of many lines, whose first cause says most."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, root_cause
 from lorkd_monai.networks.eks.strategies import LayerOp
 from lorkd_monai.networks.routing.module import refuse_direct_calls
 from lorkd_monai.networks.surgery.heads import find_heads, head_channels, head_layers, head_like
@@ -62,7 +62,7 @@ def build_backbone(
     try:
         network = ConfigParser(config).get_parsed_content()
     except Exception as e:
-        raise LoRKDError(f"backbone: {config['_target_']} could not be built: {_root_cause(e)}") from e
+        raise LoRKDError(f"backbone: {config['_target_']} could not be built: {root_cause(e)}") from e
     if not isinstance(network, nn.Module):
         raise LoRKDError(f"backbone: {config['_target_']} gave a {type(network).__name__}, expected a network")
     _refuse_lazy(network)
@@ -80,12 +80,6 @@ def detached(network: nn.Module) -> dict:
     kept = [v for m in network.modules() for v in vars(m).values() if isinstance(v, (Tensor, list, tuple))]
     tensors = [t for v in kept for t in ([v] if isinstance(v, Tensor) else v) if isinstance(t, Tensor)]
     return {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
 
 
 def class_argument(config: Mapping) -> str | None:
