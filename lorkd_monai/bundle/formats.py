@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorkd_monai.bundle.metadata import strings_of
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
+from lorkd_monai.networks.surgery.replace import parsed_network
 
 __all__ = ["FORMATS", "build_network", "measure", "onnx_is_installed", "save_formats", "torchscript_of", "weights_of"]
 
@@ -57,12 +58,8 @@ def build_network(network_config: Mapping[str, Any], weights: Mapping[str, torch
             "decompose a network that MONAI or torch brings"
         )
     config = json.loads(json.dumps(dict(network_config)))
-    try:
-        network = ConfigParser({"network_def": config}).get_parsed_content("network_def")
-    except Exception as error:
-        raise LoRKDError(f"the network config {network_config!r} cannot be built: {error}") from error
-    if not isinstance(network, nn.Module):
-        raise LoRKDError(f"the network config must build a torch.nn.Module, got {type(network).__name__}")
+    name = f"the network config {network_config!r}"
+    network = parsed_network(ConfigParser({"network_def": config}), "network_def", name)
     if weights is not None:
         try:
             network.load_state_dict(dict(weights), strict=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lorkd_monai.checkpoints.weights import fit_weights, load_weights
 from lorkd_monai.errors import LoRKDError, root_cause
-from lorkd_monai.networks.surgery.replace import build_backbone
+from lorkd_monai.networks.surgery.replace import build_backbone, parsed_network
 from lorkd_monai.teachers.channels import channels_by_name, plain_name
 from lorkd_monai.teachers.features import FeatureTeacher
 from lorkd_monai.teachers.intensity import TeacherView
@@ -181,14 +181,11 @@ def _build(parser: ConfigParser, file: Path) -> nn.Module:
     if not ids:
         raise LoRKDError(f"{file} defines no network: expected one of the ids {', '.join(_NETWORK_IDS)}")
     try:
-        network = parser.get_parsed_content(ids[0])
-    except Exception as e:
-        cause = root_cause(e)
-        own = f" (its own code: start the command with PYTHONPATH={file.parent.parent})" if "scripts." in cause else ""
-        raise LoRKDError(f"{file}: {ids[0]!r} could not be built: {cause}{own}") from e
-    if not isinstance(network, nn.Module):
-        raise LoRKDError(f"{file}: {ids[0]!r} gives a {type(network).__name__}, expected a network")
-    return network
+        return parsed_network(parser, ids[0], f"{file}: {ids[0]!r}")
+    except LoRKDError as e:
+        if "scripts." not in root_cause(e):
+            raise
+        raise LoRKDError(f"{e} (its own code: start the command with PYTHONPATH={file.parent.parent})") from e
 
 
 def _view_of(

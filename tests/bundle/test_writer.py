@@ -244,7 +244,7 @@ def test_a_swap_that_was_killed_is_undone(tmp_path):
         ({"formats": ("pt", "trt")}, "formats must hold 'pt' and any of .* got 'pt, trt'"),
         ({"network_config": None}, "expected a dict with _target_"),
         ({"network_config": {"_target_": "lorkd_monai.networks.LoRKDNet"}}, "refers to lorkd_monai.networks.LoRKDNet"),
-        ({"network_config": {"_target_": "ResNet", "block": "basic"}}, "cannot be built"),
+        ({"network_config": {"_target_": "ResNet", "block": "basic"}}, "could not be built: TypeError"),
         ({"network_config": {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 1}}, "do not fit"),
         ({"in_channels": 1}, "does not take one input of shape"),
         ({"task": TaskSpec("a/b", 0, {0: "x", 1: "y", 2: "z"})}, "letters, digits.*got 'a/b'; rename the task"),

@@ -19,7 +19,15 @@ from lorkd_monai.networks.routing.module import refuse_direct_calls
 from lorkd_monai.networks.surgery.heads import find_heads, head_channels, head_layers, head_like
 from lorkd_monai.networks.task_banks import HeadBank, NormBank
 
-__all__ = ["build_backbone", "class_argument", "expert_layers", "insert_heads", "insert_norms", "replace_module"]
+__all__ = [
+    "build_backbone",
+    "class_argument",
+    "expert_layers",
+    "insert_heads",
+    "insert_norms",
+    "parsed_network",
+    "replace_module",
+]
 
 _CLASS_ARGUMENTS = ("num_classes", "out_channels", "n_classes", "out_chns")
 _TASK_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -59,14 +67,29 @@ def build_backbone(
     argument = class_argument(config)
     if argument is not None:
         config.setdefault(argument, num_classes)
-    try:
-        network = ConfigParser(config).get_parsed_content()
-    except Exception as e:
-        raise LoRKDError(f"backbone: {config['_target_']} could not be built: {root_cause(e)}") from e
-    if not isinstance(network, nn.Module):
-        raise LoRKDError(f"backbone: {config['_target_']} gave a {type(network).__name__}, expected a network")
+    network = parsed_network(ConfigParser(config), "", f"backbone: {config['_target_']}")
     _refuse_lazy(network)
     return network, config
+
+
+def parsed_network(parser: ConfigParser, item: str, name: str) -> nn.Module:
+    """The network that an item of a MONAI config describes.
+
+    Args:
+        parser: holds the config.
+        item: the id of the network in it; "" is the whole config.
+        name: what the network is called in an error.
+
+    Raises:
+        LoRKDError: the item can't be built, or is no network.
+    """
+    try:
+        network = parser.get_parsed_content(item)
+    except Exception as e:
+        raise LoRKDError(f"{name} could not be built: {root_cause(e)}") from e
+    if not isinstance(network, nn.Module):
+        raise LoRKDError(f"{name} gives a {type(network).__name__}, expected a network")
+    return network
 
 
 def _refuse_lazy(network: nn.Module) -> None:
