@@ -1,13 +1,14 @@
-"""A task and its kind of work."""
+"""A task, its kind of work, and the size of its images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorkd_monai.errors import LoRKDError
 
-__all__ = ["TaskSpec", "check_kind"]
+__all__ = ["TaskSpec", "check_kind", "image_sides", "score_of"]
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,25 @@ def check_kind(kind: str, spatial_dims: int) -> None:
             "expected kind 'classification' or 'segmentation' and spatial_dims 2 or 3, "
             f"got {kind!r} and {spatial_dims!r}."
         )
+
+
+def score_of(kind: str) -> str:
+    """The figure that networks of this kind of work are compared by."""
+    return "balanced_accuracy" if kind == "classification" else "dice"
+
+
+def image_sides(image_size: int | Sequence[int], spatial_dims: int) -> tuple[int, ...]:
+    """The sides of an image, in voxels, of one number for all or of one for each axis.
+
+    Raises:
+        LoRKDError: other than ``spatial_dims`` sides, or a side that is no whole number above 0.
+
+    Example::
+
+        >>> image_sides(64, 2), image_sides([96, 96, 64], 3)
+        ((64, 64), (96, 96, 64))
+    """
+    sides = (image_size,) * spatial_dims if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != spatial_dims or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
+        raise LoRKDError(f"image_size must be a whole number above 0, or {spatial_dims} of them, got {image_size!r}.")
+    return sides

@@ -18,6 +18,7 @@ from lorkd_monai.bundle.formats import measure
 from lorkd_monai.data import DataList
 from lorkd_monai.files import atomic_file, read_json
 from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.tasks import image_sides
 from lorkd_monai.teachers.bundle import bundle_network
 
 __all__ = ["read_facts", "resolved_facts", "run_facts", "teacher_facts", "write_facts"]
@@ -40,10 +41,9 @@ def teacher_facts(
     if folder is None:
         return {"name": "none"}
     facts: dict[str, Any] = {"name": Path(folder).name}
-    size = [image_size] * spatial_dims if isinstance(image_size, int) else list(image_size)
     try:
         network, channels = bundle_network(folder)
-        costs = measure(network, (1, channels or 1, *size), repeats=3)
+        costs = measure(network, (1, channels or 1, *image_sides(image_size, spatial_dims)), repeats=3)
     except Exception as error:  # a network may raise anything; the page says "not given" then
         _log.warning("the teacher %s could not be measured: %s", folder, str(error).strip().split("\n")[0])
         return facts

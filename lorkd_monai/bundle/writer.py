@@ -34,6 +34,7 @@ from lorkd_monai.bundle.readme import data_license_text, readme_text
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
 from lorkd_monai.locks import is_abandoned, mark_in_use
+from lorkd_monai.tasks import image_sides
 
 __all__ = [
     "KINDS",
@@ -208,10 +209,7 @@ def _check_arguments(kind: str, spatial_dims: int, in_channels: int, image_size:
         raise LoRKDError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}")
     if not isinstance(in_channels, int) or in_channels < 1:
         raise LoRKDError(f"in_channels must be a positive integer, got {in_channels!r}")
-    size = (image_size,) * spatial_dims if isinstance(image_size, int) else tuple(int(n) for n in image_size)
-    if len(size) != spatial_dims or min(size) < 1:
-        raise LoRKDError(f"image_size must hold {spatial_dims} positive sizes in voxels, got {image_size!r}")
-    return size
+    return image_sides(image_size, spatial_dims)
 
 
 def check_formats(formats: Sequence[str] | None) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from lorkd_monai.data.identity import file_stamps
 from lorkd_monai.data.samplers import Draw
 from lorkd_monai.errors import LoRKDError, find_lorkd_error
 from lorkd_monai.losses.task import UNLABELLED
-from lorkd_monai.tasks import TaskSpec
+from lorkd_monai.tasks import TaskSpec, image_sides
 from lorkd_monai.transforms.gate import compiled, odd
 from lorkd_monai.transforms.loading import ItemLoader, drop_alpha
 from lorkd_monai.transforms.preprocessing import default_intensity, full_depth, preprocessing
@@ -220,9 +220,10 @@ class TaskDataset(Dataset):
     def _small_array(self, index: int) -> np.ndarray | None:
         """Return an image to classify as an array if it needs nothing that differs from image to image, else None."""
         item, dims = self.items[index], self.data.spatial_dims
-        image, size = item["image"], self._target_size()
+        image = item["image"]
         if self.data.kind != "classification" or "range" not in default_intensity(self.data.tasks[item["task"]], dims):
             return None
+        size = image_sides(self.image_size, dims)
         if isinstance(image, str) and dims == 2:
             image = self._loaders[item["task"]].read_small(image, size)
         full = full_depth(self.data.tasks[item["task"]], dims)
@@ -265,10 +266,6 @@ class TaskDataset(Dataset):
             result["foreground"], result["background"] = _crop_centres(mask)
         return result
 
-    def _target_size(self) -> list[int]:
-        dims = self.data.spatial_dims
-        return [self.image_size] * dims if isinstance(self.image_size, int) else list(self.image_size)
-
     def _preprocess_arrays(self, arrays: list[np.ndarray], task: TaskSpec) -> torch.Tensor:
         """Do what the stock transforms do, for arrays of one task together. Returns N×C×…, C = 1 for grey."""
         dims = self.data.spatial_dims
@@ -286,8 +283,8 @@ class TaskDataset(Dataset):
             )
         low, high = map(float, default_intensity(task, dims)["range"])
         images = ((images - low) / (high - low)).clip(0, 1)
-        size = self._target_size()
-        if list(images.shape[2:]) != size:
+        size = image_sides(self.image_size, dims)
+        if images.shape[2:] != size:
             images = interpolate(images, size, mode="bilinear" if dims == 2 else "trilinear", align_corners=False)
         return images.contiguous()
 

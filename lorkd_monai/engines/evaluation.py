@@ -24,6 +24,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.metrics import case_scores, classification_figures, segmentation_figures
 from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.tasks import score_of
 from lorkd_monai.teachers.find import _knows, find_teacher
 from lorkd_monai.transforms import default_intensity
 
@@ -246,7 +247,7 @@ def report_figures(
     write_figures(path, {**figures, "data": {"name": data.name, "tasks": tasks, "images": split_digests(data)}})
     if other_images(data, info, "test"):
         print("These are other test images, or other labels, than those of the list of the training.\n")
-    score = "balanced_accuracy" if data.kind == "classification" else "dice"
+    score = score_of(data.kind)
     print(f"{score} on {len(loader.dataset)} images, with 95 % bootstrap intervals\n")
     print(figures_table(figures, score, data.scored))
     print(f"\nAll figures: {path}")

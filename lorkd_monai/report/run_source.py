@@ -16,6 +16,7 @@ from lorkd_monai.report.content import Content, Curve, Point, Table
 from lorkd_monai.report.study_source import spectrum_content
 from lorkd_monai.study.diagnostics import spectra
 from lorkd_monai.study.measures import cost_of
+from lorkd_monai.tasks import image_sides
 
 __all__ = ["content_of_run"]
 
@@ -153,8 +154,7 @@ def _costs(network: LoRKDNet) -> Table | None:
     info: dict[str, Any] = network.info
     if not {"image_size", "in_channels", "spatial_dims"} <= info.keys():
         return None
-    size = info["image_size"]
-    shape = [size] * info["spatial_dims"] if isinstance(size, int) else list(size)
+    shape = image_sides(info["image_size"], info["spatial_dims"])
     cost = cost_of(network, network.tasks, (info["in_channels"], *shape))
     header = ["task", "parameters", "million multiply-adds", "one image, ms"]
     rows = [

@@ -19,6 +19,7 @@ from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.tasks import image_sides
 from lorkd_monai.transforms import postprocessing, preprocessing
 from lorkd_monai.transforms.gate import refusal
 
@@ -82,7 +83,7 @@ class TaskInference:
             {},
             preprocessing(spec, kind, dims, channels, size),
             postprocessing(spec, kind, dims),
-            default_inferer(kind, (size,) * dims if isinstance(size, int) else tuple(size)),
+            default_inferer(kind, image_sides(size, dims)),
         )
         config.update(
             dataset_dir=str(dataset_dir),

@@ -19,6 +19,7 @@ from lorkd_monai.study.methods import Method, label_share_of
 from lorkd_monai.study.models import build_student
 from lorkd_monai.study.runs import Workbench, check_teacher
 from lorkd_monai.study.settings import StudySettings
+from lorkd_monai.tasks import image_sides
 from lorkd_monai.teachers.find import find_teacher
 
 __all__ = ["PlannedRun", "plan_runs", "run_study"]
@@ -126,16 +127,14 @@ def _check_networks(
     data: DataList, common: StudySettings, methods: Sequence[Method], device: str | torch.device
 ) -> None:
     """The device must be there, the foundation model readable, and each student must take an image."""
-    size, dims = common.image_size, data.spatial_dims
-    if isinstance(size, tuple) and len(size) != dims:
-        raise LoRKDError(f"image_size must be a whole number, or {dims} of them, got {size}")
+    sides = image_sides(common.image_size, data.spatial_dims)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise LoRKDError(f"device: {str(device)!r} can't be used here: {str(error).splitlines()[0]}") from error
     if common.teacher_bundle is not None:
         find_teacher(common.teacher_bundle, data)
-    image = torch.zeros(1, common.in_channels, *((size,) * dims if isinstance(size, int) else size))
+    image = torch.zeros(1, common.in_channels, *sides)
     tried = []
     for method in {method.name: method for method in methods}.values():
         settings = method.settings(common)

@@ -25,17 +25,13 @@ from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Students, Trained
 from lorkd_monai.study.subsets import Part, choose_labelled, only_tasks
 from lorkd_monai.study.training import Fitted, evaluation_loader, fit, inferer_of
+from lorkd_monai.tasks import image_sides, score_of
 from lorkd_monai.teachers.find import find_teacher
 from lorkd_monai.teachers.teacher import Teacher
 
-__all__ = ["Workbench", "check_teacher", "score_name"]
+__all__ = ["Workbench", "check_teacher"]
 
 _TEACHER_MEMORY = 2**29  # bytes of answers of each set of tasks
-
-
-def score_name(kind: str) -> str:
-    """The figure that methods are compared by."""
-    return "balanced_accuracy" if kind == "classification" else "dice"
 
 
 def check_teacher(file: RunFile) -> None:
@@ -135,7 +131,7 @@ class Workbench:
         if self.data.kind == "segmentation":
             arrays |= example_arrays(network, self.test, predictions, self.device, inferer)
         self._save_weights(file, method, network)
-        score = score_name(self.data.kind)
+        score = score_of(self.data.kind)
         values = [figures[t][score]["value"] for t in self.data.scored if score in figures.get(t, {})]
         content = {
             "method": method.name,
@@ -170,8 +166,7 @@ class Workbench:
 
     def _input_shape(self) -> tuple[int, ...]:
         """Of one image, or of one patch of a volume."""
-        size, dims = self.settings.image_size, self.data.spatial_dims
-        return (self.settings.in_channels, *((size,) * dims if isinstance(size, int) else size))
+        return (self.settings.in_channels, *image_sides(self.settings.image_size, self.data.spatial_dims))
 
     def _save_weights(self, file: RunFile, method: Method, network: nn.Module) -> None:
         if method.family == "teacher" and isinstance(network, Teacher):

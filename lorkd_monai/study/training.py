@@ -24,6 +24,7 @@ from lorkd_monai.handlers import TaskMetric, WeightAverage
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.subsets import LabelShareSampler, Part
+from lorkd_monai.tasks import image_sides
 from lorkd_monai.teachers.teacher import Teacher
 from lorkd_monai.transforms import BatchAugment
 
@@ -50,8 +51,7 @@ def inferer_of(data: DataList, settings: StudySettings) -> Inferer:
     """One pass, or overlapping windows for 3D segmentation."""
     if (data.kind, data.spatial_dims) != ("segmentation", 3):
         return SimpleInferer()
-    size = settings.image_size
-    roi = (size,) * 3 if isinstance(size, int) else size
+    roi = image_sides(settings.image_size, 3)
     return SlidingWindowInferer(roi_size=roi, sw_batch_size=4, overlap=0.5, mode="gaussian")
 
 

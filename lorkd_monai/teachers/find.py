@@ -13,6 +13,7 @@ from lorkd_monai.data import DataList
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.weight_selection import select_weights
 from lorkd_monai.networks import LoRKDNet, TaskChannels
+from lorkd_monai.tasks import image_sides
 from lorkd_monai.teachers.bundle import load_teacher, teacher_from_checkpoint
 from lorkd_monai.teachers.cache import CachedTeacher
 from lorkd_monai.teachers.channels import channels_by_name
@@ -137,7 +138,7 @@ def _given(
     image_size: int | Sequence[int] | None,
 ) -> str:
     """What a teacher is given, in one line."""
-    size = [image_size] * data.spatial_dims if isinstance(image_size, int) else list(image_size or [])
+    size = image_sides(image_size, data.spatial_dims) if image_size else ()
     channels = teacher.in_channels or in_channels or "?"
     shape = " × ".join(map(str, [channels, *size])) if size else f"{channels} channel{'' if channels == 1 else 's'}"
     spacings = {data.tasks[task].spacing for task in present} if data.spatial_dims == 3 else set()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.tasks import check_kind
+from lorkd_monai.tasks import check_kind, image_sides
 from lorkd_monai.transforms.dicom import picture_reader
 from lorkd_monai.transforms.gate import gate, scaled, upright
 
@@ -145,7 +145,7 @@ def preprocessing(
         steps.append({"_target_": "Lambdad", "keys": "image", "func": _TO_CHANNELS.format(channels=int(in_channels))})
     if kind == "classification":
         mode = "bilinear" if spatial_dims == 2 else "trilinear"
-        size = _sides(image_size, spatial_dims)
+        size = list(image_sides(image_size, spatial_dims))
         steps.append(
             {"_target_": "Resized", "keys": "image", "spatial_size": size, "mode": mode, "anti_aliasing": True}
         )
@@ -286,15 +286,8 @@ def _square(keys: list[str], side: int) -> list[dict[str, Any]]:
     return [resize, {"_target_": "SpatialPadd", "keys": keys, "spatial_size": [side, side]}]
 
 
-def _sides(image_size: int | Sequence[int], spatial_dims: int) -> list[int]:
-    sides = [image_size] * spatial_dims if isinstance(image_size, int) else list(image_size)
-    if len(sides) != spatial_dims or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
-        raise LoRKDError(f"image_size must be a whole number above 0, or {spatial_dims} of them, got {image_size!r}.")
-    return sides
-
-
 def _one_side(image_size: int | Sequence[int]) -> int:
-    sides = _sides(image_size, 2)
+    sides = image_sides(image_size, 2)
     if sides[0] != sides[1]:
         raise LoRKDError(f"2D segmentation resizes to a square: image_size must be one number, got {image_size!r}.")
     return sides[0]

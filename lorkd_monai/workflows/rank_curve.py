@@ -21,6 +21,7 @@ from lorkd_monai.engines.trained_tasks import as_trained
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.tasks import image_sides, score_of
 
 __all__ = ["plot_rank_curve", "rank_curve", "write_rank_curve"]
 
@@ -75,9 +76,8 @@ def rank_curve(
     own = dataclasses.replace(own, training=[], validation=[], test=items)
     dataset = TaskDataset(own, "test", info["in_channels"], info["image_size"])
     loader = DataLoader(dataset, batch_size=1 if data.kind == "segmentation" else 64)
-    size = info["image_size"]
-    size = (size,) * data.spatial_dims if isinstance(size, int) else tuple(size)
-    inferer = ConfigParser(default_inferer(data.kind, size)).get_parsed_content()
+    sides = image_sides(info["image_size"], data.spatial_dims)
+    inferer = ConfigParser(default_inferer(data.kind, sides)).get_parsed_content()
     score = score_of(data.kind)
     ranks, curve = network.spec()["rank"], {}
     for rank in range(1, max(ranks[t] for t in chosen) + 1):
@@ -90,11 +90,6 @@ def rank_curve(
                 point = {"rank": rank, "parameters": expert_parameters(network, task, rank), **figures[task][score]}
                 curve.setdefault(task, []).append(point)
     return {task: curve[task] for task in chosen if task in curve}
-
-
-def score_of(kind: str) -> str:
-    """The figure that is drawn."""
-    return "balanced_accuracy" if kind == "classification" else "dice"
 
 
 def expert_parameters(network: LoRKDNet, task: str, rank: int) -> int:

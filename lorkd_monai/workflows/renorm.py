@@ -22,6 +22,7 @@ from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_tabl
 from lorkd_monai.engines.trained_tasks import as_trained
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.norm_statistics import reestimate_norms
+from lorkd_monai.tasks import image_sides, score_of
 
 __all__ = ["renorm_experts"]
 
@@ -95,7 +96,7 @@ def renorm_experts(
         )
     data = as_trained(data, info, str(checkpoint), chosen)
     patch = size if (kind, dims) == ("segmentation", 3) else None
-    inferer = default_inferer(kind, (size,) * dims if isinstance(size, int) else tuple(size))
+    inferer = default_inferer(kind, image_sides(size, dims))
     experts: dict[str, nn.Module] = {}
     before: Figures = {}
     after: Figures = {}
@@ -113,7 +114,7 @@ def renorm_experts(
         expert.cpu()
     facts = {**read_facts(checkpoint), "norms": "batch-norm statistics estimated anew on the task's own images"}
     written = export_experts(network, output, chosen, after, facts, overwrite, formats, networks=experts)
-    score = "balanced_accuracy" if kind == "classification" else "dice"
+    score = score_of(kind)
     columns = {f"{score} before": before, "after": after}
     return written, figures_table(columns, score, data.scored) if after else ""
 
