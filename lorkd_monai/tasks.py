@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorkd_monai.checks import is_whole
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["TaskSpec", "check_kind", "image_sides", "score_of"]
@@ -71,6 +72,6 @@ def image_sides(image_size: int | Sequence[int], spatial_dims: int) -> tuple[int
         ((64, 64), (96, 96, 64))
     """
     sides = (image_size,) * spatial_dims if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != spatial_dims or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
+    if len(sides) != spatial_dims or not all(map(is_whole, sides)):
         raise LoRKDError(f"image_size must be a whole number above 0, or {spatial_dims} of them, got {image_size!r}.")
     return sides

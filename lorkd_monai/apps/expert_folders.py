@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorkd_monai.checks import is_bundle_name
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["ExpertFolder", "copy_expert", "read_experts"]
 
-_NAME = re.compile(r"[A-Za-z0-9_-]+_(classification|segmentation)")
 _NEEDED = ("configs/metadata.json", "configs/inference.json", "models/model.pt")
 # What a server needs to run an expert and to train it further; other formats of the weights would only take space.
 _COPIED = ("configs", "docs", "LICENSE", "models/model.pt", "large_files.yml")
@@ -61,7 +60,7 @@ def _read(path: str | Path) -> ExpertFolder:
             f"expected the folder of an expert bundle, but {path} has no {', '.join(missing)}; experts are written by "
             "a `training` run or by `lorkd export`"
         )
-    if not _NAME.fullmatch(folder.name):
+    if not is_bundle_name(folder.name):
         raise LoRKDError(
             f"the folder of an expert bundle must be named <task>_classification or <task>_segmentation, of letters, "
             f"digits, '_' and '-', got {folder.name!r}; rename it"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from lorkd_monai.checks import is_file_name
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["check_task_name", "inert_text", "is_inert", "markdown_text"]
 
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _RELATIVE = re.compile(r"([@%])(?=#|::)")
 _REFERENCE = re.compile(r"@\w*(?:(?:#|::)\w*)*")
 
@@ -20,7 +20,7 @@ def check_task_name(name: Any) -> str:
     Raises:
         LoRKDError: it holds anything but letters, digits, ``_`` and ``-`` (ASCII).
     """
-    if isinstance(name, str) and _NAME.fullmatch(name):
+    if is_file_name(name):
         return name
     raise LoRKDError(
         f"a task name becomes the name of its bundle's folder: expected letters, digits, '_' and '-' only, got "

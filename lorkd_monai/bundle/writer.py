@@ -31,6 +31,7 @@ from lorkd_monai.bundle.formats import (
 from lorkd_monai.bundle.inert import check_task_name, inert_text
 from lorkd_monai.bundle.metadata import build_metadata
 from lorkd_monai.bundle.readme import data_license_text, readme_text
+from lorkd_monai.checks import check_whole, is_bundle_name
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
 from lorkd_monai.locks import is_abandoned, mark_in_use
@@ -207,8 +208,7 @@ def _check_arguments(kind: str, spatial_dims: int, in_channels: int, image_size:
         raise LoRKDError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if spatial_dims not in (2, 3):
         raise LoRKDError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}")
-    if not isinstance(in_channels, int) or in_channels < 1:
-        raise LoRKDError(f"in_channels must be a positive integer, got {in_channels!r}")
+    check_whole("in_channels", in_channels)
     return image_sides(image_size, spatial_dims)
 
 
@@ -315,7 +315,7 @@ def write_expert_bundle(
     folder = Path(folder).absolute()
     size = _check_arguments(kind, spatial_dims, in_channels, image_size)
     name = check_task_name(task.name)
-    if not re.fullmatch(rf"[A-Za-z0-9_-]+_{kind}", folder.name):
+    if not (is_bundle_name(folder.name) and folder.name.endswith(f"_{kind}")):
         raise LoRKDError(
             f"the folder of this bundle must be named <task>_{kind} (MONAI Label reads the kind of work from it), "
             f"such as {expert_name(name, kind)}; got {folder.name!r}"

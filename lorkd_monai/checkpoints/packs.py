@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai.checkpoints.weights import check_inert_config
+from lorkd_monai.checks import is_file_name
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.nested import cut_expert_state, exchange_expert
 from lorkd_monai.files import atomic_file
@@ -59,7 +60,7 @@ def expert_file(task: str) -> str:
     Raises:
         LoRKDError: another character in the name.
     """
-    if not task or not all(c.isascii() and (c.isalnum() or c in "_-") for c in task):
+    if not is_file_name(task):
         raise LoRKDError(f"task {task!r} can't name a file: expected letters, digits, '_' and '-'")
     return f"expert_{task}.safetensors"
 

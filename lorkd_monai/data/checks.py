@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lorkd_monai.data.form import ITEM_KEYS, SPLITS, TASK_KEYS, TASK_NAME, class_ids, faults
+from lorkd_monai.checks import TASK_NAME
+from lorkd_monai.data.form import ITEM_KEYS, SPLITS, TASK_KEYS, class_ids, faults
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses.task import UNLABELLED
 from lorkd_monai.transforms.loading import ImageFacts, ItemLoader

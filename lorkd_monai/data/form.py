@@ -6,16 +6,16 @@ by the rule too, and the rule may refuse more.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ITEM_KEYS", "LIST_KEYS", "SPLITS", "TASK_KEYS", "TASK_NAME", "Key", "class_ids", "faults", "json_schema"]
+from lorkd_monai.checks import TASK_NAME, is_real, is_whole
+
+__all__ = ["ITEM_KEYS", "LIST_KEYS", "SPLITS", "TASK_KEYS", "Key", "class_ids", "faults", "json_schema"]
 
 SPLITS = ("training", "validation", "test")
-TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 Rule = tuple[str, Callable[[Any], bool]]
 
@@ -85,16 +85,8 @@ def _are_names(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_text, value))
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def _are_numbers(value: object, *counts: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) in counts
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value)
-    )
+    return isinstance(value, list) and len(value) in counts and all(map(is_real, value))
 
 
 def _is_intensity(value: object) -> bool:
@@ -108,8 +100,8 @@ def _is_intensity(value: object) -> bool:
 
 def _are_prompts(value: object) -> bool:
     if isinstance(value, dict):
-        return all(re.fullmatch("[0-9]+", key) and _whole(index, 1) for key, index in value.items())
-    return _whole(value, 1)
+        return all(re.fullmatch("[0-9]+", key) and is_whole(index, 1) for key, index in value.items())
+    return is_whole(value, 1)
 
 
 def _or_null(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -206,7 +198,7 @@ TASK_KEYS: Mapping[str, Key] = {
     "channels": Key(
         "channels of the images; measured from the first one where it is left out",
         {"type": "integer", "minimum": 1},
-        (("'channels' must be a whole number of at least 1", lambda v: _whole(v, 1)),),
+        (("'channels' must be a whole number of at least 1", lambda v: is_whole(v, 1)),),
     ),
     "npz": Key("in place of items: a file in MedMNIST's form (classification), see below", _PATH),
     "vista3d_class": Key(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lorkd_monai.checks import check_whole
 from lorkd_monai.data import TaskBatchSampler
-from lorkd_monai.errors import LoRKDError
 
 __all__ = ["test_loader", "train_loader"]
 
@@ -21,8 +21,7 @@ def train_loader(
     Raises:
         LoRKDError: a batch size below 1, or more tasks in a batch than samples.
     """
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise LoRKDError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    check_whole("batch_size", batch_size)
     if tasks_per_batch is not None:
         batches = TaskBatchSampler(sampler, batch_size, tasks_per_batch)
         return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lorkd_monai.checks import check_whole
 from lorkd_monai.data.form import SPLITS
 from lorkd_monai.errors import LoRKDError
 
@@ -98,8 +99,7 @@ def assign_splits(
         raise LoRKDError(
             f"fractions must be three shares (training, validation, test) that add up to 1, got {fractions}."
         )
-    if type(seed) is not int or seed < 0:
-        raise LoRKDError(f"seed: expected a whole number of at least 0, got {seed!r}")
+    check_whole("seed", seed, 0)
     members: dict[str, list[Row]] = {}
     for row, patient in zip(rows, patients, strict=True):
         members.setdefault(patient, []).append(row)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
+from lorkd_monai.checks import is_real, is_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses.transfer import POSITIONS
 
 __all__ = ["check_settings"]
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _size(value: object) -> bool:
-    return _whole(value, 1) or (isinstance(value, list) and 2 <= len(value) <= 3 and all(_whole(v, 1) for v in value))
+    return is_whole(value, 1) or (
+        isinstance(value, list) and 2 <= len(value) <= 3 and all(is_whole(v, 1) for v in value)
+    )
 
 
 _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
@@ -35,30 +29,30 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
             "num_samples",
             "sw_batch_size",
         ),
-        ("a whole number of at least 1", lambda v: _whole(v, 1)),
+        ("a whole number of at least 1", lambda v: is_whole(v, 1)),
     ),
-    **dict.fromkeys(("seed", "num_workers"), ("a whole number of at least 0", lambda v: _whole(v, 0))),
+    **dict.fromkeys(("seed", "num_workers"), ("a whole number of at least 0", lambda v: is_whole(v, 0))),
     **dict.fromkeys(
         ("image_size", "patch_size"), ("a whole number of at least 1, or a list of one for each axis", _size)
     ),
-    **dict.fromkeys(("learning_rate", "temperature"), ("a number above 0", lambda v: _real(v) and v > 0)),
+    **dict.fromkeys(("learning_rate", "temperature"), ("a number above 0", lambda v: is_real(v) and v > 0)),
     **dict.fromkeys(
-        ("weight_decay", "transfer_weight", "rotate"), ("a number of at least 0", lambda v: _real(v) and v >= 0)
+        ("weight_decay", "transfer_weight", "rotate"), ("a number of at least 0", lambda v: is_real(v) and v >= 0)
     ),
     "tasks_per_batch": (
         "a whole number of at least 1, or null for batches of all tasks mixed",
-        lambda v: v is None or _whole(v, 1),
+        lambda v: v is None or is_whole(v, 1),
     ),
-    "sampling_temperature": ("a number of at least 1", lambda v: _real(v) and v >= 1),
-    "alpha": ("a number", _real),
-    "ema": ("a number from 0 to below 1", lambda v: _real(v) and 0 <= v < 1),
+    "sampling_temperature": ("a number of at least 1", lambda v: is_real(v) and v >= 1),
+    "alpha": ("a number", is_real),
+    "ema": ("a number from 0 to below 1", lambda v: is_real(v) and 0 <= v < 1),
     "cache_teacher": (
         "True, False, or the number of fixed views of each image",
-        lambda v: isinstance(v, bool) or _whole(v, 0),
+        lambda v: isinstance(v, bool) or is_whole(v, 0),
     ),
     "flip_axes": (
         "a list of axes of the image, such as [0, 1], or []",
-        lambda v: isinstance(v, (list, tuple)) and all(_whole(n, 0) and n <= 2 for n in v),
+        lambda v: isinstance(v, (list, tuple)) and all(is_whole(n, 0) and n <= 2 for n in v),
     ),
     "init": ("'auto', 'teacher' or 'random'", lambda v: v in ("auto", "teacher", "random")),
     "transfer_positions": (" or ".join(map(repr, POSITIONS)), lambda v: v in POSITIONS),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorkd_monai.checks import check_whole
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["POSITIONS", "FeatureTransferLoss", "TransferLoss", "full_precision", "transfer_loss"]
@@ -257,8 +258,7 @@ class FeatureTransferLoss(nn.Module):
         super().__init__()
         check_transfer_options(temperature, reduction=reduction)
         for name, size in (("student_dim", student_dim), ("teacher_dim", teacher_dim)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise LoRKDError(f"FeatureTransferLoss: {name} must be a positive integer, got {size!r}")
+            check_whole(f"FeatureTransferLoss: {name}", size)
         self.temperature, self.reduction = float(temperature), reduction
         self.projection = nn.Linear(student_dim, teacher_dim)
 

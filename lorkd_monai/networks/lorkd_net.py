@@ -13,6 +13,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
+from lorkd_monai.checks import check_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.low_rank import LowRankLayer
 from lorkd_monai.networks.plain_view import PlainView
@@ -543,8 +544,7 @@ def cut_rank(net: LoRKDNet, task: str | int, rank: int) -> int:
     """
     name = net.tasks[net.task_index(task)]
     own = net.spec()["rank"][name]
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise LoRKDError(f"rank must be a whole number of at least 1, got {rank!r}")
+    check_whole("rank", rank)
     if rank < own and not net.nested:
         raise LoRKDError(
             f"task {name!r} can't be cut from rank {own} to {rank}: the first components of its expert work alone only "

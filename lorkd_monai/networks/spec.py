@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lorkd_monai.checks import is_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.strategies import LAYOUTS
 
@@ -67,7 +68,7 @@ def checked_tasks(tasks: Mapping[str, int]) -> dict[str, int]:
     for name, classes in tasks.items():
         if not isinstance(name, str) or not name:
             raise LoRKDError(f"tasks: a name must be a non-empty string, got {name!r}")
-        if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
+        if not is_whole(classes):
             raise LoRKDError(f"tasks: {name!r} must have a number of output channels of at least 1, got {classes!r}")
     return dict(tasks)
 

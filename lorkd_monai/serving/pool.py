@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.checkpoints.packs import read_expert
+from lorkd_monai.checks import check_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.strategies import eks_strategy
 from lorkd_monai.networks.lorkd_net import LoRKDNet
@@ -61,8 +62,7 @@ class ExpertPool:
         max_waiting: int = 1024,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_waiting", max_waiting)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise LoRKDError(f"{name} must be a whole number of at least 1, got {value!r}")
+            check_whole(name, value)
         here = next(net.parameters()).device
         self.device = here if device is None else torch.empty(0, device=device).device  # "cuda" -> cuda:0
         self.net = net if here == self.device and not net.training else copy.deepcopy(net).to(self.device).eval()

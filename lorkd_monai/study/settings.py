@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorkd_monai.checks import is_real, is_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.losses.transfer import POSITIONS
 from lorkd_monai.networks.eks.strategies import LAYOUTS
@@ -137,21 +137,17 @@ class StudySettings:
 
 
 def _whole(least: int) -> tuple[str, Callable[[object], bool]]:
-    return f"a whole number of at least {least}", lambda v: type(v) is int and v >= least
-
-
-def _real(v: object) -> bool:
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    return f"a whole number of at least {least}", lambda v: is_whole(v, least)
 
 
 def _choice(*values: str) -> tuple[str, Callable[[object], bool]]:
     return f"one of {', '.join(map(repr, values))}", lambda v: v in values
 
 
-_OPTIONAL_WHOLE = ("a whole number of at least 1, or None", lambda v: v is None or (type(v) is int and v >= 1))
-_AVERAGE = ("a number from 0 to below 1", lambda v: _real(v) and 0 <= v < 1)
-_POSITIVE = ("a number above 0", lambda v: _real(v) and v > 0)
-_NOT_NEGATIVE = ("a number of at least 0", lambda v: _real(v) and v >= 0)
+_OPTIONAL_WHOLE = ("a whole number of at least 1, or None", lambda v: v is None or is_whole(v))
+_AVERAGE = ("a number from 0 to below 1", lambda v: is_real(v) and 0 <= v < 1)
+_POSITIVE = ("a number above 0", lambda v: is_real(v) and v > 0)
+_NOT_NEGATIVE = ("a number of at least 0", lambda v: is_real(v) and v >= 0)
 
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
@@ -172,10 +168,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("ema", "teacher_ema"), _AVERAGE),
     **dict.fromkeys(("learning_rate", "temperature", "alpha", "expert_learning_rate"), _POSITIVE),
     **dict.fromkeys(("weight_decay", "rotate", "noise", "transfer_weight"), _NOT_NEGATIVE),
-    "sampling_temperature": ("a number of at least 1", lambda v: _real(v) and v >= 1),
-    "expert_weight_decay": ("a number of at least 0, or None", lambda v: v is None or (_real(v) and v >= 0)),
+    "sampling_temperature": ("a number of at least 1", lambda v: is_real(v) and v >= 1),
+    "expert_weight_decay": ("a number of at least 0, or None", lambda v: v is None or (is_real(v) and v >= 0)),
     "teacher_bundle": ("a path, or None", lambda v: v is None or (isinstance(v, str) and v != "")),
-    "label_share": ("a number above 0 and at most 1", lambda v: _real(v) and 0 < v <= 1),
+    "label_share": ("a number above 0 and at most 1", lambda v: is_real(v) and 0 < v <= 1),
     **dict.fromkeys(("selection", "teacher_selection"), _choice("best", "last")),
     "sampling": _choice("natural", "balanced", "temperature"),
     "layout": _choice(*LAYOUTS),
@@ -184,7 +180,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "transfer_positions": _choice(*POSITIONS),
     "rank": (
         "a whole number of at least 1, 'imbalanced', or one number for each task",
-        lambda v: v == "imbalanced" or isinstance(v, Mapping) or (type(v) is int and v >= 1),
+        lambda v: v == "imbalanced" or isinstance(v, Mapping) or is_whole(v),
     ),
     "amp": ("True or False", lambda v: isinstance(v, bool)),
     "flip_axes": (
@@ -200,7 +196,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "image_size": (
         "a whole number of at least 1, or one for each axis",
-        lambda v: all(type(n) is int and n >= 1 for n in (v if isinstance(v, tuple) else (v,))),
+        lambda v: all(map(is_whole, v if isinstance(v, tuple) else (v,))),
     ),
 }
 

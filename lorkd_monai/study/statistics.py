@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorkd_monai.checks import check_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.metrics.bootstrap import CHUNK, weight_chunks
 from lorkd_monai.metrics.classification import balanced_accuracy
@@ -242,8 +243,7 @@ def compare(
     Raises:
         LoRKDError: there are no finished runs, a file that can't be read, or too few resamples for such an interval.
     """
-    if type(comparisons) is not int or comparisons < 1:
-        raise LoRKDError(f"comparisons must be a whole number of at least 1, got {comparisons!r}")
+    check_whole("comparisons", comparisons)
     if comparisons > 1 and resamples < 400 * comparisons:  # ten resamples in each tail
         raise LoRKDError(f"{comparisons} comparisons need at least {400 * comparisons} resamples, got {resamples}")
     study = _Study(folder, resamples)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai import __version__
+from lorkd_monai.checks import check_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.teachers.teacher import Teacher
@@ -56,8 +57,7 @@ class CachedTeacher(nn.Module):
 
     def __init__(self, teacher: Teacher, folder: str | os.PathLike, views: int = 1, memory: int = 2**30) -> None:
         super().__init__()
-        if not isinstance(views, int) or isinstance(views, bool) or views < 1:
-            raise LoRKDError(f"cache_teacher: views must be a whole number of at least 1, got {views!r}")
+        check_whole("cache_teacher: views", views)
         self.folder = Path(folder)
         if self.folder.is_file():
             raise LoRKDError(f"cache_teacher: {folder} is a file, expected a folder for the teacher's answers")

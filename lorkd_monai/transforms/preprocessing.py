@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lorkd_monai.checks import check_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.tasks import check_kind, image_sides
 from lorkd_monai.transforms.dicom import picture_reader
@@ -124,8 +125,7 @@ def preprocessing(
     keys = list(keys)
     if keys not in (["image"], ["image", "label"]) or (keys != ["image"] and kind == "classification"):
         raise LoRKDError(f"expected keys ['image'], or ['image', 'label'] for segmentation, got {keys} for {kind}.")
-    if isinstance(in_channels, bool) or not isinstance(in_channels, int) or in_channels < 1:
-        raise LoRKDError(f"in_channels must be a whole number of at least 1, got {in_channels!r}.")
+    check_whole("in_channels", in_channels)
 
     masks = len(keys) == 2
     channels, full = _channels(task, spatial_dims, in_channels), full_depth(task, spatial_dims)

@@ -17,6 +17,7 @@ from lorkd_monai.bundle.export import expert_folders, export_experts
 from lorkd_monai.bundle.facts import read_facts
 from lorkd_monai.bundle.writer import check_formats
 from lorkd_monai.checkpoints.weights import load_decomposition
+from lorkd_monai.checks import check_whole
 from lorkd_monai.data import DataList, TaskDataset, load_data_list
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table
 from lorkd_monai.engines.trained_tasks import as_trained
@@ -76,8 +77,7 @@ def renorm_experts(
         LoRKDError: networks without batch norms that keep statistics, an unknown task, bundles that exist, a data
             list of other tasks.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise LoRKDError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
+    check_whole("batch_size", batch_size)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = load_decomposition(checkpoint).eval()
     info = network.info

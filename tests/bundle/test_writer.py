@@ -238,7 +238,7 @@ def test_a_swap_that_was_killed_is_undone(tmp_path):
     [
         ({"kind": "detection"}, "kind must be one of classification, segmentation, got 'detection'"),
         ({"spatial_dims": 4}, "spatial_dims must be 2 or 3, got 4"),
-        ({"in_channels": 0}, "in_channels must be a positive integer, got 0"),
+        ({"in_channels": 0}, "in_channels must be a whole number of at least 1, got 0"),
         ({"image_size": [32]}, "image_size must be a whole number above 0, or 2 of them"),
         ({"formats": ("ts",)}, "formats must hold 'pt'"),
         ({"formats": ("pt", "trt")}, "formats must hold 'pt' and any of .* got 'pt, trt'"),

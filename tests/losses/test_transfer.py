@@ -273,7 +273,7 @@ def test_features_under_autocast_are_computed_in_float32():
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, -1), (2.0, 3), (True, 3)])
 def test_bad_feature_sizes(sizes):
-    with pytest.raises(LoRKDError, match="must be a positive integer"):
+    with pytest.raises(LoRKDError, match="must be a whole number of at least 1"):
         FeatureTransferLoss(*sizes)
 
 

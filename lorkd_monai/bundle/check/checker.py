@@ -21,6 +21,7 @@ from lorkd_monai.bundle.check.weights import check_weights, check_zoo_commands
 from lorkd_monai.bundle.inert import is_inert
 from lorkd_monai.bundle.metadata import NO_AUTHORS, needed_packages, strings_of
 from lorkd_monai.bundle.readme import NO_LICENSE, SECTIONS
+from lorkd_monai.checks import is_bundle_name
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
 
@@ -68,7 +69,7 @@ def _files(bundle: BundleFiles) -> Iterator[Problem]:
 
 
 def _names(bundle: BundleFiles) -> Iterator[Problem]:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+_(classification|segmentation)", bundle.name):
+    if not is_bundle_name(bundle.name):
         yield Problem(
             "name", ".", f"the folder is named {bundle.name!r}, expected <task>_classification or <task>_segmentation",
             "rename the folder: MONAI Label reads the kind of work from it",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorkd_monai.checks import check_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.routing.rows import take_rows
 
@@ -32,8 +33,7 @@ def factor_shapes(
     """
     if layout not in LAYOUTS:
         raise LoRKDError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise LoRKDError(f"rank must be an integer of at least 1, got {rank!r}")
+    check_whole("rank", rank)
     out, columns = weight_shape[0], 1
     for size in weight_shape[1:]:
         columns *= size
