@@ -4,10 +4,10 @@ import importlib
 
 from lorkd_monai.bundle.check.checker import Problem, check_bundle, check_origin
 from lorkd_monai.bundle.export import export_experts, network_info
-from lorkd_monai.bundle.formats import measure
 from lorkd_monai.bundle.overrides import check_overrides
 from lorkd_monai.bundle.pack import load_expert, pack_bundle, push_bundle
 from lorkd_monai.bundle.writer import expert_name, write_expert_bundle, write_teacher_bundle
+from lorkd_monai.metrics.costs import measure
 
 __all__ = [
     "Problem",

@@ -14,9 +14,9 @@ import monai
 import torch
 
 from lorkd_monai import __version__
-from lorkd_monai.bundle.formats import measure
 from lorkd_monai.data import DataList
 from lorkd_monai.files import atomic_file, read_json
+from lorkd_monai.metrics.costs import measure
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.tasks import image_sides
 from lorkd_monai.teachers.bundle import bundle_network

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import time
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -17,14 +16,13 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import save_net_with_metadata
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lorkd_monai.bundle.metadata import strings_of
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.surgery.replace import parsed_network
 
-__all__ = ["FORMATS", "build_network", "measure", "onnx_is_installed", "save_formats", "torchscript_of", "weights_of"]
+__all__ = ["FORMATS", "build_network", "onnx_is_installed", "save_formats", "torchscript_of", "weights_of"]
 
 FORMATS = ("pt", "safetensors", "ts", "onnx")
 TOLERANCE = 1e-4
@@ -187,50 +185,3 @@ def save_formats(
         _drop_source_paths(models / "model.ts")
     if "onnx" in formats:
         _save_onnx(network, models / "model.onnx", image)
-
-
-def measure(network: nn.Module, image_shape: Sequence[int], repeats: int = 5) -> dict[str, float]:
-    """Measure what one forward pass of ``network`` costs on this CPU.
-
-    Args:
-        image_shape: one input, 1×C×H×W[×D].
-        repeats: passes timed after one warm-up; the median counts.
-
-    Returns:
-        ``parameters`` and ``macs`` (multiply-accumulates of convolutions and matrix products; counts),
-        ``weights_mib`` (parameters and buffers) and ``activations_mib`` (all layers' outputs, in MiB), and
-        ``latency_ms`` (with the current number of threads).
-
-    Example::
-
-        >>> measure(nn.Conv2d(1, 2, 3, padding=1, bias=False), (1, 1, 8, 8))["macs"]
-        1152
-    """
-    module = copy.deepcopy(network).cpu().eval()
-    image, outputs, handles = torch.rand(tuple(image_shape)), [], []
-
-    def note(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
-            outputs.append(output.numel() * output.element_size())
-
-    for layer in module.modules():
-        if not any(True for _ in layer.children()):
-            handles.append(layer.register_forward_hook(note))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(image)
-    for handle in handles:
-        handle.remove()
-    times = []
-    with torch.no_grad():
-        for _ in range(max(1, repeats)):
-            start = time.perf_counter()
-            module(image)
-            times.append(time.perf_counter() - start)
-    stored = [*module.parameters(), *module.buffers()]
-    return {
-        "parameters": sum(parameter.numel() for parameter in module.parameters()),
-        "macs": counter.get_total_flops() // 2,
-        "weights_mib": round(sum(item.numel() * item.element_size() for item in stored) / 2**20, 3),
-        "activations_mib": round(sum(outputs) / 2**20, 3),
-        "latency_ms": round(1000 * sorted(times)[len(times) // 2], 3),
-    }

@@ -166,7 +166,7 @@ def readme_text(
     """Return docs/README.md, after the model zoo's template.
 
     ``metrics`` maps a name to a number or to ``{"value", "low", "high", "n"}``; ``measured`` and
-    ``parent["teacher"]`` may hold what `lorkd_monai.bundle.formats.measure` returns; what else ``parent`` holds is
+    ``parent["teacher"]`` may hold what `lorkd_monai.metrics.costs.measure` returns; what else ``parent`` holds is
     listed as it is.
     """
     teacher = parent.get("teacher") if isinstance(parent.get("teacher"), Mapping) else {}

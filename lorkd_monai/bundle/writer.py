@@ -22,7 +22,6 @@ from lorkd_monai.bundle import configs as bundle_configs
 from lorkd_monai.bundle.formats import (
     FORMATS,
     build_network,
-    measure,
     onnx_is_installed,
     save_formats,
     torchscript_of,
@@ -35,6 +34,7 @@ from lorkd_monai.checks import check_whole, is_bundle_name
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
 from lorkd_monai.locks import is_abandoned, mark_in_use
+from lorkd_monai.metrics.costs import measure
 from lorkd_monai.tasks import image_sides
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds, time and memory; and what it was measured on."""
+"""What the networks of a study cost, and what that was measured on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +16,9 @@ import monai
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lorkd_monai import __version__
+from lorkd_monai.metrics.costs import measure
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.study.models import OneEach
 from lorkd_monai.teachers.teacher import Teacher
@@ -39,12 +38,10 @@ def plain_networks(network: nn.Module, tasks: list[str]) -> dict[str, nn.Module]
     return dict.fromkeys(tasks, plain)
 
 
-@torch.no_grad()
 def cost_of(network: nn.Module, tasks: list[str], shape: tuple[int, ...], repeats: int = 20) -> dict[str, Any]:
     """Parameters of the trained whole, and of each task's plain network its parameters, multiply-adds and latency.
 
-    Multiply-adds are those of convolutions and matrix products (half of what torch's counter says). The latency is
-    the median time of one image, on the CPU with the threads that the process has.
+    See `lorkd_monai.metrics.costs.measure`: the latency is that of one image, on the CPU.
 
     Args:
         network: as trained.
@@ -52,30 +49,18 @@ def cost_of(network: nn.Module, tasks: list[str], shape: tuple[int, ...], repeat
         shape: C×H×W[×D] of an image.
         repeats: of the timing.
     """
-    x = torch.rand(1, *shape)
     known: dict[int, dict[str, float]] = {}
     rows = {}
     for name, plain in plain_networks(network, tasks).items():
         if id(plain) not in known:
-            plain = plain.cpu().eval()
-            with FlopCounterMode(display=False) as counter:
-                plain(x)
+            costs = measure(plain, (1, *shape), repeats)
             known[id(plain)] = {
-                "parameters": sum(p.numel() for p in plain.parameters()),
-                "multiply_adds": counter.get_total_flops() // 2,
-                "latency_s": _latency(plain, x, repeats),
+                "parameters": costs["parameters"],
+                "multiply_adds": costs["macs"],
+                "latency_s": costs["latency_ms"] / 1000,
             }
         rows[name] = known[id(plain)]
     return {"parameters": sum(p.numel() for p in network.parameters()), "plain": rows}
-
-
-def _latency(network: nn.Module, x: torch.Tensor, repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        started = time.perf_counter()
-        network(x)
-        times.append(time.perf_counter() - started)
-    return float(np.median(times[2:]))
 
 
 @contextmanager

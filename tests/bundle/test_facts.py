@@ -9,11 +9,12 @@ import pytest
 from lorkd_monai.bundle import network_info, write_teacher_bundle
 from lorkd_monai.bundle.export import export_experts
 from lorkd_monai.bundle.facts import read_facts, resolved_facts, teacher_facts, write_facts
-from lorkd_monai.bundle.formats import build_network, measure
+from lorkd_monai.bundle.formats import build_network
 from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.data import load_data_list, make_phantoms
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.handlers import ExpertExport
+from lorkd_monai.metrics.costs import measure
 from lorkd_monai.networks import LoRKDNet
 from tests.small_networks import SMALL_RESNET
 
