@@ -33,9 +33,9 @@ from lorkd_monai.networks.spec import (
     write_spec,
 )
 from lorkd_monai.networks.surgery import replace
-from lorkd_monai.networks.surgery.heads import head_like
+from lorkd_monai.networks.surgery.heads import head_like, pooled_head_input
 from lorkd_monai.networks.surgery.outputs import fill_classes, first_rows, narrow_classes, select_rows, widen_classes
-from lorkd_monai.networks.task_banks import TaskBank, pooled_features, watch_heads
+from lorkd_monai.networks.task_banks import TaskBank, watch_heads
 from lorkd_monai.networks.trial import try_experts
 
 __all__ = ["LoRKDNet", "cut_rank", "cut_ranks"]
@@ -334,7 +334,7 @@ class LoRKDNet(nn.Module):
                 "would share another: name the layer that gives the classes with head=…"
             )
         self._head_seen = True
-        features = pooled_features(calls) if return_features else None
+        features = pooled_head_input([(x, head.channel_dim) for head, x in calls]) if return_features else None
         remember_routing((y, features), ordered)
         y = fill_classes(y, ordered, list(self._num_classes.values()), x.ndim)
         if shuffle:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +17,7 @@ from lorkd_monai.networks.routing.rows import join_segments, owners, take_rows, 
 from lorkd_monai.networks.routing.table import Routing
 from lorkd_monai.networks.weight_facts import READABLE, readable
 
-__all__ = ["HeadBank", "NormBank", "TaskBank", "pooled_features", "watch_heads"]
+__all__ = ["HeadBank", "NormBank", "TaskBank", "watch_heads"]
 
 
 class TaskBank(RoutedModule):
@@ -159,18 +158,3 @@ def watch_heads() -> Iterator[list[tuple[HeadBank, Tensor]]]:
         yield _HEAD_CALLS.get()
     finally:
         _HEAD_CALLS.reset(token)
-
-
-def pooled_features(calls: list[tuple[HeadBank, Tensor]]) -> Tensor:
-    """What the main head received, pooled over space: B × F.
-
-    The main head of several (deep supervision) is that of the highest resolution; of equal ones, the last called.
-    """
-
-    def spatial(i: int) -> list[int]:
-        head, x = calls[i]
-        return [d for d in range(1, x.ndim) if d != head.channel_dim % x.ndim]
-
-    main = max(range(len(calls)), key=lambda i: (math.prod(calls[i][1].shape[d] for d in spatial(i)), i))
-    x = calls[main][1]
-    return x.mean(spatial(main)) if x.ndim > 2 else x

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.routing.table import task_list
-from lorkd_monai.networks.surgery.heads import find_heads
+from lorkd_monai.networks.surgery.heads import find_heads, pooled_head_input
 from lorkd_monai.networks.surgery.outputs import first_tensor
 from lorkd_monai.teachers.intensity import TeacherView
 
@@ -240,14 +240,9 @@ def _note_head_input(head: nn.Module, args: tuple) -> None:
 
 
 def _main_features(found: list[tuple[nn.Module, Tensor]]) -> Tensor:
-    """The input of the head of the highest resolution, pooled; the last one of several (deep supervision)."""
     if not found:
         raise LoRKDError("the teacher's last layer could not be found, so that it gives no features: name it, head=…")
-    best = max(range(len(found)), key=lambda i: (found[i][1].shape[2:].numel(), i))
-    head, x = found[best]
-    if x.ndim == 2:
-        return x
-    return x.flatten(1, -2).mean(1) if isinstance(head, nn.Linear) else x.flatten(2).mean(2)
+    return pooled_head_input([(x, -1 if isinstance(head, nn.Linear) else 1) for head, x in found])
 
 
 def check_channels(wanted: int, came: int, dims: int, name: str = "the teacher") -> None:

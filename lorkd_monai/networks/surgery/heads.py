@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.layer_maps import LAYERS
 from lorkd_monai.networks.eks.strategies import LayerOp
 
-__all__ = ["KNOWN_HEADS", "find_heads", "head_layers", "head_like"]
+__all__ = ["KNOWN_HEADS", "find_heads", "head_layers", "head_like", "pooled_head_input"]
 
 # Where MONAI's networks keep the layers whose width is the number of classes; `[-1]` is the last child. A network of
 # this list is recognised by its class or a base class of it.
@@ -197,3 +198,21 @@ def _resized_norm(norm: nn.Module, old: int, new: int) -> nn.Module | None:
     if weight is None:
         return None
     raise LoRKDError(f"head: can't change the width of {type(norm).__name__} from {old} to {new} channels")
+
+
+def pooled_head_input(calls: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """What the main head received, pooled over space: B × F.
+
+    The main head of several (deep supervision) is that of the highest resolution; of equal ones, the last called.
+
+    Args:
+        calls: the input of each head that was called, and the dimension that holds its channels.
+    """
+
+    def spatial(i: int) -> list[int]:
+        x, channel_dim = calls[i]
+        return [d for d in range(1, x.ndim) if d != channel_dim % x.ndim]
+
+    main = max(range(len(calls)), key=lambda i: (math.prod(calls[i][0].shape[d] for d in spatial(i)), i))
+    x, _ = calls[main]
+    return x.mean(spatial(main)) if x.ndim > 2 else x
