@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,7 +17,6 @@ from lorkd_monai.teachers.teacher import Teacher
 __all__ = [
     "MeanNetwork",
     "OneEach",
-    "RememberedTeacher",
     "build_student",
     "choose_ranks",
     "members_of",
@@ -132,44 +130,3 @@ def teacher_of(view: TaskChannels, tasks: Sequence[str]) -> Teacher:
     classes = {name: view.num_classes[name] for name in tasks}
     channels = {name: list(range(starts[name], starts[name] + n)) for name, n in classes.items()}
     return Teacher(copy.deepcopy(view.network), channels, classes)
-
-
-class RememberedTeacher(nn.Module):
-    """A teacher that answers a batch it has seen before from memory, exactly as it did then.
-
-    All students of a seed that train on mixed batches see the same batches: what is drawn, and how it is augmented,
-    is a function of the seed. One study asks its teacher about each of them once.
-
-    Args:
-        teacher: the teacher.
-        memory: most bytes of answers that are kept.
-    """
-
-    def __init__(self, teacher: Teacher, memory: int = 2**30) -> None:
-        super().__init__()
-        self.teacher, self.activation, self.left = teacher, teacher.activation, memory
-        self._answers: dict[bytes, Tensor] = {}
-
-    def train(self, mode: bool = True) -> RememberedTeacher:
-        """Stay in evaluation mode."""
-        return super().train(False)
-
-    def has_logits(self, task: Tensor) -> Tensor:
-        """See `Teacher`."""
-        return self.teacher.has_logits(task)
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, task: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """See `Teacher`; features are not kept."""
-        if return_features:
-            return self.teacher(x, task, return_features=True)
-        digest = hashlib.blake2b(x.detach().cpu().contiguous().numpy().tobytes(), digest_size=16)
-        digest.update(repr((tuple(x.shape), task.tolist(), torch.is_autocast_enabled(x.device.type))).encode())
-        key = digest.digest()
-        if key not in self._answers:
-            answer = self.teacher(x, task)
-            if answer.nbytes > self.left:
-                return answer
-            self.left -= answer.nbytes
-            self._answers[key] = answer.cpu()
-        return self._answers[key].to(x.device)

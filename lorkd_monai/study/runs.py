@@ -20,12 +20,13 @@ from lorkd_monai.study import measures
 from lorkd_monai.study.examples import example_arrays
 from lorkd_monai.study.files import RunFile
 from lorkd_monai.study.methods import Method, label_share_of
-from lorkd_monai.study.models import RememberedTeacher, members_of, teacher_of, teacher_view
+from lorkd_monai.study.models import members_of, teacher_of, teacher_view
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Students, Trained
 from lorkd_monai.study.subsets import Part, choose_labelled, only_tasks
 from lorkd_monai.study.training import Fitted, evaluation_loader, fit, inferer_of
 from lorkd_monai.tasks import image_sides, score_of
+from lorkd_monai.teachers.cache import RememberedTeacher
 from lorkd_monai.teachers.find import find_teacher
 from lorkd_monai.teachers.teacher import Teacher
 

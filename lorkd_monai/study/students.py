@@ -15,10 +15,11 @@ from lorkd_monai.experts.weight_selection import select_weights
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.study.diagnostics import gradient_conflict, spectra
 from lorkd_monai.study.methods import Method
-from lorkd_monai.study.models import OneEach, RememberedTeacher, build_student, members_of
+from lorkd_monai.study.models import OneEach, build_student, members_of
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.subsets import Part, only_tasks
 from lorkd_monai.study.training import Fitted, fit
+from lorkd_monai.teachers.cache import RememberedTeacher
 from lorkd_monai.teachers.teacher import Teacher
 
 __all__ = ["Students", "Trained", "draws_of"]

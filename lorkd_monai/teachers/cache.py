@@ -1,4 +1,4 @@
-"""A teacher whose answers are kept on disk, so that it runs once for each image that it is asked about."""
+"""Teachers whose answers are kept, on disk or in memory, so that they are not asked the same thing twice."""
 
 from __future__ import annotations
 
@@ -20,10 +20,64 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.teachers.teacher import Teacher
 
-__all__ = ["CachedTeacher"]
+__all__ = ["CachedTeacher", "RememberedTeacher"]
 
 
-class CachedTeacher(nn.Module):
+class _Remembering(nn.Module):
+    """A teacher that keeps answers in memory, up to a number of bytes."""
+
+    def __init__(self, teacher: Teacher, memory: int) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self._memory: dict[str, dict[str, Tensor]] = {}
+        self._left = memory
+
+    def train(self, mode: bool = True) -> _Remembering:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def has_logits(self, task: Tensor | int | Sequence[int]) -> Tensor:
+        """As the teacher's."""
+        return self.teacher.has_logits(task)
+
+    def _remember(self, key: str, answer: dict[str, Tensor]) -> None:
+        size = sum(t.nbytes for t in answer.values())
+        if size <= self._left:
+            self._left -= size
+            self._memory[key] = answer
+
+
+class RememberedTeacher(_Remembering):
+    """A teacher that answers a batch it has seen before from memory, exactly as it did then.
+
+    All students of a seed that train on mixed batches see the same batches: what is drawn, and how it is augmented,
+    is a function of the seed. One study asks its teacher about each of them once.
+
+    Args:
+        teacher: the teacher.
+        memory: most bytes of answers that are kept.
+    """
+
+    def __init__(self, teacher: Teacher, memory: int = 2**30) -> None:
+        super().__init__(teacher, memory)
+        self.activation = teacher.activation
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, task: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """See `Teacher`; features are not kept."""
+        if return_features:
+            return self.teacher(x, task, return_features=True)
+        digest = hashlib.sha256(_bytes(x.detach().cpu().contiguous()))
+        digest.update(repr((tuple(x.shape), task.tolist(), torch.is_autocast_enabled(x.device.type))).encode())
+        key = digest.hexdigest()
+        if key in self._memory:
+            return self._memory[key]["logits"].to(x.device)
+        answer = self.teacher(x, task)
+        self._remember(key, {"logits": answer.cpu()})
+        return answer
+
+
+class CachedTeacher(_Remembering):
     """A `Teacher` that remembers, on disk, what it said.
 
     An answer is filed under a hash of the teacher (its weights, its layers, where its classes stand), of the versions
@@ -56,15 +110,13 @@ class CachedTeacher(nn.Module):
     """
 
     def __init__(self, teacher: Teacher, folder: str | os.PathLike, views: int = 1, memory: int = 2**30) -> None:
-        super().__init__()
+        super().__init__(teacher, memory)
         check_whole("cache_teacher: views", views)
         self.folder = Path(folder)
         if self.folder.is_file():
             raise LoRKDError(f"cache_teacher: {folder} is a file, expected a folder for the teacher's answers")
-        self.teacher, self.views = teacher, views
+        self.views = views
         self.asked = self.answered_from_disk = 0
-        self._memory: dict[str, dict[str, Tensor]] = {}
-        self._left = memory
         self._mark = fingerprint(teacher)
         self.eval()
 
@@ -75,14 +127,6 @@ class CachedTeacher(nn.Module):
             if item in ("activation", "channels", "in_channels", "intensity", "network", "num_classes", "tasks"):
                 return getattr(super().__getattr__("teacher"), item)
             raise
-
-    def train(self, mode: bool = True) -> CachedTeacher:
-        """Stay in evaluation mode."""
-        return super().train(False)
-
-    def has_logits(self, task: Tensor | int | Sequence[int]) -> Tensor:
-        """As the teacher's."""
-        return self.teacher.has_logits(task)
 
     def features_of(self, x: Tensor, task: Tensor | int | Sequence[int] = 0) -> Tensor:
         """As the teacher's; not kept."""
@@ -146,12 +190,6 @@ class CachedTeacher(nn.Module):
             return None  # not there, or cut off by a full disk: the teacher is asked again and the file replaced
         self._remember(key, answer)
         return answer
-
-    def _remember(self, key: str, answer: dict[str, Tensor]) -> None:
-        size = sum(t.nbytes for t in answer.values())
-        if size <= self._left:
-            self._left -= size
-            self._memory[key] = answer
 
     def _write(self, key: str, answer: dict[str, Tensor]) -> None:
         path = self._path(key)

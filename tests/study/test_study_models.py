@@ -16,13 +16,13 @@ from lorkd_monai.study.measures import cost_of, peak_memory, plain_networks
 from lorkd_monai.study.models import (
     MeanNetwork,
     OneEach,
-    RememberedTeacher,
     build_student,
     choose_ranks,
     members_of,
     teacher_of,
     teacher_view,
 )
+from lorkd_monai.teachers.cache import RememberedTeacher
 
 CLASSES = {"a": 2, "b": 3}
 SETTINGS = default_settings("classification", 2).changed(
@@ -122,7 +122,7 @@ def test_remembered_answers_are_the_teachers() -> None:
     assert len(calls) == 1 + 1 + 2
     full = RememberedTeacher(teacher, memory=0)
     torch.testing.assert_close(full(x, task), first, rtol=0, atol=0)
-    assert not full._answers
+    assert not full._memory
 
 
 class Images(torch.utils.data.Dataset):
