@@ -13,7 +13,17 @@ from typing import Any
 
 from lorkd_monai.errors import LoRKDError
 
-__all__ = ["TASK_NAME", "as_names", "as_path", "check_whole", "is_bundle_name", "is_file_name", "is_real", "is_whole"]
+__all__ = [
+    "TASK_NAME",
+    "as_names",
+    "as_path",
+    "check_whole",
+    "default_device",
+    "is_bundle_name",
+    "is_file_name",
+    "is_real",
+    "is_whole",
+]
 
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """The name of a task in a data list. Decompositions that were not made from one may have others."""
@@ -67,3 +77,10 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
     """
     if not is_whole(value, least):
         raise LoRKDError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def default_device() -> str:
+    """Where networks run unless told otherwise: the first GPU, or else the CPU."""
+    import torch  # takes seconds: the other checks need none of it
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"

@@ -36,7 +36,7 @@ args=(sys.stdout,)
 format=%(asctime)s - %(name)s - %(levelname)s - %(message)s
 """
 
-_DEVICE = "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')"
+DEVICE = "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')"
 _NO_IMAGES = (
     "$@images or sys.exit('error: no image in ' + repr(str(@dataset_dir)) + ': expected --dataset_dir to be an image "
     "or a folder of images (' + ' '.join(@suffixes) + ')')"
@@ -219,7 +219,7 @@ def inference_config(
         "series_fault": f"${SERIES_FAULT}",
         "problem": _PROBLEM,
         "class_names": "$list(@_meta_#network_data_format#outputs#pred#channel_def.values())",
-        "device": _DEVICE,
+        "device": DEVICE,
         "network_def": copy.deepcopy(network_config),
         "network": "$@network_def.to(@device)",
         "preprocessing": _compose(preprocessing),
@@ -348,7 +348,7 @@ def train_config(
         "ckpt_dir": "$str(@bundle_root) + '/models'",
         "ckpt_path": "$str(@bundle_root) + '/models/model.pt'",
         "output_dir": "$str(@bundle_root) + '/eval'",
-        "device": _DEVICE,
+        "device": DEVICE,
         "max_epochs": 20,
         "val_interval": 1,
         "batch_size": 4,

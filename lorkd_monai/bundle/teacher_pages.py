@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from lorkd_monai.bundle.configs import default_inferer
+from lorkd_monai.bundle.configs import DEVICE, default_inferer
 from lorkd_monai.bundle.inert import inert_text, markdown_text
 from lorkd_monai.bundle.metadata import build_metadata
 
@@ -51,7 +51,7 @@ def teacher_files(
         "imports": ["$import os"],
         "bundle_root": ".",
         "ckpt_path": "$@bundle_root + '/models/model.pt'",
-        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "device": DEVICE,
         "network_def": copy.deepcopy(network_config),
         "network": "$@network_def.to(@device)",
         "preprocessing": {"_target_": "Compose", "transforms": copy.deepcopy(preprocessing)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorkd_monai.checks import as_names, as_path
+from lorkd_monai.checks import as_names, as_path, default_device
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["report", "study"]
@@ -59,8 +59,6 @@ def study(
         patient_regex: or a regular expression that finds the patient in the file name.
         changes: settings of all runs, such as --epochs 20 --ema 0.98.
     """
-    import torch
-
     from lorkd_monai.study.command import run_from_arguments
 
     folder = run_from_arguments(
@@ -75,7 +73,7 @@ def study(
         {name: _mapping(value, name) if isinstance(value, str) and value[:1] == "{" else value
          for name, value in changes.items()},
         quick,
-        device or ("cuda:0" if torch.cuda.is_available() else "cpu"),
+        device or default_device(),
         keep_weights,
         plan_only,
         as_names(unseen),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lorkd_monai.bundle.configs import default_inferer
+from lorkd_monai.checks import default_device
 from lorkd_monai.data import DataList, TaskDataset, load_data_list
 from lorkd_monai.engines.evaluation import evaluate_tasks
 from lorkd_monai.engines.trained_tasks import as_trained
@@ -151,8 +152,7 @@ def write_rank_curve(
         raise LoRKDError("the decomposition does not say what its tasks are: expected a checkpoint of `training`")
     data = load_data_list(dataset_dir, info["kind"], info["spatial_dims"], needs=(split,))
     score = score_of(info["kind"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    curve = rank_curve(network, data, tasks, split, device)
+    curve = rank_curve(network, data, tasks, split, default_device())
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "rank_curve.json") as temporary:

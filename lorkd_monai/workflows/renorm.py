@@ -17,7 +17,7 @@ from lorkd_monai.bundle.export import expert_folders, export_experts
 from lorkd_monai.bundle.facts import read_facts
 from lorkd_monai.bundle.writer import check_formats
 from lorkd_monai.checkpoints.weights import load_decomposition
-from lorkd_monai.checks import check_whole
+from lorkd_monai.checks import check_whole, default_device
 from lorkd_monai.data import DataList, TaskDataset, load_data_list
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table
 from lorkd_monai.engines.trained_tasks import as_trained
@@ -78,7 +78,7 @@ def renorm_experts(
             list of other tasks.
     """
     check_whole("batch_size", batch_size)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or default_device())
     network = load_decomposition(checkpoint).eval()
     info = network.info
     if "kind" not in info:
