@@ -6,7 +6,7 @@ import os
 import sys
 from types import TracebackType
 
-__all__ = ["LoRKDError", "find_lorkd_error", "root_cause", "show_errors_plainly"]
+__all__ = ["LoRKDError", "find_lorkd_error", "first_line", "root_cause", "show_errors_plainly"]
 
 
 class LoRKDError(ValueError):
@@ -28,6 +28,12 @@ def find_lorkd_error(error: BaseException | None) -> LoRKDError | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first words of an error, at most 300 characters; of one without words what Python shows of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else repr(error)
+
+
 def root_cause(error: BaseException) -> str:
     """Return one line for an error: its first cause, as MONAI's own errors are tracebacks of many lines.
 
@@ -38,8 +44,7 @@ def root_cause(error: BaseException) -> str:
     """
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
 
 
 def _print_plainly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lorkd_monai.errors import LoRKDError, find_lorkd_error, root_cause
+from lorkd_monai.errors import LoRKDError, find_lorkd_error, first_line, root_cause
 
 
 def caught(text: str) -> BaseException:
@@ -80,3 +80,8 @@ def test_the_root_cause_is_one_line() -> None:
     assert root_cause(outer) == "ValueError: no such file"
     assert root_cause(ValueError("x" * 400)) == f"ValueError: {'x' * 300}"
     assert root_cause(AssertionError()) == "AssertionError"
+
+
+def test_the_first_line_of_an_error() -> None:
+    assert first_line(ValueError("\n  no such file \nmore")) == "no such file"
+    assert first_line(AssertionError()) == "AssertionError()" and len(first_line(ValueError("x" * 400))) == 300

@@ -15,6 +15,7 @@ import torch
 
 from lorkd_monai import __version__
 from lorkd_monai.data import DataList
+from lorkd_monai.errors import first_line
 from lorkd_monai.files import atomic_file, read_json
 from lorkd_monai.metrics.costs import measure
 from lorkd_monai.networks import LoRKDNet
@@ -45,7 +46,7 @@ def teacher_facts(
         network, channels = bundle_network(folder)
         costs = measure(network, (1, channels or 1, *image_sides(image_size, spatial_dims)), repeats=3)
     except Exception as error:  # a network may raise anything; the page says "not given" then
-        _log.warning("the teacher %s could not be measured: %s", folder, str(error).strip().split("\n")[0])
+        _log.warning("the teacher %s could not be measured: %s", folder, first_line(error))
         return facts
     return {"name": facts["name"], "network": type(network).__name__, **costs}
 

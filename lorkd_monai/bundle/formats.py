@@ -18,7 +18,7 @@ from monai.data import save_net_with_metadata
 from torch import nn
 
 from lorkd_monai.bundle.metadata import strings_of
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.surgery.replace import parsed_network
 
@@ -96,7 +96,7 @@ def torchscript_of(network: nn.Module, image: torch.Tensor) -> tuple[torch.jit.S
                 raise RuntimeError("its output differs from the network's")
             return scripted, how
         except Exception as error:  # TorchScript's errors have no common class
-            reasons.append(f"{how}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
+            reasons.append(f"{how}: {first_line(error)}")
     raise LoRKDError(
         f"{type(network).__name__} cannot be exported to TorchScript ({'; '.join(reasons)}); leave 'ts' out of formats"
     )

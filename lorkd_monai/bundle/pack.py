@@ -16,7 +16,7 @@ from torch import nn
 
 from lorkd_monai.bundle.check.checker import check_bundle
 from lorkd_monai.bundle.formats import build_network
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.files import atomic_file
 
 __all__ = ["load_expert", "pack_bundle", "push_bundle"]
@@ -135,7 +135,7 @@ def push_bundle(
                 repo=repo, name=folder.name, bundle_dir=temporary, token=token, private=private, version=version
             )
         except Exception as error:  # no network, no login, no such user: the Hub's errors have no common class
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            reason = first_line(error)
             raise LoRKDError(
                 f"the Hugging Face Hub did not take {folder.name} into {repo}: {reason}; log in with `hf auth login` "
                 "or give a token that may write there, and check the network"

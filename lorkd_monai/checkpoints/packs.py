@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.checkpoints.weights import check_inert_config
 from lorkd_monai.checks import is_file_name
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.experts.nested import cut_expert_state, exchange_expert
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.lorkd_net import LoRKDNet, cut_rank, cut_ranks
@@ -266,7 +266,7 @@ def _read_header(path: Path) -> dict[str, str]:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as e:
-        raise LoRKDError(f"{path} is no complete file of an expert pack: {str(e).splitlines()[0]}") from e
+        raise LoRKDError(f"{path} is no complete file of an expert pack: {first_line(e)}") from e
     if header.get("form") != _FORM:
         raise LoRKDError(f"{path} is no file of an expert pack: expected one that save_pack wrote")
     return header
@@ -276,4 +276,4 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as e:
-        raise LoRKDError(f"{path} is no complete file of an expert pack: {str(e).splitlines()[0]}") from e
+        raise LoRKDError(f"{path} is no complete file of an expert pack: {first_line(e)}") from e

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lorkd_monai.data import DataList
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.locks import mark_in_use
 from lorkd_monai.study.agreement import agree_on_settings, check_finished
 from lorkd_monai.study.files import RunFile
@@ -131,7 +131,7 @@ def _check_networks(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise LoRKDError(f"device: {str(device)!r} can't be used here: {str(error).splitlines()[0]}") from error
+        raise LoRKDError(f"device: {str(device)!r} can't be used here: {first_line(error)}") from error
     if common.teacher_bundle is not None:
         find_teacher(common.teacher_bundle, data)
     image = torch.zeros(1, common.in_channels, *sides)
@@ -150,7 +150,7 @@ def _check_networks(
         except (RuntimeError, ValueError) as error:
             raise LoRKDError(
                 f"method {method.name!r}: its backbone does not take images of {' × '.join(map(str, image.shape[1:]))} "
-                f"(in_channels, image_size): {str(error).splitlines()[0]}"
+                f"(in_channels, image_size): {first_line(error)}"
             ) from error
 
 

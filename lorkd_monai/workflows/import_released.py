@@ -16,7 +16,7 @@ from lorkd_monai.bundle.export import network_info
 from lorkd_monai.checkpoints.released_code import ImportReport, import_authors
 from lorkd_monai.checkpoints.weights import load_weights, save_weights
 from lorkd_monai.data import load_data_list
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.surgery import replace
@@ -36,7 +36,7 @@ def read_config(file: Path, what: str) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as e:
-        raise LoRKDError(f"{what}: {file} can't be read as JSON or YAML: {str(e).splitlines()[0]}") from e
+        raise LoRKDError(f"{what}: {file} can't be read as JSON or YAML: {first_line(e)}") from e
     if not isinstance(content, dict):
         raise LoRKDError(f"{what}: {file} must hold a mapping, got a {type(content).__name__}")
     return content

@@ -22,7 +22,7 @@ from lorkd_monai.bundle.inert import is_inert
 from lorkd_monai.bundle.metadata import NO_AUTHORS, needed_packages, strings_of
 from lorkd_monai.bundle.readme import NO_LICENSE, SECTIONS
 from lorkd_monai.checks import is_bundle_name
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.files import read_json
 
 __all__ = ["Problem", "check_bundle", "check_origin"]
@@ -288,7 +288,7 @@ def _properties(bundle: BundleFiles) -> Iterator[Problem]:
                 workflow.initialize()
                 missing = workflow.check_properties() or []
         except (Exception, SystemExit) as error:  # a config may raise anything
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+            reason = first_line(error)
             yield Problem("property", f"configs/{name}.json", f"it cannot be built ({reason})", "mend the config")
             continue
         for item in missing:

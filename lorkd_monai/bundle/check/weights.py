@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorkd_monai.bundle.check.problem import BundleFiles, Problem
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, first_line
 
 __all__ = ["check_weights", "check_zoo_commands"]
 
@@ -26,7 +26,7 @@ def check_weights(bundle: BundleFiles) -> Iterator[Problem]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
-        reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
+        reason = first_line(error)
         yield Problem("weights", "models/model.pt", f"it cannot be read ({reason})", "export it again")
         return
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
@@ -46,7 +46,7 @@ def check_weights(bundle: BundleFiles) -> Iterator[Problem]:
     except (RuntimeError, ValueError) as error:
         yield Problem(
             "channels", "configs/metadata.json", f"the network does not take the input that it describes, {shape}: "
-            f"{str(error).splitlines()[0]}", "give the network's own input channels and size",
+            f"{first_line(error)}", "give the network's own input channels and size",
         )  # fmt: skip
         return
     if not isinstance(result, torch.Tensor):
@@ -92,7 +92,7 @@ def _formats(bundle: BundleFiles, weights: Mapping[str, Any], image: Any, expect
             with torch.no_grad():
                 wrong = differs(torch.jit.load(str(path), map_location="cpu").eval()(image))
         except Exception as error:  # TorchScript's errors have no common class
-            reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
+            reason = first_line(error)
             yield Problem("formats", name, f"it cannot be run ({reason})", again)
             continue
         if wrong:
@@ -157,7 +157,7 @@ def check_zoo_commands(bundle: BundleFiles) -> Iterator[Problem]:
                 ckpt_file=str(bundle.folder / "models" / "model.pt"), **files, **root,
             )  # fmt: skip
         except Exception as error:  # TorchScript's errors have no common class
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            reason = first_line(error)
             yield Problem(
                 "torchscript", "models/model.pt", f"ckpt_export by {how} fails: {reason}",
                 "set 'torchscript' in metadata.json to 'trace' where the network cannot be scripted",
