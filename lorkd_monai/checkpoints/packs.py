@@ -7,7 +7,6 @@ shared weights that it belongs to, so that an expert is never put on another bac
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lorkd_monai.checkpoints.weights import check_inert_config
+from lorkd_monai.checkpoints.weights import check_inert_config, hash_tensors
 from lorkd_monai.checks import is_file_name
 from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.experts.nested import cut_expert_state, exchange_expert
@@ -42,12 +41,7 @@ def shared_state_dict(net: LoRKDNet) -> dict[str, Tensor]:
 
 def fingerprint(net: LoRKDNet) -> str:
     """A SHA-256 of the shared weights and of how experts are built on them; the tasks do not enter it."""
-    digest = hashlib.sha256(json.dumps(_construction(net.spec()), sort_keys=True).encode())
-    for name, tensor in sorted(shared_state_dict(net).items()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return digest.hexdigest()
+    return hash_tensors(_construction(net.spec()), shared_state_dict(net))
 
 
 def _construction(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -19,7 +21,15 @@ from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.lorkd_net import LoRKDNet
 from lorkd_monai.networks.spec import SPEC_KEY, read_spec
 
-__all__ = ["fit_weights", "load_decomposition", "load_weights", "read_decomposition_spec", "save_weights"]
+__all__ = [
+    "fit_weights",
+    "hash_tensors",
+    "load_decomposition",
+    "load_weights",
+    "read_decomposition_spec",
+    "save_weights",
+    "tensor_bytes",
+]
 
 # Where trainers put the state dict of the network inside a checkpoint, in the order they are looked for.
 _NESTED = ("model", "state_dict", "network", "net", "model_state_dict")
@@ -227,3 +237,19 @@ def _check_target(target: object, source: str) -> None:
         f"{source} names {str(target)[:80]!r} as its backbone, which is no network of MONAI's: give the backbone, or "
         "its config, yourself"
     )
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The memory of a tensor's values, in their order."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def hash_tensors(about: object, tensors: Mapping[str, object]) -> str:
+    """A SHA-256 of what JSON can say of something, and of its tensors: their names, types, shapes and values."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorkd_monai import __version__
+from lorkd_monai.checkpoints.weights import hash_tensors, tensor_bytes
 from lorkd_monai.checks import check_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
@@ -67,7 +68,7 @@ class RememberedTeacher(_Remembering):
         """See `Teacher`; features are not kept."""
         if return_features:
             return self.teacher(x, task, return_features=True)
-        digest = hashlib.sha256(_bytes(x.detach().cpu().contiguous()))
+        digest = hashlib.sha256(tensor_bytes(x))
         digest.update(repr((tuple(x.shape), task.tolist(), torch.is_autocast_enabled(x.device.type))).encode())
         key = digest.hexdigest()
         if key in self._memory:
@@ -172,9 +173,9 @@ class CachedTeacher(_Remembering):
         device = x.device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         about = [self._mark, str(x.dtype), list(x.shape[1:]), features, autocast, *(["shown"] if shown else [])]
-        rows = x.detach().cpu().contiguous()
+        rows = x.detach().cpu()
         return [
-            hashlib.sha256(json.dumps([*about, self.teacher.tasks[task]]).encode() + _bytes(row)).hexdigest()
+            hashlib.sha256(json.dumps([*about, self.teacher.tasks[task]]).encode() + tensor_bytes(row)).hexdigest()
             for row, task in zip(rows, tasks, strict=True)
         ]
 
@@ -207,16 +208,7 @@ def fingerprint(teacher: Teacher) -> str:
          for t, c in teacher.channels.items()},
         getattr(teacher, "identity", None), str(teacher.intensity),
     ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(teacher.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(_bytes(tensor.detach().cpu().contiguous()))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return hash_tensors(about, teacher.state_dict())
 
 
 def _padded(logits: Tensor, channels: int) -> Tensor:
