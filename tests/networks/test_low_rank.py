@@ -322,7 +322,7 @@ def test_geometry_can_be_read_and_weights_can_not():
         (nn.Conv2d(3, 3, 1), {"ranks": 4}, "one rank for each task"),
         (nn.Conv2d(3, 3, 1), {"ranks": [0]}, "rank must be a whole number of at least 1, got 0"),
         (nn.Conv2d(3, 3, 1), {"ranks": [1.5]}, "rank must be a whole number of at least 1, got 1.5"),
-        (nn.Conv2d(3, 3, 1), {"ranks": [True]}, "rank must be an integer"),
+        (nn.Conv2d(3, 3, 1), {"ranks": [True]}, "rank must be a whole number"),
         (nn.Conv2d(3, 3, 1), {"ranks": [1, 1], "scale": [1.0]}, "got 1 scales for 2 tasks"),
         (nn.Conv2d(3, 3, 1), {"ranks": [1], "layout": "peft"}, "layout must be one of"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), {"ranks": [1]}, "parametrization"),
