@@ -70,7 +70,7 @@ class LoRKDNet(nn.Module):
 
     Raises:
         LoRKDError: no tasks, a bad task name or class count, bad ranks, patterns that match nothing, no head found, a
-            layer whose weight is tied or changed behind our back.
+            layer whose weight is shared or re-parametrised (weight norm, spectral norm).
 
     Example::
 

@@ -32,7 +32,7 @@ def test_a_class_of_the_users_with_a_known_name():
     check(UNet(), X)
 
 
-# ---------------------------------------------------------------------- weights changed behind our back
+# ---------------------------------------------------------------------- shared or re-parametrised weights
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,8 @@ class BranchFilters(NamedTuple):
 
     ΔW_p consists of ``blocks`` row blocks, block q of a filter being B[o·blocks + q] A. So it is a convolution with
     blocks · rows filters, filter (q, j) being A[j] at block q and 0 elsewhere, followed by a 1×1 convolution with
-    B seen as o × (blocks · rows). Experts of lower rank than the highest are filled up with zero filters, and so is the
-    number of filters, where a kernel wants a multiple of some number.
+    B seen as o × (blocks · rows). Lower-rank experts are zero-padded; the filter count is rounded up to the
+    multiple the kernel prefers.
     """
 
     shape: tuple[int, ...]  # of W0

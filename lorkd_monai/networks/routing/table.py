@@ -36,8 +36,8 @@ class Routing:
     """The task of every row of a batch.
 
     A batch is ordered where it consists of equal rounds, in each of which the tasks stand one after the other, as in
-    0 0 1 0 0 1. One round is a batch sorted by task. In as many rounds as the numbers of the tasks' rows allow, what a
-    grouped convolution lays side by side lies so already.
+    0 0 1 0 0 1. One round is a batch sorted by task. With gcd(n_t) rounds the batch already has the layout a grouped
+    convolution needs, so nothing is copied.
 
     Args:
         tasks: task index of each row, in any order. One entry with ``size=None`` stands for a batch of any size.

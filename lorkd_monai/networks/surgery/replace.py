@@ -142,8 +142,7 @@ def expert_layers(
 
     Raises:
         LoRKDError: a pattern that matches nothing, an ``include`` that names only layers which can't have experts, or
-            a layer whose weight is changed behind our back (weight norm,
-            spectral norm, a forward hook) or tied to another module's.
+            a layer whose weight is shared or re-parametrised (weight norm, spectral norm), or that has a forward hook.
     """
     modules = dict(network.named_modules())
     inside = [f"{n}." for n in heads] + [f"{n}." for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)]
