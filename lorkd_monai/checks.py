@@ -17,6 +17,7 @@ __all__ = [
     "TASK_NAME",
     "as_names",
     "as_path",
+    "as_value",
     "check_whole",
     "default_device",
     "is_bundle_name",
@@ -47,6 +48,16 @@ def as_names(value: Any) -> list[str] | None:
         return None
     names = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     return [str(name).strip() for name in names if str(name).strip()]
+
+
+def as_value(text: str) -> Any:
+    """What YAML makes of a text such as ``{a: folder/b}`` or ``[a, b]``; None where it makes nothing of it."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def is_file_name(name: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorkd_monai.checks import check_whole, is_bundle_name, is_file_name, is_real, is_whole
+from lorkd_monai.checks import as_value, check_whole, is_bundle_name, is_file_name, is_real, is_whole
 from lorkd_monai.errors import LoRKDError
 
 
@@ -22,3 +22,8 @@ def test_numbers() -> None:
     check_whole("rank", 3)
     with pytest.raises(LoRKDError, match=r"^rank must be a whole number of at least 2, got 1$"):
         check_whole("rank", 1, 2)
+
+
+def test_values_of_a_command_line() -> None:
+    assert as_value("{a: folder/b}") == {"a": "folder/b"} and as_value("[a, 2]") == ["a", 2]
+    assert as_value("{a: ") is None and as_value("") is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorkd_monai.checks import as_names, as_path, default_device
+from lorkd_monai.checks import as_names, as_path, as_value, default_device
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["report", "study"]
@@ -110,12 +110,7 @@ def _numbers(value: Any, name: str = "seeds") -> list[int]:
 def _mapping(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
-    import yaml
-
-    try:
-        found = yaml.safe_load(value)
-    except yaml.YAMLError:
-        found = None
+    found = as_value(value)
     if not isinstance(found, dict):
         raise LoRKDError(f"{name}: expected '{{name: value, other: value}}', got {value!r}")
     return found

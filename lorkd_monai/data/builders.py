@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from lorkd_monai.checks import as_path
+from lorkd_monai.checks import as_path, as_value
 from lorkd_monai.data.checks import NPZ_ARRAYS, check_task_name, read_origin
 from lorkd_monai.data.class_folders import ClassImage, class_images, holds_tasks, visible_folders
 from lorkd_monai.data.form import SPLITS
@@ -323,10 +322,7 @@ def read_mapping(text: str) -> dict[str, str]:
     Raises:
         LoRKDError: for text that is no such mapping.
     """
-    try:
-        mapping = yaml.safe_load(text)
-    except yaml.YAMLError:
-        mapping = None
+    mapping = as_value(text)
     if not isinstance(mapping, dict) or not all(isinstance(path, str) for path in mapping.values()):
         raise LoRKDError(f"expected tasks as '{{name: path, other: path}}', got {text}.")
     return {str(name): path for name, path in mapping.items()}
@@ -336,10 +332,7 @@ def _listed(text: Any) -> Any:
     """Read ``[folder/a, folder/b]`` as a command line has it; leave everything else as it is."""
     if not isinstance(text, str) or not text.startswith("[") or os.path.exists(text):
         return text
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
+    found = as_value(text)
     if not isinstance(found, list) or not all(isinstance(path, str) for path in found):
         raise LoRKDError(f"expected paths as '[path, other]', got {text}.")
     return found

@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 __all__ = [
     "collect_predictions",
     "evaluate_tasks",
+    "figure_text",
     "figures_of",
     "figures_of_predictions",
     "figures_table",
@@ -155,7 +156,7 @@ def figures_table(columns: Mapping[str, Figures], score: str, scored: Sequence[s
 
     def row(task: str, remark: str = "") -> str:
         count = next((f[task][score]["n"] for f in columns.values() if score in f.get(task, {})), 0)
-        cells = [_cell(figures.get(task, {}).get(score)) for figures in columns.values()]
+        cells = [figure_text(figures.get(task, {}).get(score)) for figures in columns.values()]
         return f"| {task}{remark} | {count} | " + " | ".join(cells) + " |"
 
     lines += [row(task) for task in tasks]
@@ -165,7 +166,8 @@ def figures_table(columns: Mapping[str, Figures], score: str, scored: Sequence[s
     return "\n".join(lines)
 
 
-def _cell(entry: Mapping[str, float] | None) -> str:
+def figure_text(entry: Mapping[str, float] | None) -> str:
+    """A figure with its interval, where it has one, as tables show it."""
     if entry is None:
         return ""
     interval = f" ({entry['low']:.3f}–{entry['high']:.3f})" if "low" in entry else ""

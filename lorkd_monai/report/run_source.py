@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorkd_monai.checkpoints.weights import load_decomposition
+from lorkd_monai.engines.evaluation import figure_text
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.describe import describe_tasks
 from lorkd_monai.files import read_json
@@ -106,7 +107,7 @@ def _figures(content: Content, folder: Path) -> None:
     rows = []
     for task in tasks:
         for name, column in columns.items():
-            cells = [_cell(column.get(task, {}).get(key)) for key in others]
+            cells = [figure_text(column.get(task, {}).get(key)) for key in others]
             rows.append([task, name, *cells])
     content.comparison_tables[""] = Table(
         ["task", "network", *(key.replace("_", " ") for key in others)], rows, "With 95 % bootstrap intervals."
@@ -115,13 +116,6 @@ def _figures(content: Content, folder: Path) -> None:
 
 def _point(name: str, figure: Mapping[str, float]) -> Point:
     return Point(name, figure["value"], figure.get("low"), figure.get("high"), _COMPARED[name])
-
-
-def _cell(figure: Mapping[str, float] | None) -> str:
-    if figure is None:
-        return ""
-    interval = f" ({figure['low']:.3f}–{figure['high']:.3f})" if "low" in figure else ""
-    return f"{figure['value']:.3f}{interval}"
 
 
 def _events(content: Content, folder: Path, title: str, tasks: list[str]) -> None:
