@@ -12,9 +12,7 @@ __all__ = ["check_settings"]
 
 
 def _size(value: object) -> bool:
-    return is_whole(value, 1) or (
-        isinstance(value, list) and 2 <= len(value) <= 3 and all(is_whole(v, 1) for v in value)
-    )
+    return is_whole(value) or (isinstance(value, list) and 2 <= len(value) <= 3 and all(map(is_whole, value)))
 
 
 _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
@@ -26,12 +24,11 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
             "in_channels",
             "accumulation_steps",
             "val_interval",
-            "num_samples",
             "sw_batch_size",
         ),
-        ("a whole number of at least 1", lambda v: is_whole(v, 1)),
+        ("a whole number of at least 1", is_whole),
     ),
-    **dict.fromkeys(("seed", "num_workers"), ("a whole number of at least 0", lambda v: is_whole(v, 0))),
+    "seed": ("a whole number of at least 0", lambda v: is_whole(v, 0)),
     **dict.fromkeys(
         ("image_size", "patch_size"), ("a whole number of at least 1, or a list of one for each axis", _size)
     ),
@@ -41,7 +38,7 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     ),
     "tasks_per_batch": (
         "a whole number of at least 1, or null for batches of all tasks mixed",
-        lambda v: v is None or is_whole(v, 1),
+        lambda v: v is None or is_whole(v),
     ),
     "sampling_temperature": ("a number of at least 1", lambda v: is_real(v) and v >= 1),
     "alpha": ("a number", is_real),
