@@ -43,9 +43,9 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 def remove_leftovers(path: str | os.PathLike) -> None:
     """Delete what killed processes left of writing ``path``; what a living one writes stays."""
     path = Path(path)
-    found = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    beside = list(path.parent.iterdir()) if path.parent.is_dir() else []
     # A process that was killed after the move left the lock of its temporary file alone.
-    found = {file.with_suffix("") if file.name.endswith(".tmp.lock") else file for file in found}
+    found = {file.with_suffix("") if file.name.endswith(".tmp.lock") else file for file in beside}
     for leftover in found:
         ours = leftover.name.startswith(f".{path.name}.") and leftover.name.endswith(".tmp")
         if ours and is_abandoned(leftover):

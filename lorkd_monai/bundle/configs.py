@@ -324,7 +324,7 @@ def train_config(
 
     if not segmentation:  # no mask is kept in an .npz file
         preprocessing = or_arrays(preprocessing, len(image_size))
-    trained = copy.deepcopy(preprocessing)
+    trained: list[Any] = copy.deepcopy(preprocessing)
     if segmentation:
         # Images keep their own size: patches of the network's training size make a batch.
         pad = {"_target_": "SpatialPadd", "keys": ["image", "label"], "spatial_size": inferer["roi_size"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -97,7 +98,7 @@ def read_figures(path: str | Path, info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expert_folders(
-    folder: str | Path, tasks: Sequence[str], info: Mapping[str, Any], overwrite: bool
+    folder: str | os.PathLike, tasks: Sequence[str], info: Mapping[str, Any], overwrite: bool
 ) -> dict[str, Path]:
     """Where the expert bundles of these tasks go, see `expert_folder`.
 
@@ -120,7 +121,7 @@ def expert_folders(
 
 def export_experts(
     network: LoRKDNet,
-    folder: str | Path,
+    folder: str | os.PathLike,
     tasks: Sequence[str] | None = None,
     figures: Mapping[str, Mapping[str, Any]] | None = None,
     parent: Mapping[str, Any] | None = None,

@@ -169,7 +169,7 @@ def readme_text(
     ``parent["teacher"]`` may hold what `lorkd_monai.metrics.costs.measure` returns; what else ``parent`` holds is
     listed as it is.
     """
-    teacher = parent.get("teacher") if isinstance(parent.get("teacher"), Mapping) else {}
+    teacher = parent["teacher"] if isinstance(parent.get("teacher"), Mapping) else {}
     teacher_facts = _facts(teacher, tuple(_COSTS))
     parent_facts = _facts(parent, ("teacher", "augmentation", "authors", "copyright", "data_source", "data_license"))
     classes = "\n".join(f"* {i}: {markdown_text(name)}" for i, name in sorted(task.labels.items()))

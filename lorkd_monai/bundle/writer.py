@@ -64,7 +64,7 @@ def expert_name(task_name: str, kind: str) -> str:
     return f"{check_task_name(task_name)}_{kind}"
 
 
-def expert_folder(folder: str | Path, task_name: str, kind: str, spatial_dims: int) -> Path:
+def expert_folder(folder: str | os.PathLike, task_name: str, kind: str, spatial_dims: int) -> Path:
     """Where in ``folder`` the expert of a task goes: ``<task>_<kind>``, if need be ``<task>_2d_<kind>`` or ``…_3d_…``.
 
     The longer name is taken where the shorter one belongs to another expert, such as the 3D one of the same task.
@@ -203,7 +203,7 @@ def _write_common(folder: Path, metadata: dict, inference: dict) -> None:
     (folder / "configs" / "logging.conf").write_text(bundle_configs.LOGGING, encoding="utf-8")
 
 
-def _check_arguments(kind: str, spatial_dims: int, in_channels: int, image_size: Sequence[int]) -> tuple[int, ...]:
+def _check_arguments(kind: str, spatial_dims: int, in_channels: int, image_size: Any) -> tuple[int, ...]:
     if kind not in KINDS:
         raise LoRKDError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if spatial_dims not in (2, 3):

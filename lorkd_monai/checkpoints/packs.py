@@ -145,12 +145,12 @@ def load_pack(
             t: {**fields, "index": i} for i, (t, fields) in enumerate(described.items()) if fields is not None
         }
     net = LoRKDNet.from_spec(spec, backbone)
-    own = shared_state_dict(net)
+    shared = shared_state_dict(net)
     state = _read_tensors(folder / SHARED)
-    if own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own):
+    if shared.keys() != state.keys() or any(shared[k].shape != state[k].shape for k in shared):
         raise LoRKDError(f"{folder / SHARED} does not fit its own description: it, or the backbone, was changed")
     with torch.no_grad():
-        for key, tensor in own.items():
+        for key, tensor in shared.items():
             tensor.copy_(state[key])
     for task in tasks:
         net.load_expert_state_dict(task, _read_tensors(folder / expert_file(task)))

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +147,9 @@ def import_authors(
 
 
 def _read(state: Mapping[str, Tensor], rules: KeyRules) -> _Source:
-    source, seen, tensors = _Source(), {}, {}
+    source = _Source()
+    seen: dict[tuple, str] = {}
+    tensors: dict[str, Tensor] = {}
     named: dict[str, str] = {}
     for key in state:
         name = ".".join(part for part in key.split(".") if part != "module")  # of DataParallel, at any depth
@@ -241,7 +244,7 @@ def _check_places(
     given: dict[int, str] = {}
     for name, tensor in source.shared.items():
         place = places.get(name)
-        if place not in target:
+        if place is None or place not in target:
             continue
         own = target[place]
         if own.shape != tensor.shape:
@@ -309,7 +312,7 @@ def _ranks(
     """The rank of each task, and the layers where all of them are multiplied."""
     found: dict[str, list[int]] = {}
     for layer, name in layers.items():
-        shape = network.get_submodule(name).weight.shape
+        shape: Any = network.get_submodule(name).weight.shape
         blocks = shape[2] if len(shape) > 2 else 1
         for t in range(len(tasks)):
             a, b = source.factors[layer]["A", t], source.factors[layer]["B", t]
@@ -376,7 +379,8 @@ def _fill(
     if source.heads and len(heads) > 1:
         raise LoRKDError(f"the state dict has one head for each task, the backbone {len(heads)}: name one, head=…")
     for task, parts in source.heads.items():
-        bank = net.get_submodule(f"backbone.{heads[0]}").tasks[task]
+        head: Any = net.get_submodule(f"backbone.{heads[0]}")
+        bank = head.tasks[task]
         own = dict(bank.named_parameters())
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in parts.items()}:
             raise LoRKDError(f"head_task.{task} has {_shapes(parts)}, the head {heads[0]} has {_shapes(own)}")

@@ -10,6 +10,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -223,7 +224,7 @@ def check_inert_config(config: object, source: str) -> None:
         )
 
 
-def _check_target(target: object, source: str) -> None:
+def _check_target(target: Any, source: str) -> None:
     module, _, name = (target if "." in str(target) else f"{_NETS}.{target}").rpartition(".")
     if module == _NETS or module.startswith(f"{_NETS}."):
         try:

@@ -260,7 +260,7 @@ def task_folders(sources: Sources, spatial_dims: int | None = None, skipped: Ski
     if isinstance(sources, (str, os.PathLike)):
         root = Path(sources).expanduser()
         inside = visible_folders(root) if spatial_dims and root.is_dir() else []
-        several = bool(inside) and holds_tasks(root, inside, spatial_dims)
+        several = bool(spatial_dims and inside and holds_tasks(root, inside, spatial_dims))
         sources = [str(path) for path in visible_folders(root, skipped)] if several else [str(root)]
     if not isinstance(sources, (Mapping, Sequence)):
         raise LoRKDError(f"sources: expected a path, several as '[path,path]', or '{{task: path}}', got {sources!r}")
@@ -344,11 +344,12 @@ def _refuse_classes_below(folder: Path, found: Sequence[ClassImage]) -> None:
     for image in found:
         below.setdefault(image.label, set()).add(image.patient)
     first, *others = below.values()
-    if len(first) < 2 or any(names != first for names in others):
+    folders = sorted(name for name in first if name is not None)
+    if len(folders) < 2 or len(folders) < len(first) or any(names != first for names in others):
         return
-    if None in first or all(any(char.isdigit() for char in name) for name in first):
+    if all(any(char.isdigit() for char in name) for name in folders):
         return
-    names = ", ".join(sorted(first)[:3])
+    names = ", ".join(folders[:3])
     raise LoRKDError(
         f"{folder} must have a sub-folder of images for each class; found images of 0: all lie in the sub-folders "
         f"{names} of {', '.join(sorted(below)[:3])}, which may be tasks with these classes. For tasks give '{folder}' "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,8 @@ def read_npz_tasks(
             problems.add(f"{where}: {entry['npz']} is no npz file of plain arrays ({error})")
             continue
         for split in SPLITS:
-            images, labels = (stored.get(f"{_NPZ_NAMES[split]}_{part}") for part in ("images", "labels"))
+            images: Any = stored.get(f"{_NPZ_NAMES[split]}_images")
+            labels: Any = stored.get(f"{_NPZ_NAMES[split]}_labels")
             if images is None and labels is None and split != "training":
                 continue
             fault = _npz_fault(images, labels, _NPZ_NAMES[split], spatial_dims, entry)
@@ -211,7 +212,7 @@ def read_npz_tasks(
             ]
             if split != "training" and None in known:
                 _log.warning("%s", _left_out(known.count(None), split, f"{where}: {entry['npz']}"))
-            bad = (
+            bad: Sequence[int] | np.ndarray = (
                 np.flatnonzero(~np.isfinite(images.reshape(len(images), -1)).all(1)) if images.dtype.kind == "f" else []
             )
             if len(bad):
@@ -221,9 +222,10 @@ def read_npz_tasks(
                 )
             if name not in facts:
                 facts[name] = _npz_facts(images, spatial_dims)
-            elif facts[name].values is not None and _values(images) is not None:
-                pairs = (facts[name].values, _values(images))
-                facts[name] = replace(facts[name], values=(min(p[0] for p in pairs), max(p[1] for p in pairs)))
+                continue
+            before, own = facts[name].values, _values(images)
+            if before is not None and own is not None:
+                facts[name] = replace(facts[name], values=(min(before[0], own[0]), max(before[1], own[1])))
     return facts
 
 

@@ -114,7 +114,7 @@ def _entries(folder: Path) -> list[Path]:
         raise LoRKDError(f"cannot read the folder {folder}: {error.strerror}.") from error
 
 
-def _splits_in(folder: Path, skipped: Skipped) -> list[tuple[Path, str]]:
+def _splits_in(folder: Path, skipped: Skipped) -> Sequence[tuple[Path, str | None]]:
     """The sub-folders that are named as splits, with their splits; none where there are no such."""
     inside = visible_folders(folder)
     splits = [(sub, SPLITS[_SPLIT_FOLDERS[sub.name.lower()]]) for sub in inside if sub.name.lower() in _SPLIT_FOLDERS]

@@ -148,7 +148,7 @@ def load_data_list(
         problems.add(f"the list: {line}")
     origin = read_origin(content)
     entries = check_tasks(content.get("tasks"), problems, origin)
-    items = {split: check_items(content, split, entries, folder, kind, problems) for split in SPLITS}
+    items: dict[str, Any] = {split: check_items(content, split, entries, folder, kind, problems) for split in SPLITS}
     facts = read_npz_tasks(entries, items, folder, kind, spatial_dims, problems)
     _check_presence(entries, items, needs, problems)
     _check_leaks(items, problems)

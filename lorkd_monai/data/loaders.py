@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorkd_monai.checks import check_whole
-from lorkd_monai.data import TaskBatchSampler
+from lorkd_monai.data import TaskBatchSampler, TaskSampler
 
 __all__ = ["test_loader", "train_loader"]
 
 
 def train_loader(
-    dataset: Dataset, sampler: Sampler, batch_size: int, num_workers: int = 0, tasks_per_batch: int | None = None
+    dataset: Dataset, sampler: TaskSampler, batch_size: int, num_workers: int = 0, tasks_per_batch: int | None = None
 ) -> DataLoader:
     """Batches for training; a last batch that is not full is left out, as batch norm may find a single sample in it.
 

@@ -186,7 +186,7 @@ def _grey_values(image: np.ndarray) -> np.ndarray:
 
 
 def _write_npz(folder: Path, name: str, samples: list[tuple], splits: list[str]) -> None:
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, key in (("training", "train"), ("validation", "val"), ("test", "test")):
         chosen = [sample for sample, s in zip(samples, splits, strict=True) if s == split]
         arrays[f"{key}_images"] = np.stack([_grey_values(image) for image, _, _ in chosen])

@@ -17,7 +17,7 @@ __all__ = ["Draw", "TaskBatchSampler", "TaskSampler", "draws_per_task"]
 class Draw(NamedTuple):
     """One draw of an epoch: which item, and the seed of its random transforms."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's own is not used
     seed: int
 
 

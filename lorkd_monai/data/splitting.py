@@ -69,11 +69,14 @@ def read_patients(
         pattern = re.compile(patient_regex)
     except (re.error, TypeError) as error:
         raise LoRKDError(f"the patient pattern {patient_regex!r} is no regular expression: {error}") from error
-    found = [pattern.search(os.path.basename(image)) for image in images]
-    for match, image in zip(found, images, strict=True):
-        if match is None or not (match[1] if pattern.groups else match[0]):
+    found = []
+    for image in images:
+        match = pattern.search(os.path.basename(image))
+        patient = match and (match[1] if pattern.groups else match[0])
+        if not patient:
             raise LoRKDError(f"the patient pattern {patient_regex!r} finds nothing in the file name of {image}.")
-    return [f"patient {match[1] if pattern.groups else match[0]}" for match in found]
+        found.append(f"patient {patient}")
+    return found
 
 
 def assign_splits(
@@ -103,11 +106,11 @@ def assign_splits(
     members: dict[str, list[Row]] = {}
     for row, patient in zip(rows, patients, strict=True):
         members.setdefault(patient, []).append(row)
-    kept = {patient: {row.split for row in own} - {None} for patient, own in members.items()}
+    kept = {patient: {row.split for row in own if row.split is not None} for patient, own in members.items()}
     for patient, splits in kept.items():
         if len(splits) > 1:
             raise LoRKDError(f"{patient} stands in {' and '.join(sorted(splits))} of the splits that were there.")
-    stays = {patient: SPLITS.index(*splits) for patient, splits in kept.items() if splits}
+    stays = {patient: SPLITS.index(next(iter(splits))) for patient, splits in kept.items() if splits}
     for row, part in zip(rows, share_patients([_group(row) for row in rows], patients, fractions, seed, stays)):
         row.split = SPLITS[part]
 
@@ -145,7 +148,7 @@ def share_patients(
         own = members[patient]
         part = stays.get(patient)
         if part is None:
-            lack = sum(missing[groups[i]] / totals[groups[i]] for i in own)
+            lack: Any = sum(missing[groups[i]] / totals[groups[i]] for i in own)
             part = int(np.argmax([p / share if share else -np.inf for p, share in zip(lack, fractions, strict=True)]))
         for i in own:
             parts[i] = part

@@ -45,5 +45,5 @@ def leave_processes() -> None:
     if not dist.is_initialized():
         return
     for network in [found for found in gc.get_objects() if type(found) is DistributedDataParallel]:
-        network.process_group = network.reducer = network.logger = None
+        network.process_group = network.reducer = network.logger = None  # type: ignore[assignment]
     dist.destroy_process_group()

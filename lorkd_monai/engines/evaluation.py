@@ -241,16 +241,17 @@ def report_figures(
     figures: dict[str, Any] = {"experts": evaluate_tasks(network.eval(), loader, trained, device, inferer)}
     if teacher_bundle is not None and Path(teacher_bundle).is_dir():
         teacher = find_teacher(teacher_bundle, trained, intensity=teacher_intensity, split="test", from_files=True)
-        if _knows(teacher, trained, "test"):
+        if teacher is not None and _knows(teacher, trained, "test"):
             if teacher.intensity is not None and teacher.intensity.from_files:
                 show_volumes(loader, teacher.intensity)
             figures["teacher"] = evaluate_tasks(teacher, loader, trained, device, inferer)
+    images: Any = loader.dataset
     tasks = {name: task_identity(task, data.spatial_dims) for name, task in trained.tasks.items()}
     write_figures(path, {**figures, "data": {"name": data.name, "tasks": tasks, "images": split_digests(data)}})
     if other_images(data, info, "test"):
         print("These are other test images, or other labels, than those of the list of the training.\n")
     score = score_of(data.kind)
-    print(f"{score} on {len(loader.dataset)} images, with 95 % bootstrap intervals\n")
+    print(f"{score} on {len(images)} images, with 95 % bootstrap intervals\n")
     print(figures_table(figures, score, data.scored))
     print(f"\nAll figures: {path}")
     return figures
@@ -267,5 +268,5 @@ def _prepared_as(trained: DataList, data: DataList, loader: DataLoader) -> DataL
 
     if preparation(trained) == preparation(data):
         return loader
-    images = loader.dataset
-    return test_loader(TaskDataset(trained, "test", images.in_channels, images.image_size), loader.batch_size)
+    images: Any = loader.dataset
+    return test_loader(TaskDataset(trained, "test", images.in_channels, images.image_size), loader.batch_size)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from lorkd_monai.checks import is_real, is_whole
 from lorkd_monai.errors import LoRKDError
@@ -15,7 +16,7 @@ def _size(value: object) -> bool:
     return is_whole(value) or (isinstance(value, list) and 2 <= len(value) <= 3 and all(map(is_whole, value)))
 
 
-_RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
         (
             "max_epochs",
@@ -57,7 +58,7 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
 }
 
 
-def check_settings(**settings: object) -> None:
+def check_settings(**settings: Any) -> None:
     """Check settings of a run by their names: the top-level keys of the training bundles' ``configs/train.yaml``.
 
     Args:

@@ -6,6 +6,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -70,12 +71,13 @@ def show_volumes(loader: DataLoader | Iterable, view: TeacherView) -> None:
     Raises:
         LoRKDError: its data set can't.
     """
-    if not hasattr(getattr(loader, "dataset", None), "show_to"):
+    dataset: Any = getattr(loader, "dataset", None)
+    if not hasattr(dataset, "show_to"):
         raise LoRKDError(
             "this teacher wants the values of the volumes' files: train it with a TaskDataset, or load it without "
             "from_files"
         )
-    loader.dataset.show_to(view.of_values)
+    dataset.show_to(view.of_values)
 
 
 def move_batch(batch: dict[str, Tensor], device: torch.device, non_blocking: bool = False) -> dict[str, Tensor]:
@@ -86,7 +88,7 @@ def move_batch(batch: dict[str, Tensor], device: torch.device, non_blocking: boo
 class _StepOutput(list):
     """A step's output as MONAI's handlers read it, a list of one dict, that answers by name as well."""
 
-    def __getitem__(self, key: object) -> object:
+    def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(0)[key] if isinstance(key, str) else super().__getitem__(key)
 
 
@@ -141,7 +143,7 @@ class DecompositionTrainer(SupervisedTrainer):
         if amp and device.type == "cpu":
             amp, inferer = False, AutocastInferer(inferer or SimpleInferer(), "cpu")
         self.objective = loss_function.to(device)
-        self.teacher = None if teacher is None else teacher.to(device)
+        self.teacher: Any = None if teacher is None else teacher.to(device)
         self.augment = augment
         self.seed = seed
         self._views: int | None = getattr(teacher, "views", None)

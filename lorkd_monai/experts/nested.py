@@ -58,8 +58,9 @@ def exchange_expert(net: LoRKDNet, task: str | int, state: Mapping[str, Tensor],
     ranks = {name: layer_rank(rank, layer.rank_factor) for name, layer in net.expert_layers.items()}
     wanted = dict(net.expert_tensors(index))
     for name, layer in net.expert_layers.items():
-        a, b = factor_shapes(layer.layer.weight.shape, ranks[name], layer.layout)
-        wanted |= {f"{name}.lora_A": torch.empty(a, device="meta"), f"{name}.lora_B": torch.empty(b, device="meta")}
+        shapes = factor_shapes(layer.layer.weight.shape, ranks[name], layer.layout)
+        for key, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
+            wanted[f"{name}.{key}"] = torch.empty(shape, device="meta")
     problems = misfits(wanted, state)
     if problems:
         raise LoRKDError(f"expert of task {net.tasks[index]!r} does not fit: " + "; ".join(problems[:6]))

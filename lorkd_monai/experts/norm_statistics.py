@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def reestimate_norms(network: nn.Module, batches: Iterable, task: str | int | No
                 "decompose with norm='task', or extract the expert and estimate those of the extracted network"
             )
         index = network.task_index(task)
-        norms = [bank.tasks[index] for bank in network.norm_banks.values()]
+        norms: list[Any] = [bank.tasks[index] for bank in network.norm_banks.values()]
         module: nn.Module = network.backbone
     else:
         index, norms, module = None, list(network.modules()), network

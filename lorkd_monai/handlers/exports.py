@@ -163,7 +163,7 @@ class TeacherExport:
         write_teacher_bundle(
             self.folder,
             network=self.network.network.cpu(),
-            network_config=self.network.config,
+            network_config=self.network.config,  # type: ignore[arg-type]  # it was made from one
             tasks=list(self.data.tasks.values()),
             kind=self.data.kind,
             spatial_dims=self.data.spatial_dims,

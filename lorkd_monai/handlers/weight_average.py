@@ -44,7 +44,7 @@ class WeightAverage:
             raise LoRKDError(f"share of a weight average: expected a number from 0 to below 1, got {share!r}")
         self.share = share
         self._trained = getattr(network, "module", network)
-        self._average = AveragedModel(self._trained, multi_avg_fn=self._step) if share else None
+        self._average: Any = AveragedModel(self._trained, multi_avg_fn=self._step) if share else None
         self.network: nn.Module = self._average.module if self._average else self._trained
 
     def attach(self, engine: Engine) -> None:
@@ -72,6 +72,6 @@ class WeightAverage:
             own.copy_(trained)
 
     @torch.no_grad()
-    def _step(self, average: Sequence[Tensor], trained: Sequence[Tensor], _: Tensor) -> None:
+    def _step(self, average: Sequence[Tensor], trained: Sequence[Tensor], _: Any) -> None:
         n = int(self._average.n_averaged)  # the count itself lies in host memory: its copy would wait for the GPU
         torch._foreach_lerp_(list(average), list(trained), 1 - min(self.share, (1 + n) / (10 + n)))

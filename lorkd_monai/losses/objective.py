@@ -116,7 +116,7 @@ class LoRKDLoss(nn.Module):
 
     def forward(
         self,
-        student_out: Tensor | Sequence[Tensor],
+        student_out: Tensor | list[Tensor] | tuple[Tensor, ...],
         label: Tensor,
         task: Tensor,
         teacher_out: Tensor | None = None,
@@ -232,7 +232,7 @@ class LoRKDLoss(nn.Module):
     def _feature_term(self, student: Tensor | None, teacher: Tensor, selected: Tensor | None) -> Tensor:
         if student is None:
             raise LoRKDError("feature transfer: teacher_features came without student_features; pass both")
-        return self.feature_transfer(_plain(student), _plain(teacher), selected)
+        return self.feature_transfer(_plain(student), _plain(teacher), selected)  # type: ignore[misc]  # features come with it
 
     def _record(self, terms: dict[str, Tensor], task: Tensor, names: list[str]) -> None:
         """Set ``self.terms``; a term that is not finite is an error that names it and the tasks of the batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from monai.losses import DeepSupervisionLoss, DiceCELoss
@@ -16,7 +17,7 @@ __all__ = ["CrossEntropyPerTask", "PerTaskLoss", "UNLABELLED", "dice_ce", "label
 UNLABELLED = -1  # a class label, or a label map filled with it, that is not known
 
 
-def levels_of(output: Tensor | Sequence[Tensor], spatial_dims: int) -> list[Tensor]:
+def levels_of(output: Tensor | list[Tensor] | tuple[Tensor, ...], spatial_dims: int) -> list[Tensor]:
     """The outputs of a deeply supervised network, full resolution first; one tensor gives a list of one.
 
     A list or tuple is taken as it is (SegResNet-DS, UNet++). A tensor with one dimension more than B×C×spatial is
@@ -92,7 +93,7 @@ class CrossEntropyPerTask(nn.Module):
 
     def forward(self, logits: Tensor, label: Tensor, task: Tensor, own: Tensor, names: Sequence[str]) -> Tensor:
         """Return B losses. ``own`` is the B×C mask of the samples' own channels; labels of -1 count as 0."""
-        smoothing = self.label_smoothing
+        smoothing: Any = self.label_smoothing
         if isinstance(smoothing, Mapping):
             table = logits.new_tensor([float(smoothing.get(name, 0.0)) for name in names])
             smoothing = table[task].unsqueeze(1)

@@ -77,7 +77,7 @@ def segmentation_figures(
         mean, an infinite distance too (the Dice of such a case is 0); ``n`` says how many cases a figure is made from.
         A score without any value is missing.
     """
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name, values in scores.items():
         values = values.double()
         values = values.masked_fill(~values.isfinite(), float("nan"))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from monai.data import MetaTensor
@@ -18,7 +19,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.low_rank import LowRankLayer
 from lorkd_monai.networks.plain_view import PlainView
 from lorkd_monai.networks.routing.folding import find_folding
-from lorkd_monai.networks.routing.module import RoutedModule, UnverifiedFolding
+from lorkd_monai.networks.routing.module import UnverifiedFolding
 from lorkd_monai.networks.routing.recompute import remember_routing
 from lorkd_monai.networks.routing.table import Routing, route, task_list
 from lorkd_monai.networks.spec import (
@@ -174,7 +175,7 @@ class LoRKDNet(nn.Module):
         """Glob pattern of layer names -> factor of the rank."""
         return dict(self._options["rank_pattern"])
 
-    def _routed(self) -> dict[str, RoutedModule]:
+    def _routed(self) -> dict[str, LowRankLayer | TaskBank]:
         return {**self._layers, **self._norms, **self._heads}
 
     def spec(self) -> dict:
@@ -274,12 +275,12 @@ class LoRKDNet(nn.Module):
         routing = self._routing(task, x.shape[0], rank)
         if not self._tried:
             try_experts(self, x, kwargs)
-        plain = routing.uniform is not None and routing.ranks is None and not return_features
-        if plain and self._view.usable():
+        alone = routing.uniform if routing.ranks is None and not return_features else None
+        if alone is not None and self._view.usable():
             if not self._head_seen:
-                self._routed_forward(x[:1], Routing([routing.uniform], 1), False, first_rows(kwargs, x.shape[0], 1))
-            y = self._view(routing.uniform, x, kwargs, None)
-            own, widest = self._num_classes[self.tasks[routing.uniform]], max(self._num_classes.values())
+                self._routed_forward(x[:1], Routing([alone], 1), False, first_rows(kwargs, x.shape[0], 1))
+            y = self._view(alone, x, kwargs, None)
+            own, widest = self._num_classes[self.tasks[alone]], max(self._num_classes.values())
             return y if narrow or own == widest else widen_classes(y, own, widest, x.ndim)
         y, features = self._routed_forward(x, routing, return_features, kwargs)
         if narrow is not None:
@@ -302,9 +303,7 @@ class LoRKDNet(nn.Module):
         drawn = self.training and self.nested and self._layers
         return Routing(indices, batch, draw_ranks(list(self._rank.values())) if drawn else None)
 
-    def _routed_forward(
-        self, x: Tensor, routing: Routing, return_features: bool, kwargs: Mapping
-    ) -> tuple[Tensor, Tensor | None]:
+    def _routed_forward(self, x: Tensor, routing: Routing, return_features: bool, kwargs: Mapping) -> tuple[Any, Any]:
         if routing.uniform is None and self.training not in self._verified:
             self._find_folding(x, kwargs)
         try:
@@ -313,9 +312,7 @@ class LoRKDNet(nn.Module):
             self._find_folding(x, kwargs)
             return self._ordered_forward(x, routing, return_features, kwargs)
 
-    def _ordered_forward(
-        self, x: Tensor, routing: Routing, return_features: bool, kwargs: Mapping
-    ) -> tuple[Tensor, Tensor | None]:
+    def _ordered_forward(self, x: Tensor, routing: Routing, return_features: bool, kwargs: Mapping) -> tuple[Any, Any]:
         # One order for the whole network, in which every layer can take the rows of each task as they are.
         ordered = routing.ordered
         shuffle = ordered is not routing
@@ -498,11 +495,12 @@ class LoRKDNet(nn.Module):
             layer.add_expert(own, self.layer_scale(own))
         for head_name, bank in self._heads.items():
             for module in heads[head_name].modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
             bank.add(heads[head_name].requires_grad_(True), num_classes)
-        for bank in self._norms.values():
-            bank.add(copy.deepcopy(bank.tasks[0]).requires_grad_(True))
+        for norms in self._norms.values():
+            norms.add(copy.deepcopy(norms.tasks[0]).requires_grad_(True))
         self._view.clear()
         self.train(self.training)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,8 @@ class LowRankLayer(RoutedModule):
         routing = self.routing(x)
         self._refuse_unbatched(x, routing)
         # Not by index, which costs a ParameterList more than a small layer's arithmetic where there are many tasks.
-        factors_a, factors_b = (list(factors._parameters.values()) for factors in (self.lora_A, self.lora_B))
+        factors_a: Sequence[Any] = list(self.lora_A._parameters.values())
+        factors_b: Sequence[Any] = list(self.lora_B._parameters.values())
         if routing.ranks is not None:
             cut = [self.factors(t, routing.ranks.get(t)) for t in range(self.num_tasks)]
             factors_a, factors_b = zip(*cut, strict=True)
@@ -171,11 +173,11 @@ class LowRankLayer(RoutedModule):
         """Delete the expert of one task; later tasks move up by one."""
         for factors in (self.lora_A, self.lora_B):
             kept = [p for t, p in enumerate(factors) if t != task]
-            factors.__init__(kept)
+            factors.__init__(kept)  # type: ignore[misc]  # in place, so that it keeps its identity
         del self.scales[task]
         self.num_tasks = len(self.scales)
 
-    def __getattr__(self, item: str) -> object:
+    def __getattr__(self, item: str) -> Any:
         if item in READABLE:
             refusal = (
                 f"{self._who()}: the network computes with its {item} by itself, past the layer, and would leave the "

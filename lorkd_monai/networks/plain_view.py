@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorkd_monai.networks.eks import costs
 from lorkd_monai.networks.surgery.outputs import widen_classes
+
+if TYPE_CHECKING:
+    from lorkd_monai.networks.lorkd_net import LoRKDNet
 
 __all__ = ["PlainView"]
 
@@ -39,7 +42,7 @@ class PlainView:
     other.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: LoRKDNet) -> None:
         self._net = net
         self._kept: _Kept | None = None
 
@@ -57,7 +60,7 @@ class PlainView:
         """Forget the view."""
         self._kept = None
 
-    def __call__(self, task: int, x: Tensor, kwargs: Mapping, widest: int | None) -> object:
+    def __call__(self, task: int, x: Tensor, kwargs: Mapping, widest: int | None) -> Any:
         """Run the view of ``task``; with class channels filled up to ``widest`` where that is given."""
         y = self.network(task)(x, **kwargs)
         classes = list(self._net.num_classes.values())[task]

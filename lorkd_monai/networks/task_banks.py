@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +79,8 @@ class NormBank(TaskBank):
 
     def _apply_one(self, task: int, x: Tensor) -> Tensor:
         norm = self.tasks[task]
-        single = x.numel() == x.shape[1] and norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        if single and norm.running_mean is not None:
+        single = x.numel() == x.shape[1] and norm.training
+        if single and isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
             return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
         return norm(x)
 
@@ -126,7 +127,7 @@ class HeadBank(TaskBank):
         super().remove_expert(task)
         del self.num_classes[task]
 
-    def __getattr__(self, item: str) -> object:
+    def __getattr__(self, item: str) -> Any:
         if item in READABLE:
             refusal = (
                 f"{self._who()}: the network computes with its {item} by itself, past the head, and each task has its "
@@ -153,8 +154,9 @@ _HEAD_CALLS: ContextVar[list[tuple[HeadBank, Tensor]] | None] = ContextVar("lork
 @contextmanager
 def watch_heads() -> Iterator[list[tuple[HeadBank, Tensor]]]:
     """Note which heads are called inside the block, and with what."""
-    token = _HEAD_CALLS.set([])
+    calls: list[tuple[HeadBank, Tensor]] = []
+    token = _HEAD_CALLS.set(calls)
     try:
-        yield _HEAD_CALLS.get()
+        yield calls
     finally:
         _HEAD_CALLS.reset(token)

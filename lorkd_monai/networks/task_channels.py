@@ -33,6 +33,9 @@ class TaskChannels(nn.Module):
         (torch.Size([2, 6]), tensor([4, 0]))
     """
 
+    _index: Tensor
+    _own: Tensor
+
     def __init__(self, network: nn.Module, num_classes: Mapping[str, int]) -> None:
         super().__init__()
         self.network = network

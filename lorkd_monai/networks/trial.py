@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from lorkd_monai.networks.surgery.heads import head_like
 from lorkd_monai.networks.surgery.outputs import first_rows, first_tensor, map_classes, narrow_classes
 from lorkd_monai.networks.surgery.replace import replace_module
 
+if TYPE_CHECKING:
+    from lorkd_monai.networks.lorkd_net import LoRKDNet
+
 __all__ = ["try_experts"]
 
 _CLOSE = 0.01  # of the largest output; what -inf spoils is off by more, and both runs round alike
@@ -29,7 +33,7 @@ _LOCK = threading.Lock()  # modules are put into evaluation mode for the trial
 
 @torch.compiler.disable
 @torch.no_grad()
-def try_experts(net: nn.Module, x: Tensor, kwargs: Mapping) -> None:
+def try_experts(net: LoRKDNet, x: Tensor, kwargs: Mapping) -> None:
     """Run one expert of each number of classes that is not the backbone's own, on the first sample of a batch.
 
     Args:
@@ -77,12 +81,12 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _run(network: nn.Module, sample: Tensor, kwargs: Mapping, classes: int) -> object:
+def _run(network: nn.Module, sample: Tensor, kwargs: Mapping, classes: int) -> Any:
     torch.manual_seed(0)  # a network that draws draws the same each time
     return map_classes(lambda t, dim: t, network(sample, **kwargs), classes, sample.ndim)
 
 
-def _backbone_runs(net: nn.Module, expert: nn.Module, sample: Tensor, kwargs: Mapping) -> bool:
+def _backbone_runs(net: LoRKDNet, expert: nn.Module, sample: Tensor, kwargs: Mapping) -> bool:
     """Whether the network runs, its heads taking part, with as many outputs as it was built with."""
     built, called = net._built_classes, []
     for name in net._heads:
@@ -100,7 +104,7 @@ def _backbone_runs(net: nn.Module, expert: nn.Module, sample: Tensor, kwargs: Ma
     return bool(called)
 
 
-def _compare(net: nn.Module, task: int, sample: Tensor, kwargs: Mapping, expected: object) -> None:
+def _compare(net: LoRKDNet, task: int, sample: Tensor, kwargs: Mapping, expected: object) -> None:
     classes, widest = list(net.num_classes.values())[task], max(net.num_classes.values())
     if classes == widest:
         return

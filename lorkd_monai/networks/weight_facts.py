@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
 
@@ -56,7 +57,7 @@ class WeightFacts(Tensor):
         return facts
 
     @classmethod
-    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Answer questions for facts, and refuse all else."""
         facts = next(a for a in _flat(args, kwargs) if isinstance(a, WeightFacts))
         of_another = func in _TARGETS and not isinstance(args[0], WeightFacts)
@@ -67,17 +68,19 @@ class WeightFacts(Tensor):
         return func(*told, **named)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(  # type: ignore[override]  # torch annotates it as an attribute
+        cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         """Refuse what gets past ``__torch_function__``."""
         raise WeightRead(next(a for a in _flat(args, kwargs) if isinstance(a, WeightFacts)).__dict__["refusal"])
 
 
-def _flat(args: object, kwargs: dict | None = None) -> list:
+def _flat(args: Iterable, kwargs: dict | None = None) -> list:
     values = [*args, *(kwargs or {}).values()]
     return values + [w for v in values if isinstance(v, (list, tuple)) for w in _flat(v)]
 
 
-def readable(module: nn.Module, item: str, refusal: str) -> object:
+def readable(module: Any, item: str, refusal: str) -> Any:
     """An attribute of a replaced module, its tensors as :class:`WeightFacts`."""
     value = getattr(module, item)
     return WeightFacts(value, refusal) if isinstance(value, Tensor) else value

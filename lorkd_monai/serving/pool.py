@@ -187,7 +187,7 @@ class ExpertPool:
                 ended = True
                 waiting.pop()
             groups: dict[tuple, list[tuple[Tensor, int, Future]]] = {}
-            for request in waiting:
+            for request in filter(None, waiting):
                 groups.setdefault((tuple(request[0].shape), request[0].dtype), []).append(request)
             for group in groups.values():
                 for start in range(0, len(group), self.max_batch):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
-from torch import nn
 
 from lorkd_monai.bundle.configs import default_inferer, inference_config
 from lorkd_monai.bundle.export import network_info, tasks_of_info
@@ -63,18 +63,18 @@ class TaskInference:
         dataset_dir: str | os.PathLike,
         output_dir: str | os.PathLike,
         device: torch.device | str = "cpu",
-        backbone: Mapping[str, Any] | Callable[..., nn.Module] | None = None,
+        backbone: Mapping[str, Any] | functools.partial | None = None,
         metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
         self.checkpoint, self.task, self.dataset_dir = checkpoint, task, dataset_dir
         if task is None and backbone is not None and metadata is not None:
             self.network = _untrained(backbone, metadata)
-            (task,) = self.network.tasks
+            (served,) = self.network.tasks
         else:
-            self.network = _trained(checkpoint, task)
-        self.network.switch_to(task)
-        info, spec = self.network.info, tasks_of_info(self.network.info)[task]
+            self.network, served = _trained(checkpoint, task)
+        self.network.switch_to(served)
+        info, spec = self.network.info, tasks_of_info(self.network.info)[served]
         kind, dims, channels, size = info["kind"], info["spatial_dims"], info["in_channels"], info["image_size"]
         self.kind, self.output_dir, self.classes = kind, Path(output_dir), list(spec.labels.values())
         config = inference_config(
@@ -132,7 +132,7 @@ class TaskInference:
             raise LoRKDError(words) from error
 
 
-def _trained(checkpoint: str | os.PathLike, task: str | None) -> LoRKDNet:
+def _trained(checkpoint: str | os.PathLike, task: str | None) -> tuple[LoRKDNet, str]:
     if not Path(checkpoint).is_file():
         raise LoRKDError(
             f"no trained weights at {checkpoint}: run `training` with the same --output_dir first, or name a "
@@ -143,10 +143,10 @@ def _trained(checkpoint: str | os.PathLike, task: str | None) -> LoRKDNet:
         raise LoRKDError(
             f"which task are the images of? Expected --task with one of {', '.join(network.tasks)}, got {task!r}"
         )
-    return network
+    return network, task
 
 
-def _untrained(backbone: Mapping[str, Any] | Callable[..., nn.Module], metadata: Mapping[str, Any]) -> LoRKDNet:
+def _untrained(backbone: Mapping[str, Any] | functools.partial, metadata: Mapping[str, Any]) -> LoRKDNet:
     """A decomposition with one task, of the channels, classes and size that a training bundle's metadata describe."""
     image = metadata["network_data_format"]["inputs"]["image"]
     pred = metadata["network_data_format"]["outputs"]["pred"]

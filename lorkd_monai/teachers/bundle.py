@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from monai.bundle import ConfigParser
 from monai.networks.nets import VISTA3D
@@ -30,7 +31,7 @@ _FEATURES = ("feature", "features", "embedding")
 
 def load_teacher(
     bundle_folder: str | os.PathLike,
-    tasks: Mapping[str, object],
+    tasks: Mapping[str, Any],
     *,
     channels: Mapping[str, Sequence[Channel] | None] | None = None,
     activation: str | None = None,
@@ -115,7 +116,7 @@ def teacher_from_checkpoint(
     checkpoint: str | os.PathLike,
     network_config: Mapping,
     channel_def: Mapping[str | int, str] | Sequence[str] | None,
-    tasks: Mapping[str, object],
+    tasks: Mapping[str, Any],
     *,
     channels: Mapping[str, Sequence[Channel] | None] | None = None,
     activation: str = "softmax",
@@ -195,7 +196,7 @@ def _view_of(
     intensity: str | Mapping,
     ranges: Mapping[str, tuple[float, float] | None] | None,
     names: Mapping[int, str],
-    tasks: Mapping[str, object],
+    tasks: Mapping[str, Any],
     sought: Collection[str],
     dims: int,
     channels: int,
@@ -215,7 +216,7 @@ def _view_of(
     return None if intensity == "same" and view.axes is None else view
 
 
-def _is_own(names: Mapping[int, str], tasks: Mapping[str, object]) -> bool:
+def _is_own(names: Mapping[int, str], tasks: Mapping[str, Any]) -> bool:
     """A teacher of `pretraining` names its classes "<task>: <class>": it was trained on the student's own images."""
     labels = {task: getattr(spec, "labels", spec) for task, spec in tasks.items()}
     own = {plain_name(f"{task}: {name}") for task, classes in labels.items() for name in classes.values()}
@@ -226,10 +227,11 @@ def _check_image(wanted: int, came: int, dims: int, formats: Mapping, name: str)
     """Refuse images that lack a channel of the teacher's, also where it has three and they are no colours."""
     check_channels(wanted, came, dims, name)
     said = _first(formats, "inputs").get("channel_def")
-    named = [str(v).strip().casefold() for v in said.values()] if isinstance(said, Mapping) else []
+    listed = list(said.values()) if isinstance(said, Mapping) else []
+    named = [str(v).strip().casefold() for v in listed]
     if wanted != came and len(named) > 1 and [n[:1] for n in named] != ["r", "g", "b"]:
         raise LoRKDError(
-            f"{name} takes images of the channels {', '.join(map(str, said.values()))}, got {came}: they are not "
+            f"{name} takes images of the channels {', '.join(map(str, listed))}, got {came}: they are not "
             "filled with copies of one image. Give the student images with the same channels"
         )
 

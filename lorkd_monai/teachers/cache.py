@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import monai
 import safetensors
@@ -121,7 +122,7 @@ class CachedTeacher(_Remembering):
         self._mark = fingerprint(teacher)
         self.eval()
 
-    def __getattr__(self, item: str) -> object:
+    def __getattr__(self, item: str) -> Any:
         try:
             return super().__getattr__(item)
         except AttributeError:
@@ -136,7 +137,7 @@ class CachedTeacher(_Remembering):
     @torch.no_grad()
     def forward(
         self, x: Tensor, task: Tensor | int | Sequence[int], return_features: bool = False, shown: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | None | tuple[Tensor | None, Tensor]:
         """What `Teacher` gives for each sample, from the cache where it is there.
 
         Raises:
@@ -145,7 +146,7 @@ class CachedTeacher(_Remembering):
         x = x.as_tensor() if hasattr(x, "as_tensor") else x
         tasks = self.teacher._rows(x, task)
         keys = self._keys(x, tasks, return_features, shown)
-        known = [self._read(key) for key in keys]
+        known: list[Any] = [self._read(key) for key in keys]
         missing = [i for i, answer in enumerate(known) if answer is None]
         self.asked += len(keys)
         self.answered_from_disk += len(keys) - len(missing)

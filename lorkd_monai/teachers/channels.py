@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.teachers.teacher import Channel
@@ -14,7 +15,7 @@ _BACKGROUND = "background"
 
 
 def channels_by_name(
-    channel_def: Mapping[str | int, str],
+    channel_def: Mapping[Any, str],
     labels: Mapping[str, Mapping[int, str]],
     activation: str = "softmax",
 ) -> dict[str, list[Channel] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +26,14 @@ class FeatureTeacher(Teacher):
     """
 
     def __init__(
-        self, network: nn.Module, num_classes: Mapping[str, int], tokens: bool = False, **options: object
+        self, network: nn.Module, num_classes: Mapping[str, int], tokens: bool = False, **options: Any
     ) -> None:
         super().__init__(network, {}, num_classes, **options)
         self.tokens = tokens
         self.identity = ["features", tokens]
 
     @torch.no_grad()
-    def forward(
+    def forward(  # type: ignore[override]  # there are no logits
         self, x: Tensor, task: Tensor | int | Sequence[int], return_features: bool = False, shown: bool = False
     ) -> tuple[None, Tensor]:
         """No logits, and the features: B × D.

@@ -98,9 +98,10 @@ def find_teacher(
             f"the teacher {Path(teacher_bundle).name} takes colours and the images of {', '.join(coloured)} have them, "
             "but the student's are grey: give --in_channels 3"
         )
-    for task in present if in_channels is not None and teacher.in_channels is not None else ():
+    for task in present if in_channels is not None else ():
         own = data.tasks[task].channels
-        if own is not None and own != in_channels:  # they are repeated for the student, or become grey
+        # They are repeated for the student, or become grey.
+        if teacher.in_channels is not None and own is not None and own != in_channels:
             check_channels(teacher.in_channels, own, data.spatial_dims, f"the teacher {Path(teacher_bundle).name}")
     _log.info("%s", _given(Path(teacher_bundle).name, teacher, data, present, in_channels, image_size))
     return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
@@ -169,4 +170,4 @@ def _checkpoint_teacher(
     labels = {name: data.tasks[name].labels for name in present}
     names = [f"{name}: {classes[c]}" for name, classes in labels.items() for c in sorted(classes)]
     found = channels_by_name(dict(enumerate(names)), labels)
-    return teacher_from_checkpoint(weights, view.config, names, data.tasks, channels=found)
+    return teacher_from_checkpoint(weights, view.config, names, data.tasks, channels=found)  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ class Teacher(nn.Module):
         if unknown:
             raise LoRKDError(f"channels: unknown task {unknown[0]!r}; the tasks are {', '.join(self.num_classes)}")
         self.channels = {
-            name: None if channels.get(name) is None else _checked(name, channels[name], n, activation)
+            name: None if (own := channels.get(name)) is None else _checked(name, own, n, activation)
             for name, n in self.num_classes.items()
         }
         self.activation = activation
@@ -226,9 +226,10 @@ _HEAD_INPUTS: ContextVar[list[tuple[nn.Module, Tensor]] | None] = ContextVar("lo
 
 @contextmanager
 def _collect_head_inputs() -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    token = _HEAD_INPUTS.set([])
+    calls: list[tuple[nn.Module, Tensor]] = []
+    token = _HEAD_INPUTS.set(calls)
     try:
-        yield _HEAD_INPUTS.get()
+        yield calls
     finally:
         _HEAD_INPUTS.reset(token)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from monai.networks.nets import VISTA3D
@@ -48,7 +49,7 @@ class ClassPrompted(nn.Module):
         return logits.transpose(0, 1)
 
 
-def vista_prompts(tasks: Mapping[str, object], names: Mapping[int, str] | None = None) -> dict[str, list[int | None]]:
+def vista_prompts(tasks: Mapping[str, Any], names: Mapping[int, str] | None = None) -> dict[str, list[int | None]]:
     """The class prompt of every class of every task.
 
     A task of the data list may say it: ``"vista3d_class": {"1": 3}``, class id -> index in VISTA3D. Else the names of
@@ -61,8 +62,8 @@ def vista_prompts(tasks: Mapping[str, object], names: Mapping[int, str] | None =
     Raises:
         LoRKDError: a class without a prompt, in a task that has others.
     """
-    labels = {task: getattr(spec, "labels", spec) for task, spec in tasks.items()}
-    said = {task: getattr(spec, "vista3d_class", None) for task, spec in tasks.items()}
+    labels: dict[str, Any] = {task: getattr(spec, "labels", spec) for task, spec in tasks.items()}
+    said: dict[str, Any] = {task: getattr(spec, "vista3d_class", None) for task, spec in tasks.items()}
     open_tasks = {task: labels[task] for task in tasks if not said[task]}
     if open_tasks and not names:
         raise LoRKDError(
@@ -71,7 +72,7 @@ def vista_prompts(tasks: Mapping[str, object], names: Mapping[int, str] | None =
         )
     foreground = {index: name for index, name in (names or {}).items() if index != _BACKGROUND}
     found = channels_by_name(foreground, open_tasks, "sigmoid") if open_tasks else {}
-    prompts = {}
+    prompts: dict[str, Any] = {}
     for task, classes in labels.items():
         if not said[task]:
             prompts[task] = found[task]
@@ -89,10 +90,10 @@ def vista_prompts(tasks: Mapping[str, object], names: Mapping[int, str] | None =
 
 def vista_teacher(
     network: nn.Module,
-    tasks: Mapping[str, object],
+    tasks: Mapping[str, Any],
     names: Mapping[int, str] | None = None,
     only: Sequence[str] | None = None,
-    **options: object,
+    **options: Any,
 ) -> Teacher:
     """A teacher of per-region experts from VISTA3D, prompted with the classes of the data list.
 

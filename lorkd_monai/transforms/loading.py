@@ -198,7 +198,7 @@ def _check_series(path: str) -> None:
 def _describe_pil(path: str) -> ImageFacts:
     with Image.open(path) as image:
         mode = image.mode
-        values = tuple(map(float, image.getextrema())) if mode in ("I", "F") else None
+        values: Any = tuple(map(float, image.getextrema())) if mode in ("I", "F") else None
     channels = 1 if mode in ("1", "L", "LA", "La", "F") or mode.startswith("I") else 3
     bits = 16 if mode.startswith("I;16") else 32 if values else 8
     return ImageFacts(2, channels, bits, None, values, mode == "F")

@@ -139,7 +139,9 @@ def new_tasks_of(data: DataList, net: LoRKDNet) -> DataList:
     new, trained = added_tasks(net), as_trained(data, net.info, "the decomposition")
     known = trained.tasks
     kept = {split: known if split == "test" else new for split in SPLITS}
-    items = {split: [item for item in data.split(split) if item["task"] in kept[split]] for split in SPLITS}
+    items: dict[str, Any] = {
+        split: [item for item in data.split(split) if item["task"] in kept[split]] for split in SPLITS
+    }
     return dataclasses.replace(trained, **items)
 
 
@@ -169,7 +171,7 @@ def _needed(backbone: Mapping[str, Any] | None, spec: Mapping[str, Any]) -> Mapp
     return None
 
 
-def _checked_names(net: LoRKDNet, data: DataList, names: object, replace: bool, source: str) -> list[str]:
+def _checked_names(net: LoRKDNet, data: DataList, names: Any, replace: bool, source: str) -> list[str]:
     if names is None:
         if replace:
             raise LoRKDError("replace: name the tasks that are to start anew with --new_tasks")

@@ -80,7 +80,7 @@ def rank_curve(
     sides = image_sides(info["image_size"], data.spatial_dims)
     inferer = ConfigParser(default_inferer(data.kind, sides)).get_parsed_content()
     score = score_of(data.kind)
-    ranks, curve = network.spec()["rank"], {}
+    ranks, curve = network.spec()["rank"], dict[str, Any]()
     for rank in range(1, max(ranks[t] for t in chosen) + 1):
         due = [t for t in chosen if rank <= ranks[t]]
         part = [i for i, item in enumerate(items) if item["task"] in due]

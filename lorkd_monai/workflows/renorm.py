@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
@@ -40,7 +41,9 @@ class _OneTask(nn.Module):
 
 
 def _only(data: DataList, task: str) -> DataList:
-    splits = {s: [i for i in data.split(s) if i["task"] == task] for s in ("training", "validation", "test")}
+    splits: dict[str, Any] = {
+        s: [i for i in data.split(s) if i["task"] == task] for s in ("training", "validation", "test")
+    }
     return dataclasses.replace(data, tasks={task: dataclasses.replace(data.tasks[task], index=0)}, **splits)
 
 

@@ -276,9 +276,9 @@ def _properties(bundle: BundleFiles) -> Iterator[Problem]:
             continue
         # The properties are instantiated: an item that is never loaded stands for the data, and `initialize`, which
         # may change the state of this process, is left out.
-        content, data = bundle.json[f"configs/{name}.json"], [{"image": "", "label": 0}]
+        content, items = bundle.json[f"configs/{name}.json"], [{"image": "", "label": 0}]
         sections = ["dataset"] if name == "inference" else ["train#dataset", "validate#dataset"]
-        data = {f"{key}#data": data for key in sections if _has(content, key)}
+        data: dict[str, Any] = {f"{key}#data": items for key in sections if _has(content, key)}
         try:
             # A handler may make its folder below the root: the working directory is not the place for it.
             with tempfile.TemporaryDirectory() as root:

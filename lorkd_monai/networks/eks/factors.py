@@ -88,9 +88,9 @@ class FusedWeights(NamedTuple):
             return fuse(weight, a[0], b[0], self.scales[run[0]]).to(self.dtype).unsqueeze(0)
         with torch.autocast(weight.device.type, enabled=False):
             wide = self._wide(weight, a)
-            a, (b, alpha) = _stack(a, wide), self._scaled(_stack(b, wide), run)
-            base = weight.to(wide).reshape(1, b.shape[1], a.shape[2])
-            fused = torch.baddbmm(base, b, a, alpha=alpha).view(len(run), *weight.shape)
+            all_a, (all_b, alpha) = _stack(a, wide), self._scaled(_stack(b, wide), run)
+            base = weight.to(wide).reshape(1, all_b.shape[1], all_a.shape[2])
+            fused = torch.baddbmm(base, all_b, all_a, alpha=alpha).view(len(run), *weight.shape)
         return fused.to(weight.dtype).to(self.dtype)
 
     def add_gradients(
@@ -150,7 +150,7 @@ class BranchFilters(NamedTuple):
     multiple: int = 1
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]  # a tuple's own is not used
         """Filters of each expert."""
         return math.ceil(self.blocks * self.rows / self.multiple) * self.multiple
 

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 __all__ = ["ConvMap", "LayerOp", "LinearMap"]
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Any, Any, Any]  # a tensor each; None where it was not asked for
 
-_CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-_CONV_TRANSPOSE = {
+_CONV: dict[type[_ConvNd], Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_CONV_TRANSPOSE: dict[type[_ConvTransposeNd], Callable[..., Tensor]] = {
     nn.ConvTranspose1d: F.conv_transpose1d,
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
-LAYERS = (*_CONV, *_CONV_TRANSPOSE, nn.Linear)
+LAYERS: tuple[type[Any], ...] = (*_CONV, *_CONV_TRANSPOSE, nn.Linear)
+
+Layer = nn.Linear | _ConvNd
 
 
 @dataclass(frozen=True)
 class LayerOp:
     """The operation of one layer with the weight left open, equal to the layer's own forward to the last bit."""
 
-    layer: nn.Module
+    layer: Layer
 
     @staticmethod
-    def supports(layer: nn.Module) -> bool:
+    def supports(layer: nn.Module) -> TypeGuard[Layer]:
         """True for convolutions, transposed convolutions and linear layers whose forward is torch's own."""
         for base in LAYERS:
             if isinstance(layer, base):
@@ -43,7 +47,7 @@ class LayerOp:
             return F.linear(x, weight, bias)
         for base, transpose in _CONV_TRANSPOSE.items():
             if isinstance(layer, base):
-                padding = self._output_padding(x, output_size)
+                padding = self._output_padding(layer, x, output_size)
                 return transpose(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
         return layer._conv_forward(x, weight, bias)
 
@@ -56,22 +60,23 @@ class LayerOp:
         layer = self.layer
         if isinstance(layer, nn.Linear):
             return x, LinearMap()
-        if layer.transposed:
-            padding, output_padding = layer.padding, tuple(self._output_padding(x, output_size))
+        output_padding: tuple[int, ...] = (0,) * len(layer.kernel_size)
+        if isinstance(layer, _ConvTransposeNd):
+            padding: Any = layer.padding
+            output_padding = tuple(self._output_padding(layer, x, output_size))
         else:
-            x, padding = self._padded(x)
-            output_padding = (0,) * len(layer.kernel_size)
+            x, padding = self._padded(layer, x)
         return x, ConvMap(layer.stride, padding, layer.dilation, layer.transposed, output_padding, layer.groups)
 
-    def _output_padding(self, x: Tensor, output_size: list[int] | None) -> list[int]:
-        layer = self.layer
+    @staticmethod
+    def _output_padding(layer: Any, x: Tensor, output_size: list[int] | None) -> list[int]:
         dims = len(layer.kernel_size)
         return layer._output_padding(
             x, output_size, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation
         )
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        layer = self.layer
+    @staticmethod
+    def _padded(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         none = (0,) * len(layer.kernel_size)
         if layer.padding_mode != "zeros":
             return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), none
@@ -82,7 +87,7 @@ class LayerOp:
             if any(t % 2 for t in total):  # an even kernel: one more on the right
                 x = F.pad(x, [n for t in reversed(total) for n in (0, t % 2)])
             return x, tuple(t // 2 for t in total)
-        return x, layer.padding
+        return x, layer.padding  # type: ignore[return-value]  # numbers: the words are dealt with above
 
 
 class ConvMap(NamedTuple):
@@ -102,7 +107,7 @@ class ConvMap(NamedTuple):
         """Gradients of input, weight and bias, where ``needs`` asks for them."""
         return torch.ops.aten.convolution_backward(g, x, weight, [g.shape[1]], *self, needs)
 
-    def unfold(self, x: Tensor, kernel: tuple[int, int]) -> Tensor:
+    def unfold(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
         """The windows of a 2D convolution: rows × (channels · kernel) × positions."""
         return F.unfold(x, kernel, self.dilation, self.padding, self.stride)
 

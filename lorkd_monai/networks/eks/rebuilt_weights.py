@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class TaskMap:
 
     @cached_property
     def _owners(self) -> list[int]:
-        return owners(self.spans, size=self.spans[-1][1] // self.pieces)
+        return owners(self.spans, size=self.spans[-1][1] // self.pieces)  # type: ignore[operator]  # only asked for where there are pieces
 
     def _segment(self, x: Tensor, start: int, stop: int) -> Tensor:
         return take_segment(x, start, stop, self.rounds)
@@ -123,7 +124,7 @@ class TaskMap:
             gx = self.map.unpack(gx, n, rounds, x).data if need_x else None
             return gx, gb.view(n, -1).sum(0) if need_bias else None, grads
 
-        def parts() -> Iterator[Tensor | None]:
+        def parts() -> Iterator[Any]:
             for run, segments in self._by_segment(tensors, built):
                 of_weights = []
                 for start, stop, weight in segments:
@@ -141,7 +142,7 @@ class TaskMap:
 
     def _joined(self, parts: Iterable[Tensor]) -> Tensor:
         """`join_segments` of parts that are made one after the other, without holding them all."""
-        whole = None
+        whole: Any = None
         for part, (start, stop) in zip(parts, self.spans, strict=True):
             if len(self.spans) == 1:
                 whole = part
@@ -157,7 +158,7 @@ class _Rebuilding(torch.autograd.Function):
     """:class:`TaskMap` with weights that are made again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, task_map: TaskMap, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, task_map: TaskMap, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
         built = task_map.build_together(tensors)
         ctx.task_map = task_map
         small = built is not None and 4 * built.numel() <= x.numel()  # beside the input, which is kept anyway
@@ -167,7 +168,7 @@ class _Rebuilding(torch.autograd.Function):
         return y.data if y._is_view() else y
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, built, *tensors = ctx.saved_tensors
         _, need_x, need_bias, *needs = ctx.needs_input_grad
         task_map = ctx.task_map
@@ -176,8 +177,8 @@ class _Rebuilding(torch.autograd.Function):
             wanted = [i for i, need in enumerate([need_x, need_bias, *needs]) if need]
             y = task_map.forward(x, bias, tensors)
             found = torch.autograd.grad(y, [inputs[i] for i in wanted], g, create_graph=True)
-            grads = dict(zip(wanted, found, strict=True))
-            return (None, *(grads.get(i) for i in range(len(inputs))))
+            by_input = dict(zip(wanted, found, strict=True))
+            return (None, *(by_input.get(i) for i in range(len(inputs))))
         gx, of_bias, grads = task_map.backward(g, x, tensors, built, (need_x, need_bias, needs))
         grads = [
             grad if grad is None or grad.dtype == t.dtype else grad.to(t.dtype)

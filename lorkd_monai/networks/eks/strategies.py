@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def eks(
     factors_b: Sequence[Tensor],
     scales: Sequence[float],
     routing: Routing,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> Tensor:
     """Apply one layer to a batch of mixed tasks; see the module's docstring for the semantics.
 
@@ -146,7 +147,7 @@ class _Call:
         filters = BranchFilters(tuple(self.weight.shape), self._blocks, self._rows, dtype, multiple)
         owner = owners(self.spans, self.rounds)
         if form == "unfold":
-            h = filters.unfolded(self.a, owner, self.map.unfold(x, tuple(self.weight.shape[2:])))
+            h = filters.unfolded(self.a, owner, self.map.unfold(x, tuple(self.weight.shape[2:])))  # type: ignore[union-attr]
         else:
             pieces = self._situation.pieces if form == "group" else None
             h = TaskMap(self.map, filters, self.spans, self.rounds, pieces)(x, None, self.a)

@@ -6,7 +6,8 @@ A head of its own for each sample means convolutions of one 3D sample, which tor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def run_together(modules: Sequence[nn.Module], x: Tensor, owner: Sequence[int]) 
 class _ThinConvolutions(TorchFunctionMode):
     """Have 3D convolutions inside the block vectorised by :class:`_Conv3d`."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None) -> object:
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.conv3d and not kwargs and len(args) == 7 and args[-1] == 1:
             return _Conv3d.apply(*args)
         return func(*args, **(kwargs or {}))
@@ -75,15 +76,15 @@ class _Conv3d(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *options: object) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         return torch.conv3d(x, weight, bias, *options)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         pass  # only ever called vectorised, by operations that autograd follows by itself
 
     @staticmethod
-    def vmap(info, in_dims: tuple, x: Tensor, weight: Tensor, bias: Tensor | None, *options: object) -> tuple:
+    def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple:
         x, weight = (t if dim == 0 else t.movedim(dim, 0) for t, dim in zip((x, weight), in_dims, strict=False))
         bias = bias if bias is None or in_dims[2] == 0 else bias.movedim(in_dims[2], 0)
         rows, channels = weight.shape[:2]
@@ -103,14 +104,14 @@ class _OwnFilters(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], dilation: tuple[int, ...]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], dilation: tuple[int, ...]
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.options = padding, dilation
         return _own_filters(x, weight, bias, padding, dilation)
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         padding, dilation = ctx.options
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -126,7 +127,8 @@ class _OwnFilters(torch.autograd.Function):
             left = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[3:], padding, strict=True)]
             cut = tuple(slice(max(0, -n), g.shape[2 + i] - max(0, -n)) for i, n in enumerate(left))
             mirrored = weight.flip(tuple(space)).transpose(1, 2)
-            gx = _own_filters(g[(..., *cut)], mirrored, None, tuple(max(0, n) for n in left), dilation)
+            inner: Any = (..., *cut)
+            gx = _own_filters(g[inner], mirrored, None, tuple(max(0, n) for n in left), dilation)
         if need_weight:
             rows = len(x)
             spread = g.new_zeros(rows, *g.shape)
@@ -157,9 +159,9 @@ def _own_filters(
     return y.diagonal(0, 0, 1).movedim(-1, 0).contiguous()
 
 
-def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, *options: object) -> Tensor:
+def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     """Row b by its own filters as a grouped convolution of one sample. ``options``: stride, padding, dilation."""
     rows = len(x)
     bias = None if bias is None else bias.flatten()
-    y = torch.conv3d(x.flatten(0, 1).unsqueeze(0), weight.flatten(0, 1), bias, *options, rows)
+    y = torch.conv3d(x.flatten(0, 1).unsqueeze(0), weight.flatten(0, 1), bias, *options, rows)  # type: ignore[call-overload]
     return y.unflatten(1, (rows, -1)).squeeze(0)

@@ -10,6 +10,7 @@ replaced by NaN, which nothing swallows.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def find_folding(
                 f"{module._who()}: the rows of its input do not follow the samples of the batch, so a batch of several "
                 f"tasks can't be routed through it. Exclude it (exclude=[{module.name!r}]) or give one task at a time"
             )
-    return folds
+    return {module: fold for module, fold in folds.items() if fold}
 
 
 def _noise_like(sample: Tensor) -> Tensor:
@@ -113,6 +114,10 @@ def buffers_kept(network: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+def _note(seen: dict[RoutedModule, list[Tensor]], module: RoutedModule, x: Tensor) -> None:
+    seen[module].append(_fingerprint(x))
+
+
 def _record(
     call: Callable, modules: list[RoutedModule], batches: list[Tensor]
 ) -> list[dict[RoutedModule, list[Tensor]]]:
@@ -122,7 +127,7 @@ def _record(
     for batch in batches:
         seen: dict[RoutedModule, list[Tensor]] = {m: [] for m in modules}
         passes.append(seen)
-        with torch.random.fork_rng(devices), watch_inputs(lambda m, x, s=seen: s[m].append(_fingerprint(x))):
+        with torch.random.fork_rng(devices), watch_inputs(functools.partial(_note, seen)):
             torch.manual_seed(0)  # dropout must fall alike in every pass, and leave no trace
             call(batch)
     return passes

@@ -59,7 +59,7 @@ class RoutedModule(nn.Module):
                 "tasks cannot be routed through it: call it with one task at a time, or exclude this layer"
             )
         rows = x.shape[0]
-        if rows != routing.size and (self.fold == "rows" or rows % routing.size):
+        if rows != routing.size and (self.fold == "rows" or rows % len(routing.tasks)):
             raise UnverifiedFolding(
                 f"{self._who()} got {rows} rows for a batch of {routing.size} samples of several tasks, and it is not "
                 "known which row belongs to which sample: call it with one task at a time, or exclude this layer"

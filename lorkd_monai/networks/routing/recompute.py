@@ -9,7 +9,8 @@ that call is computed again, and after everything inside calls that came later. 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def remember_routing(outputs: object, routing: Routing) -> None:
 def _enter(routing: Routing, gradient: Tensor) -> None:
     number = torch._C._current_graph_task_id()
     if number not in _CURRENT:
-        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_CURRENT.pop, number, None))
+        forget: Callable[..., Any] = functools.partial(_CURRENT.pop, number, None)
+        torch.autograd.Variable._execution_engine.queue_callback(forget)
     _CURRENT[number] = routing
 
 

@@ -30,5 +30,5 @@ def take_segment(x: Tensor, start: int, stop: int, rounds: int) -> Tensor:
 def join_segments(parts: Sequence[Tensor], rounds: int) -> Tensor:
     """Undo :func:`take_segment` for all segments, in their order."""
     if rounds == 1:
-        return torch.cat(parts)
+        return torch.cat(list(parts))
     return torch.cat([part.unflatten(0, (rounds, -1)) for part in parts], 1).flatten(0, 1)

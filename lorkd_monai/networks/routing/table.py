@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ class Routing:
             return self
         key = (rows, fold)
         if key not in self._expanded:
-            times = rows // self.size
+            times = rows // len(self.tasks)
             tasks = [t for t in self.tasks for _ in range(times)] if fold == "major" else self.tasks * times
             self._expanded[key] = Routing(tasks, rows, self.ranks)
         return self._expanded[key]
@@ -163,14 +163,15 @@ def route(task: int | Sequence[int] | Tensor | Routing, batch_size: int | None =
         with route([1, 0, 1], batch_size=3):
             y = layer(torch.rand(3, 3, 16, 16))
     """
-    token = _ROUTING.set(task if isinstance(task, Routing) else Routing(task_list(task), batch_size))
+    routing = task if isinstance(task, Routing) else Routing(task_list(task), batch_size)
+    token = _ROUTING.set(routing)
     try:
-        yield _ROUTING.get()
+        yield routing
     finally:
         _ROUTING.reset(token)
 
 
-def task_list(task: int | Sequence[int] | Tensor) -> list[int]:
+def task_list(task: Any) -> list[int]:
     """``task`` as a list of integers; refuses everything that is not a task index or a flat row of them."""
     if isinstance(task, Tensor):
         if task.dtype.is_floating_point or task.dtype.is_complex or task.dtype == torch.bool or task.ndim > 1:
@@ -189,7 +190,7 @@ def task_list(task: int | Sequence[int] | Tensor) -> list[int]:
     return [operator.index(task)]
 
 
-def _is_index(value: object) -> bool:
+def _is_index(value: Any) -> bool:
     if isinstance(value, bool):
         return False
     try:

@@ -7,11 +7,12 @@ import math
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.eks.layer_maps import LAYERS
+from lorkd_monai.networks.eks.layer_maps import LAYERS, Layer
 from lorkd_monai.networks.eks.strategies import LayerOp
 
 __all__ = ["KNOWN_HEADS", "find_heads", "head_layers", "head_like", "pooled_head_input"]
@@ -87,7 +88,7 @@ def _match(modules: dict[str, nn.Module], pattern: str) -> list[str]:
     return [n for n, m in modules.items() if n.count(".") == depth and fnmatchcase(n, pattern) and _layers(m)]
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
+def _layers(module: nn.Module) -> list[Layer]:
     return [m for m in module.modules() if LayerOp.supports(m)]
 
 
@@ -97,7 +98,7 @@ def _describe(network: nn.Module) -> str:
     return f"{type(network).__name__}. Name it with head=…; the last candidates are: {shown}"
 
 
-def head_layers(head: nn.Module) -> list[nn.Module]:
+def head_layers(head: nn.Module) -> list[Layer]:
     """The convolutions and linear layers of a head, first to last."""
     return _layers(head)
 
@@ -161,18 +162,18 @@ def head_like(head: nn.Module, channels: int, name: str) -> nn.Module:
                 new = replacement
     for module in new.modules():
         if getattr(module, "out_channels", None) == old and not LayerOp.supports(module):
-            module.out_channels = channels
+            module.out_channels = channels  # type: ignore[assignment]
     return new
 
 
-def _width(layer: nn.Module) -> tuple[int, int]:
+def _width(layer: Layer) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels
 
 
-def _resized_layer(layer: nn.Module, before: int, after: int) -> nn.Module:
-    like = {"device": layer.weight.device, "dtype": layer.weight.dtype, "bias": layer.bias is not None}
+def _resized_layer(layer: Layer, before: int, after: int) -> nn.Module:
+    like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype, "bias": layer.bias is not None}
     if isinstance(layer, nn.Linear):
         return nn.Linear(before, after, **like)
     geometry = {
@@ -185,7 +186,7 @@ def _resized_layer(layer: nn.Module, before: int, after: int) -> nn.Module:
 
 
 def _resized_norm(norm: nn.Module, old: int, new: int) -> nn.Module | None:
-    like = {}
+    like: dict[str, Any] = {}
     weight = getattr(norm, "weight", None)
     if weight is not None:
         like = {"device": weight.device, "dtype": weight.dtype}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from lorkd_monai.networks.task_banks import pad_channels
 
 __all__ = ["fill_classes", "map_classes", "narrow_classes", "select_rows", "widen_classes"]
 
-Output = object
+Output = Any
 
 
 def _map(function: Callable[[Tensor], Tensor], y: Output) -> Output:
@@ -34,10 +35,10 @@ def _map(function: Callable[[Tensor], Tensor], y: Output) -> Output:
     if isinstance(y, (list, tuple)):
         return type(y)([_map(function, v) for v in y])
     if dataclasses.is_dataclass(y):
-        new = copy.copy(y)
+        filled = copy.copy(y)
         for f in dataclasses.fields(y):
-            object.__setattr__(new, f.name, _map(function, getattr(y, f.name)))
-        return new
+            object.__setattr__(filled, f.name, _map(function, getattr(y, f.name)))
+        return filled
     if any(isinstance(v, Tensor) for v in getattr(y, "__dict__", {}).values()):
         raise LoRKDError(
             f"the network returns a {type(y).__name__} that holds tensors, and it is not known which row belongs to "
@@ -86,7 +87,12 @@ def first_tensor(y: Output) -> Tensor:
         LoRKDError: there is none.
     """
     found: list[Tensor] = []
-    _map(lambda t: found.append(t) or t, y)
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    _map(note, y)
     if not found:
         raise LoRKDError(f"the network returned no tensor but a {type(y).__name__}")
     return found[0]

@@ -94,7 +94,7 @@ def parsed_network(parser: ConfigParser, item: str, name: str) -> nn.Module:
 
 def _refuse_lazy(network: nn.Module) -> None:
     for name, module in network.named_modules():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise LoRKDError(f"layer {name!r} is lazy: run the network once on an image before it is decomposed")
 
 
