@@ -9,7 +9,7 @@ from typing import Any
 from lorkd_monai.bundle.inert import check_task_name
 from lorkd_monai.bundle.listed import LISTED, OTHER_CLASSES, STEMS, augment_steps, no_items, or_arrays
 from lorkd_monai.transforms.dicom import IS_DICOM, SERIES_FAULT
-from lorkd_monai.transforms.loading import SUFFIXES
+from lorkd_monai.transforms.loading import PICTURES, SUFFIXES
 
 __all__ = ["LOGGING", "evaluate_config", "inference_config", "multi_gpu_config", "train_config"]
 
@@ -41,19 +41,34 @@ _NO_IMAGES = (
     "$@images or sys.exit('error: no image in ' + repr(str(@dataset_dir)) + ': expected --dataset_dir to be an image "
     "or a folder of images (' + ' '.join(@suffixes) + ')')"
 )
-# In 3D a folder of DICOM files is an image too.
+# In 2D a picture needs no suffix; in 3D a folder of DICOM files is an image too.
 _IMAGES = {
     2: "$[@dataset_dir] if os.path.isfile(@dataset_dir) else sorted(path for path in "
-    "glob.glob(glob.escape(@dataset_dir) + '/*') if path.lower().endswith(tuple(@suffixes)) or @is_dicom(path))",
+    "glob.glob(glob.escape(@dataset_dir) + '/*') if path.lower().endswith(tuple(@suffixes)) or @is_dicom(path) or "
+    f"os.path.isfile(path) and not os.path.splitext(path)[1] and open(path, 'rb').read(8).startswith({PICTURES}))",
     3: "$[@dataset_dir] if os.path.isfile(@dataset_dir) else [path for path in [@dataset_dir, "
     "*sorted(glob.glob(glob.escape(@dataset_dir) + '/*'))] if os.path.isfile(path) and "
     "path.lower().endswith(tuple(@suffixes)) or any(map(@is_dicom, sorted(glob.glob(glob.escape(path) + '/*'))))]",
 }
-# What the preprocessing refuses is one line, the first error of the chain that MONAI makes of it, without the traceback
-# that StatsHandler would log.
-_REFUSED = "re.search('ValueError: refused: (.*)', ''.join(traceback.format_exception(error)))"
+_LEFT_OUT = (
+    "$(lambda rest: rest and logging.getLogger('inference').warning('left out %d of %s, no images as expected here: "
+    "%s', len(rest), @dataset_dir, ', '.join(rest[:3]) + ', …' * (len(rest) > 3)))(sorted(set(map(os.path.basename, "
+    "glob.glob(glob.escape(@dataset_dir) + '/*'))) - set(map(os.path.basename, @paths))) if any(os.path.dirname("
+    "os.path.abspath(path)) == os.path.abspath(@dataset_dir) for path in @paths) and @dataset_dir not in @images else "
+    "[])"
+)
+# What the preprocessing refuses, or MONAI cannot read, is one line: the first error of the chain that MONAI makes of
+# it, without the traceback that StatsHandler would log. A reader's error may not name its file: LoadImage knows it.
+_REFUSED = (
+    "(lambda found, chain: found[1] if found else next(('cannot read ' + ', '.join(map(str, monai.utils.ensure_tuple("
+    "frame.f_locals['filename']))) + ': ' + type(chain[-1]).__name__ + ': ' + (str(chain[-1]).splitlines() or [''])[0] "
+    "+ '; the file may be damaged, or of another format than its name says' for e in chain for frame, _ in "
+    "traceback.walk_tb(e.__traceback__) if type(frame.f_locals.get('self')).__name__ == 'LoadImage' and 'filename' in "
+    "frame.f_locals), ''))(re.search('ValueError: refused: (.*)', ''.join(traceback.format_exception(error))), "
+    "(lambda causes: causes(causes, error))(lambda causes, e: [] if e is None else [e, *causes(causes, e.__cause__)]))"
+)
 _PLAIN_REFUSALS = (
-    "$(setattr(sys, 'excepthook', lambda kind, error, trace: (lambda found: print('error: ' + found[1], "
+    "$(setattr(sys, 'excepthook', lambda kind, error, trace: (lambda found: print('error: ' + found, "
     f"file=sys.stderr) if found else sys.__excepthook__(kind, error, trace))({_REFUSED})), "
     "logging.setLogRecordFactory(lambda *about, **more: logging.LogRecord(*about[:6], about[6] if about[6] and not "
     f"(lambda error: {_REFUSED})(about[6][1]) else None, *about[7:], **more)))"
@@ -80,7 +95,10 @@ _OUTPUT_NAME = (
 _OUTPUTS = "$[str(@output_dir) + '/' + @output_names[path] + '_{}{}' for path in @paths]"
 _QUOTED = "$lambda name: '\"' + name.replace('\"', '\"\"') + '\"' if set(name) & set(',\"\\n\\r') else name"
 _PROBLEM = (
-    "$next((f'{path!r} would be written twice: expected each image once' for path, times in "
+    "$('--images: expected a list such as [\\'a.png\\'], got ' + repr(@images) if isinstance(@images, str) else '') or "
+    "next((f'there is no file or folder {path!r}: expected images' for image, path in zip(@images, @paths) for path in "
+    "[path, *monai.utils.ensure_tuple(image)[1:]] if not os.path.exists(os.path.expanduser(path))), '') or "
+    "next((f'{path!r} would be written twice: expected each image once' for path, times in "
     "collections.Counter(@outputs if len(@outputs) > 1 else @paths).items() if times > 1), '') or next((f'{path!r} is "
     "there already, the result of another run: expected an --output_dir without it, or --overwrite true' for path in "
     "@outputs if os.path.exists(path) and str(@overwrite).lower() != 'true'), '') or next(filter(None, (@series_fault("
@@ -175,7 +193,8 @@ def inference_config(
     class, the class index.
     """
     handlers = [_loader(network="@network_def"), {"_target_": "StatsHandler", "iteration_log": False}]
-    run = [_PLAIN_REFUSALS, _NO_PATHS, _NO_WEIGHTS, _NO_IMAGES, "$@problem and sys.exit('error: ' + @problem)"]
+    problem = "$@problem and sys.exit('error: ' + @problem)"
+    run = [_PLAIN_REFUSALS, _NO_PATHS, _NO_WEIGHTS, _NO_IMAGES, problem, _LEFT_OUT]
     postprocessing = copy.deepcopy(postprocessing)
     outputs: dict[str, Any] = {"outputs": []}
     saver = next(filter(None, map(_saver, postprocessing)), None)

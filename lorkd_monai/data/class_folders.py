@@ -12,7 +12,7 @@ from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.dicom import is_dicom, is_series
-from lorkd_monai.transforms.loading import SUFFIXES
+from lorkd_monai.transforms.loading import PICTURES, SUFFIXES
 
 __all__ = ["ClassImage", "class_images", "holds_tasks", "visible_folders"]
 
@@ -21,7 +21,6 @@ _MASK_FOLDERS = {"mask", "masks", "label", "labels", "seg", "segmentation", "seg
 _IMAGE_FOLDERS = {"image", "images", "img", "imgs", "data", *_MASK_FOLDERS}
 # Folders of these names are classes more often than tasks.
 _CLASS_WORDS = {"benign", "malignant", "normal", "abnormal", "healthy", "ill", "sick", "positive", "negative"}
-_PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ def _no_image(path: Path, spatial_dims: int) -> str | None:
         return "files that cannot be read"
     if not start:
         return "empty files"
-    if known or (spatial_dims == 2 and start.startswith(_PICTURES)):
+    if known or (spatial_dims == 2 and start.startswith(PICTURES)):
         return None
     return "files without a suffix that are no pictures" if spatial_dims == 2 else "files without a suffix"
 

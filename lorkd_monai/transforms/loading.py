@@ -23,13 +23,15 @@ from lorkd_monai.errors import LoRKDError, root_cause
 from lorkd_monai.transforms.dicom import is_dicom, series_fault
 from lorkd_monai.transforms.gate import affine_fault, refusal
 
-__all__ = ["SUFFIXES", "ImageFacts", "ItemLoader", "describe_image", "wrap_array"]
+__all__ = ["PICTURES", "SUFFIXES", "ImageFacts", "ItemLoader", "describe_image", "wrap_array"]
 
 SUFFIXES = {
     2: (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"),
     3: (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"),
 }
 """Suffixes of files that are taken for images, by spatial dimensions; DICOM files are recognised by `is_dicom`."""
+PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
+"""How files of pictures begin, by which those without a suffix are recognised."""
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")
 
 
