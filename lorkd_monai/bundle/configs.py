@@ -101,7 +101,8 @@ _PROBLEM = (
     "next((f'{path!r} would be written twice: expected each image once' for path, times in "
     "collections.Counter(@outputs if len(@outputs) > 1 else @paths).items() if times > 1), '') or next((f'{path!r} is "
     "there already, the result of another run: expected an --output_dir without it, or --overwrite true' for path in "
-    "@outputs if os.path.exists(path) and str(@overwrite).lower() != 'true'), '') or next(filter(None, (@series_fault("
+    "@outputs if os.path.exists(path) and str(@overwrite).lower() != 'true' and not (path.endswith('.csv') and "
+    "open(path, 'rb').read().count(b'\\n') < 2)), '') or next(filter(None, (@series_fault("
     "path) for path in @paths if os.path.isdir(path))), '')"
 )
 _IMPORTS = ("collections", "csv", "difflib", "glob", "logging", "os", "pathlib", "re", "sys", "traceback")

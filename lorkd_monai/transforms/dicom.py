@@ -22,12 +22,25 @@ IS_DICOM = (
 )
 """A file is DICOM by its name, or by the letters after its first 128 bytes. DICOMDIR is a table of contents."""
 
+# Where a slice lies, from its header: ITK stacks the files of a series and takes the distance of the first two for all.
+_POSITION = (
+    "(lambda io, file: (io.SetFileName(file), io.ReadImageInformation(), [io.GetOrigin(axis) for axis in range(3)])"
+    "[-1])(itk.GDCMImageIO.New(), file)"
+)
+_UNEVEN = (
+    "(lambda places, steps: f'{folder!r} holds {len(files)} slices of {len(places)} places; keep one of each, or give "
+    "each volume of several a folder of its own' if len(places) < len(files) else f'the slices of {folder!r} lie "
+    "{steps.min():.4g} to {steps.max():.4g} mm apart; a slice is missing after {files[int(steps.argmax())]}' if "
+    "steps.max() > 1.5 * np.median(steps) else '')(*(lambda found: (set(map(tuple, found.round(3))), np.linalg.norm("
+    f"np.diff(found, axis=0), axis=1)))(np.array([{_POSITION} for file in files])))"
+)
 SERIES_FAULT = (
-    "lambda folder: (lambda names: (names.SetUseSeriesDetails(True), names.AddSeriesRestriction('0008|0021'), "
-    "names.SetDirectory(folder), (lambda series: '' if len(series) < 2 else f'{folder!r} holds {len(series)} DICOM "
-    "series, expected one; put each into a folder of its own: ' + ', '.join(f'{len(files)} files from {files[0]}' for "
-    "files in series))([names.GetFileNames(uid) for uid in names.GetSeriesUIDs()]))[-1])("
-    "monai.utils.optional_import('itk')[0].GDCMSeriesFileNames.New())"
+    "lambda folder: (lambda itk, names: (names.SetUseSeriesDetails(True), names.AddSeriesRestriction('0008|0021'), "
+    "names.SetDirectory(folder), (lambda series: f'{folder!r} holds {len(series)} DICOM series, expected one; put each "
+    "into a folder of its own: ' + ', '.join(f'{len(files)} files from {files[0]}' for files in series) if len(series) "
+    f"> 1 else next((fault for files in series if len(files) > 1 for fault in [{_UNEVEN}]), ''))("
+    "[list(names.GetFileNames(uid)) for uid in names.GetSeriesUIDs()]))[-1])(*(lambda itk: (itk, "
+    "itk.GDCMSeriesFileNames.New()))(monai.utils.optional_import('itk')[0]))"
 )
 """What is wrong with a folder of DICOM files that is to be one volume: MONAI, asked as here, reads the first series."""
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
+from lorkd_monai.transforms.dicom import IS_DICOM
+
 __all__ = ["affine_fault", "compiled", "gate", "odd", "refusal", "scaled", "upright"]
 
 # In the expressions, x is a plain tensor C×H×W[×D], m what is known of it (``meta``) and a its affine.
@@ -203,10 +205,18 @@ def _axes(spatial_dims: int) -> list[str]:
         f"' has the axes ' + str(tuple(x.shape[1:])) + ', expected {spatial_dims} of them' "
         f"if x.ndim != {spatial_dims + 1} else ''"
     ]
-    # MONAI puts another affine in place of one that is none: the file itself has the first.
-    stored = f"torch.as_tensor(monai.utils.optional_import('nibabel')[0].load({_NAME}).affine)"
+    if spatial_dims == 2:
+        return faults
+    # MONAI puts another affine in place of one that is none, and drops imaginary parts: the file itself has them.
+    stored = f"monai.utils.optional_import('nibabel')[0].load({_NAME})"
     nifti = f"{_NAME}.lower().endswith(('.nii', '.nii.gz'))"
-    return faults + [f"(lambda a: {_AFFINE})({stored} if {nifti} else a)"] * (spatial_dims == 3)
+    return [
+        *faults,
+        f"' is one DICOM slice; give the folder of its series' if x.shape[-1] == 1 and ({IS_DICOM})({_NAME}) else ''",
+        "(lambda kind: '' if kind in 'biuf' else ' holds complex numbers or colours, expected one number a voxel; save "
+        f"what is meant as a file of its own')({stored}.get_data_dtype().kind if {nifti} else 'f')",
+        f"(lambda a: {_AFFINE})(torch.as_tensor({stored}.affine) if {nifti} else a)",
+    ]
 
 
 def _checked(key: str, faults: Sequence[str], result: str) -> str:

@@ -203,6 +203,40 @@ def test_no_images_is_one_message(make_case, tmp_path):
         )
 
 
+def test_a_damaged_image_is_one_message_and_its_run_can_be_repeated(make_case, tmp_path, write_images):
+    case = make_case("2d_classification")
+    (path,) = write_images(tmp_path / "images", 2, count=1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    command = [
+        "run", "--bundle_root", case.folder, "--config_file", case.folder / "configs" / "inference.json",
+        "--dataset_dir", tmp_path / "images", "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
+    done = monai_bundle(*command, cwd=tmp_path)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and "Traceback" not in done.stdout + done.stderr
+    assert len(errors) == 1 and errors[0].startswith(f"error: cannot read {path}: "), done.stderr
+    path.write_bytes(whole)
+    assert monai_bundle(*command, cwd=tmp_path).returncode == 0
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 2
+
+
+def test_pictures_without_a_suffix_are_taken_and_what_is_left_out_is_told(make_case, tmp_path, write_images, caplog):
+    case = make_case("2d_classification")
+    (path,) = write_images(tmp_path / "images", 2, count=1)
+    shutil.copy(path, tmp_path / "images" / "scan")
+    (tmp_path / "images" / "notes").write_text("no picture")
+    (tmp_path / "images" / "list.txt").write_text("no picture")
+    run_here(
+        [case.folder / "configs" / "inference.json"],
+        bundle_root=str(case.folder), dataset_dir=str(tmp_path / "images"), output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 3
+    assert [r.getMessage() for r in caplog.records if "left out" in r.getMessage()] == [
+        f"left out 2 of {tmp_path / 'images'}, no images as expected here: list.txt, notes"
+    ]
+
+
 def test_a_wrong_bundle_root_is_one_message(make_case, tmp_path):
     case = make_case("2d_classification")
     with pytest.raises(SystemExit, match="no weights at .*expected --bundle_root"):

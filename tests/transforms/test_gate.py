@@ -213,6 +213,18 @@ def test_values_that_are_not_finite_are_refused(tmp_path, value):
             read(dims, {"image": path}, make_task(intensity={"range": [0, 1]}))
 
 
+def test_volumes_of_complex_numbers_or_colours_are_refused(tmp_path):
+    colours = np.zeros(VOLUME.shape, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    for name, array in (("complex", VOLUME.astype(np.complex64)), ("colours", colours)):
+        path = save(tmp_path / f"{name}.nii.gz", array)
+        with pytest.raises(LoRKDError, match=rf"/{name}\.nii\.gz.*"):
+            read(3, {"image": path})
+    with pytest.raises(
+        LoRKDError, match="complex.nii.gz holds complex numbers or colours, expected one number a voxel"
+    ):
+        read(3, {"image": str(tmp_path / "complex.nii.gz")})
+
+
 @pytest.mark.parametrize(
     ("array", "channels", "words"),
     [

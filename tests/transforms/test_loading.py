@@ -92,9 +92,8 @@ def test_itk_formats_equal_nifti(tmp_path, suffix):
     assert describe_image(str(tmp_path / f"a{suffix}")).spacing == pytest.approx((1, 2, 3))
 
 
-def test_dicom_series_folder(tmp_path):
-    volume = RNG.integers(0, 1000, (6, 12, 9)).astype(np.int16)  # slices × rows × columns
-    folder = tmp_path / "series"
+def write_series(folder, volume):
+    """One DICOM series of slices × rows × columns, 2.5 mm apart."""
     folder.mkdir()
     series = pydicom.uid.generate_uid()
     for number, plane in enumerate(volume):
@@ -113,12 +112,37 @@ def test_dicom_series_folder(tmp_path):
         slice_.RescaleIntercept, slice_.RescaleSlope = 0, 1
         slice_.PixelData = plane.tobytes()
         slice_.save_as(folder / f"{number}.dcm", enforce_file_format=True)
+    return folder
+
+
+def test_dicom_series_folder(tmp_path):
+    volume = RNG.integers(0, 1000, (6, 12, 9)).astype(np.int16)
+    folder = write_series(tmp_path / "series", volume)
     task = TaskSpec("task", 0, TASK.labels, intensity={"range": [0, 1000]})
     load = ItemLoader(preprocessing(task, "segmentation", 3, 1, 16), 3)
     image = load({"image": str(folder)})["image"]
     expected = volume.transpose(2, 1, 0)[::-1, ::-1]  # to RAS
     np.testing.assert_allclose(image[0], expected / 1000, atol=1e-5)
     assert describe_image(str(folder)).spacing == pytest.approx((0.7, 0.7, 2.5))
+
+
+def test_a_series_with_a_missing_or_a_doubled_slice_and_one_slice_alone_are_refused(tmp_path):
+    volume = RNG.integers(0, 1000, (6, 12, 9)).astype(np.int16)
+    missing, doubled = (write_series(tmp_path / name, volume) for name in ("missing", "doubled"))
+    (missing / "2.dcm").unlink()
+    copy = pydicom.dcmread(doubled / "2.dcm")
+    copy.SOPInstanceUID = copy.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    copy.save_as(doubled / "again.dcm")
+    load = ItemLoader(preprocessing(TASK, "segmentation", 3, 1, 16), 3)
+    for path, words in (
+        (missing, r"/missing' lie 2.5 to 5 mm apart; a slice is missing after .*/1.dcm"),
+        (doubled, r"/doubled' holds 7 slices of 6 places; keep one of each"),
+        (missing / "1.dcm", r"/1.dcm is one DICOM slice; give the folder of its series"),
+    ):
+        with pytest.raises(LoRKDError, match=words):
+            load({"image": str(path)})
+    with pytest.raises(LoRKDError, match="a slice is missing"):
+        describe_image(str(missing))
 
 
 def test_several_files_are_the_channels_of_one_image(tmp_path):
