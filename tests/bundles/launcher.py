@@ -6,6 +6,7 @@ the ten seconds of imports are shared. Jobs come as JSON lines on standard input
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import runpy
@@ -40,6 +41,7 @@ def run(job: dict) -> None:
             print(e.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
+    atexit._run_exitfuncs()  # which os._exit leaves out
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
