@@ -32,11 +32,12 @@ def claim(folder: str | os.PathLike, advice: str) -> None:
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _claims.setdefault(folder, FileLock(folder / ".in_use.lock", thread_local=False))
+    lock = _claims.get(folder) or FileLock(folder / ".in_use.lock", thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise LoRKDError(f"{folder} is in use: another process works in it right now. {advice}") from error
+    _claims[folder] = lock
 
 
 def release(folder: str | os.PathLike | None = None) -> None:
