@@ -137,7 +137,7 @@ def _origin(of: str) -> dict[str, Key]:
 
 LIST_KEYS: Mapping[str, Key] = {
     "$schema": Key("where the schema of this form is, for editors", {}),
-    "name": Key("shown in figures and READMEs", {}),
+    "name": Key("shown in reports and READMEs", {}),
     "kind": Key(
         "optional: a list that is read as another kind is refused", {"enum": ["classification", "segmentation"]}
     ),
