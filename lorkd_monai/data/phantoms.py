@@ -15,6 +15,7 @@ import numpy as np
 
 from lorkd_monai.data.writing import refuse_existing, write_data_list
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.locks import claimed
 from lorkd_monai.tasks import check_kind
 from lorkd_monai.transforms.preprocessing import CT_WINDOW
 
@@ -64,6 +65,14 @@ def make_phantoms(
         )
     folder = Path(folder)
     refuse_existing(folder, overwrite)
+    with claimed(folder, "Wait until it has ended, or name another folder."):
+        refuse_existing(folder, overwrite)  # another process may have ended just now
+        return _write_phantoms(folder, kind, spatial_dims, num_images, size, seed, overwrite)
+
+
+def _write_phantoms(
+    folder: Path, kind: str, spatial_dims: int, num_images: int, size: int, seed: int, overwrite: bool
+) -> Path:
     tasks: dict[str, Any] = {}
     rows: dict[str, list[dict[str, Any]]] = {"training": [], "validation": [], "test": []}
     for number, (name, modality, scene, classes, structures) in enumerate(_TASKS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from filelock import FileLock
 
 from lorkd_monai.data import TaskDataset, load_data_list, make_phantoms
 from lorkd_monai.errors import LoRKDError
@@ -81,3 +82,14 @@ def test_wrong_arguments_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LoRKDError, match="is a file"):
         make_phantoms(tmp_path / "file", "classification", 2)
+
+
+def test_two_at_once_in_one_folder(tmp_path):
+    with FileLock(tmp_path / ".in_use.lock"):  # as another process has it
+        with pytest.raises(
+            LoRKDError, match="is in use: another process works in it right now. Wait until"
+        ):
+            make_phantoms(tmp_path, "classification", 2, num_images=10, image_size=16)
+        assert [path.name for path in tmp_path.iterdir()] == [".in_use.lock"]
+    assert make_phantoms(tmp_path, "classification", 2, num_images=10, image_size=16).is_file()
+    assert not (tmp_path / ".in_use.lock").exists()
