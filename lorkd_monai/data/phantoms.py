@@ -65,6 +65,7 @@ def make_phantoms(
         )
     folder = Path(folder)
     refuse_existing(folder, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
     with claimed(folder, "Wait until it has ended, or name another folder."):
         refuse_existing(folder, overwrite)  # another process may have ended just now
         return _write_phantoms(folder, kind, spatial_dims, num_images, size, seed, overwrite)

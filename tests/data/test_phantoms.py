@@ -86,9 +86,7 @@ def test_wrong_arguments_are_refused(tmp_path):
 
 def test_two_at_once_in_one_folder(tmp_path):
     with FileLock(tmp_path / ".in_use.lock"):  # as another process has it
-        with pytest.raises(
-            LoRKDError, match="is in use: another process works in it right now. Wait until"
-        ):
+        with pytest.raises(LoRKDError, match="is in use: another process works in it right now. Wait until"):
             make_phantoms(tmp_path, "classification", 2, num_images=10, image_size=16)
         assert [path.name for path in tmp_path.iterdir()] == [".in_use.lock"]
     assert make_phantoms(tmp_path, "classification", 2, num_images=10, image_size=16).is_file()
