@@ -9,18 +9,14 @@ The scale stays that of the whole expert, so that the full sum and its parts are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.factors import factor_shapes
-from lorkd_monai.networks.lorkd_net import cut_rank
+from lorkd_monai.networks.lorkd_net import LoRKDNet, cut_rank
 from lorkd_monai.networks.spec import layer_rank, misfits
-
-if TYPE_CHECKING:
-    from lorkd_monai.networks.lorkd_net import LoRKDNet
 
 __all__ = ["cut_expert_state", "exchange_expert"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorkd_monai.networks.eks import costs
 from lorkd_monai.networks.surgery.outputs import widen_classes
-
-if TYPE_CHECKING:
-    from lorkd_monai.networks.lorkd_net import LoRKDNet
 
 __all__ = ["PlainView"]
 
@@ -42,7 +39,7 @@ class PlainView:
     other.
     """
 
-    def __init__(self, net: LoRKDNet) -> None:
+    def __init__(self, net: Any) -> None:
         self._net = net
         self._kept: _Kept | None = None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from lorkd_monai.networks.surgery.heads import head_like
 from lorkd_monai.networks.surgery.outputs import first_rows, first_tensor, map_classes, narrow_classes
 from lorkd_monai.networks.surgery.replace import replace_module
 
-if TYPE_CHECKING:
-    from lorkd_monai.networks.lorkd_net import LoRKDNet
-
 __all__ = ["try_experts"]
 
 _CLOSE = 0.01  # of the largest output; what -inf spoils is off by more, and both runs round alike
@@ -33,11 +30,11 @@ _LOCK = threading.Lock()  # modules are put into evaluation mode for the trial
 
 @torch.compiler.disable
 @torch.no_grad()
-def try_experts(net: LoRKDNet, x: Tensor, kwargs: Mapping) -> None:
+def try_experts(net: Any, x: Tensor, kwargs: Mapping) -> None:
     """Run one expert of each number of classes that is not the backbone's own, on the first sample of a batch.
 
     Args:
-        net: the decomposition.
+        net: the decomposition, a :class:`~lorkd_monai.networks.LoRKDNet`, which calls this.
         x: a batch.
         kwargs: further arguments of the backbone.
 
@@ -86,7 +83,7 @@ def _run(network: nn.Module, sample: Tensor, kwargs: Mapping, classes: int) -> A
     return map_classes(lambda t, dim: t, network(sample, **kwargs), classes, sample.ndim)
 
 
-def _backbone_runs(net: LoRKDNet, expert: nn.Module, sample: Tensor, kwargs: Mapping) -> bool:
+def _backbone_runs(net: Any, expert: nn.Module, sample: Tensor, kwargs: Mapping) -> bool:
     """Whether the network runs, its heads taking part, with as many outputs as it was built with."""
     built, called = net._built_classes, []
     for name in net._heads:
@@ -104,7 +101,7 @@ def _backbone_runs(net: LoRKDNet, expert: nn.Module, sample: Tensor, kwargs: Map
     return bool(called)
 
 
-def _compare(net: LoRKDNet, task: int, sample: Tensor, kwargs: Mapping, expected: object) -> None:
+def _compare(net: Any, task: int, sample: Tensor, kwargs: Mapping, expected: object) -> None:
     classes, widest = list(net.num_classes.values())[task], max(net.num_classes.values())
     if classes == widest:
         return

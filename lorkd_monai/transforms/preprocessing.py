@@ -8,17 +8,14 @@ expression in them (a string that starts with ``$``) is a constant of this file:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorkd_monai.checks import check_whole
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.tasks import check_kind, image_sides
+from lorkd_monai.tasks import TaskSpec, check_kind, image_sides
 from lorkd_monai.transforms.dicom import picture_reader
 from lorkd_monai.transforms.gate import gate, scaled, upright
-
-if TYPE_CHECKING:
-    from lorkd_monai.tasks import TaskSpec
-    from lorkd_monai.transforms.loading import ImageFacts
+from lorkd_monai.transforms.loading import ImageFacts
 
 __all__ = ["CT_WINDOW", "PERCENTILES", "default_intensity", "postprocessing", "preprocessing", "saving_handlers"]
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    from lorkd_monai.networks.routing.table import Routing
+from lorkd_monai.networks.routing.table import Routing
 
 __all__ = ["recomputed_routing", "remember_routing"]
 
