@@ -164,9 +164,8 @@ class TaskDataset(Dataset):
         for name, task in self.data.tasks.items():
             configs = preprocessing(task, self.data.kind, 3, self.in_channels, self.image_size)
             scaling = next(i for i, c in enumerate(configs) if c["_target_"].startswith("ScaleIntensityRange"))
-            self._values[name] = self._loader(
-                name, configs[:scaling] + configs[scaling + 2 :]
-            )  # and what looks after it
+            # All but the scaling and the step after it, which looks at what was scaled.
+            self._values[name] = self._loader(name, configs[:scaling] + configs[scaling + 2 :])
         bar = tqdm(list(self._cache), desc="preparing what the teacher sees", disable=None, leave=False)
         self._seen = {index: self._see(index) for index in bar}
 

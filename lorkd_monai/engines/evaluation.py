@@ -246,9 +246,10 @@ def report_figures(
                 show_volumes(loader, teacher.intensity)
             figures["teacher"] = evaluate_tasks(teacher, loader, trained, device, inferer)
     images: Any = loader.dataset
+    digests = split_digests(data)
     tasks = {name: task_identity(task, data.spatial_dims) for name, task in trained.tasks.items()}
-    write_figures(path, {**figures, "data": {"name": data.name, "tasks": tasks, "images": split_digests(data)}})
-    if other_images(data, info, "test"):
+    write_figures(path, {**figures, "data": {"name": data.name, "tasks": tasks, "images": digests}})
+    if other_images(digests, info, "test"):
         print("These are other test images, or other labels, than those of the list of the training.\n")
     score = score_of(data.kind)
     print(f"{score} on {len(images)} images, with 95 % bootstrap intervals\n")

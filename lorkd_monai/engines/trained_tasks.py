@@ -8,7 +8,7 @@ from typing import Any
 
 from lorkd_monai.bundle.export import tasks_of_info
 from lorkd_monai.data import DataList
-from lorkd_monai.data.identity import differences, split_digests, task_identity
+from lorkd_monai.data.identity import differences, task_identity
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["as_trained", "other_images"]
@@ -47,6 +47,9 @@ def as_trained(data: DataList, info: Mapping[str, Any], source: str, names: Iter
     return dataclasses.replace(data, tasks=known)
 
 
-def other_images(data: DataList, info: Mapping[str, Any], split: str) -> bool:
-    """Whether a split is known to be another one than that of the list that a decomposition was trained with."""
-    return info.get("images", {}).get(split, split_digests(data)[split]) != split_digests(data)[split]
+def other_images(digests: Mapping[str, str], info: Mapping[str, Any], split: str) -> bool:
+    """Whether a split is known to be another one than that of the list that a decomposition was trained with.
+
+    ``digests`` are `split_digests` of the list.
+    """
+    return info.get("images", {}).get(split, digests[split]) != digests[split]

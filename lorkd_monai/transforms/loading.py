@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,7 @@ def describe_image(path: str | Sequence[str]) -> ImageFacts:
             return _describe_nifti(path)
         if is_dicom(path):
             return _describe_dicom(path)
-        with quiet_readers():
-            image = LoadImage(image_only=True, ensure_channel_first=True)(path)
-        return ImageFacts(image.ndim - 1, image.shape[0], 0, _ras_spacing(np.asarray(image.affine)))
+        return _describe_loaded(path)
     except LoRKDError:
         raise
     except Exception as error:  # each reader raises its own kinds
@@ -192,9 +191,21 @@ def quiet_readers() -> Iterator[None]:
 
 
 def _check_series(path: str) -> None:
-    fault = series_fault(path) if os.path.isdir(path) else ""
+    fault = _series_fault(path, os.stat(path).st_mtime_ns) if os.path.isdir(path) else ""
     if fault:
         raise LoRKDError(fault)
+
+
+@lru_cache(maxsize=65536)
+def _series_fault(folder: str, changed: int) -> str:
+    """`series_fault`, which reads the header of every slice: once for a folder, not each time that it is read."""
+    return series_fault(folder)
+
+
+def _describe_loaded(path: str) -> ImageFacts:
+    with quiet_readers():
+        image = LoadImage(image_only=True, ensure_channel_first=True)(path)
+    return ImageFacts(image.ndim - 1, image.shape[0], 0, _ras_spacing(np.asarray(image.affine)))
 
 
 def _describe_pil(path: str) -> ImageFacts:
@@ -212,9 +223,7 @@ def _describe_dicom(path: str) -> ImageFacts:
 
     header = pydicom.dcmread(path, force=True, stop_before_pixels=True)
     if int(header.get("NumberOfFrames") or 1) > 1:
-        with quiet_readers():
-            image = LoadImage(image_only=True, ensure_channel_first=True)(path)
-        return ImageFacts(image.ndim - 1, image.shape[0], 0, _ras_spacing(np.asarray(image.affine)))
+        return _describe_loaded(path)
     grey = str(header.get("PhotometricInterpretation", "MONOCHROME2")).startswith("MONOCHROME")
     # A picture is brought to the range of its task, whatever its own depth.
     return ImageFacts(2, 1 if grey else 3, 8, None)
