@@ -87,7 +87,7 @@ def transfer_loss(
         LoRKDError: if shapes differ, ``valid`` or ``has_teacher`` do not fit them, or an option is out of range.
 
     Source: the transfer term of LoRKD (arXiv 2404.17184), Hinton's T² (arXiv 1503.02531). ``"by_class"`` is this
-    project's; docs/results.md says what it does.
+    project's; docs/results/appendix.md says what it does.
 
     Example:
         >>> student = torch.tensor([[0.0, 0.0, float("-inf")]], requires_grad=True)
