@@ -1,4 +1,8 @@
-"""Who is at work: locks of the operating system, which end with the process that holds them, however it ends."""
+"""Who is at work: locks of the operating system, which end with the process that holds them, however it ends.
+
+A lock's file is deleted while the lock is still held. Who waited for it then finds that its file is gone, and
+`filelock` tries again with a new one: nobody deletes the file of another.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,10 @@ from filelock import FileLock, Timeout
 
 from lorkd_monai.errors import LoRKDError
 
-__all__ = ["claim", "claimed", "is_abandoned", "mark_in_use", "release"]
+__all__ = ["LOCK_FILE", "claim", "claimed", "is_abandoned", "mark_in_use", "release"]
+
+LOCK_FILE = ".in_use.lock"
+"""Name of the file in a claimed folder."""
 
 _claims: dict[Path, FileLock] = {}
 
@@ -32,7 +39,7 @@ def claim(folder: str | os.PathLike, advice: str) -> None:
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _claims.get(folder) or FileLock(folder / ".in_use.lock", thread_local=False)
+    lock = _claims.get(folder) or FileLock(folder / LOCK_FILE, thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -43,10 +50,11 @@ def claim(folder: str | os.PathLike, advice: str) -> None:
 def release(folder: str | os.PathLike | None = None) -> None:
     """Take a claim of this process back; None: all of them."""
     for path in list(_claims) if folder is None else [Path(folder).resolve()]:
-        _claims[path].release(force=folder is None)
-        if not _claims[path].is_locked:
+        lock = _claims[path]
+        if folder is None or lock.lock_counter == 1:
             del _claims[path]
-            _remove(path / ".in_use.lock")
+            _remove(path / LOCK_FILE)
+        lock.release(force=folder is None)
 
 
 atexit.register(release)  # the lock ends anyway; its file would stay
@@ -65,22 +73,20 @@ def claimed(folder: str | os.PathLike, advice: str) -> Iterator[None]:
 @contextmanager
 def mark_in_use(path: Path) -> Iterator[None]:
     """Say for the length of a block that a living process makes this file or folder; wait while another one does."""
-    lock = FileLock(_beside(path))
-    try:
-        with lock:
+    with FileLock(_beside(path)):
+        try:
             yield
-    finally:
-        _remove(_beside(path))
+        finally:
+            _remove(_beside(path))
 
 
 def is_abandoned(path: Path) -> bool:
     """Whether the process that made ``path`` under `mark_in_use` has ended."""
     try:
         with FileLock(_beside(path)).acquire(timeout=0):
-            pass
+            _remove(_beside(path))
     except Timeout:
         return False
-    _remove(_beside(path))
     return True
 
 

@@ -1,11 +1,13 @@
 """A folder has one worker at a time, and what a living process writes is not taken for a leftover."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 
 import pytest
+from filelock import FileLock, Timeout
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file, remove_leftovers
@@ -94,3 +96,23 @@ def test_a_mark_ends_with_its_block(tmp_path):
         assert not is_abandoned(tmp_path / "a")
     assert is_abandoned(tmp_path / "a")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_file_is_deleted_while_its_lock_is_held(tmp_path, monkeypatch):
+    deleted = []
+
+    def unlink(path, **options):
+        with pytest.raises(Timeout):  # as a third process would, in a gap between the two
+            FileLock(path).acquire(timeout=0)
+        deleted.append(path.name)
+        os.unlink(path)
+
+    monkeypatch.setattr(pathlib.Path, "unlink", unlink)
+    with claimed(tmp_path, ""):
+        pass
+    with mark_in_use(tmp_path / "a"):
+        pass
+    assert is_abandoned(tmp_path / "b")
+    claim(tmp_path, "")
+    release()
+    assert deleted == [".in_use.lock", "a.lock", "b.lock", ".in_use.lock"]
