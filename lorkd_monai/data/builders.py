@@ -23,9 +23,8 @@ from lorkd_monai.data.class_folders import ClassImage, class_images, holds_tasks
 from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
-from lorkd_monai.data.writing import refuse_existing, write_data_list
+from lorkd_monai.data.writing import new_folder, new_list, relative_path
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.tasks import check_kind
 from lorkd_monai.transforms.loading import SUFFIXES
 
 __all__ = ["combine", "fetch_mednist", "fetch_medmnist", "from_class_folders", "from_medmnist"]
@@ -75,30 +74,23 @@ def from_class_folders(
 
         from_class_folders({"breast": "ultrasound", "chest": "xray"}, "my_list", patient_regex=r"^(P\\d+)_")
     """
-    check_kind("classification", spatial_dims)
-    output = as_path(output, "output")
-    refuse_existing(output, overwrite)
-    tasks: dict[str, dict[str, Any]] = {}
-    rows: list[Row] = []
-    skipped = Skipped()
-    for task, folder in task_folders(sources, spatial_dims, skipped).items():
-        found = class_images(folder, spatial_dims, skipped)
-        classes = sorted({image.label for image in found})
-        if len(classes) < 2:
-            skipped.tell()
-            raise LoRKDError(
-                f"{folder} must have a sub-folder with {'/'.join(SUFFIXES[spatial_dims])} images for each of two or "
-                f"more classes; found images of {len(classes)}. Where it is a class of one task, give the task's "
-                f"folder in a list: '[{folder.parent}]'"
-            )
-        if patients_csv is None and patient_regex is None:
-            _refuse_classes_below(folder, found)
-            _tell_patients(task, found)
-        tasks[task] = {"labels": {str(i): name for i, name in enumerate(classes)}}
-        rows += [Row(task, i.path, classes.index(i.label), i.split, i.patient) for i in found]
-    skipped.tell()
-    assign_splits(rows, read_patients(rows, patients_csv, patient_regex), fractions, seed)
-    return finish(output, "classification", spatial_dims, tasks, rows, facts, overwrite)
+    with new_list(output, "classification", spatial_dims, overwrite) as new:
+        for task, folder in task_folders(sources, spatial_dims, new.skipped).items():
+            found = class_images(folder, spatial_dims, new.skipped)
+            classes = sorted({image.label for image in found})
+            if len(classes) < 2:
+                raise LoRKDError(
+                    f"{folder} must have a sub-folder with {'/'.join(SUFFIXES[spatial_dims])} images for each of two "
+                    f"or more classes; found images of {len(classes)}. Where it is a class of one task, give the "
+                    f"task's folder in a list: '[{folder.parent}]'"
+                )
+            if patients_csv is None and patient_regex is None:
+                _refuse_classes_below(folder, found)
+                _tell_patients(task, found)
+            new.tasks[task] = {"labels": {str(i): name for i, name in enumerate(classes)}}
+            new.rows += [Row(task, i.path, classes.index(i.label), i.split, i.patient) for i in found]
+        assign_splits(new.rows, read_patients(new.rows, patients_csv, patient_regex), fractions, seed)
+        return new.write(facts)
 
 
 def from_medmnist(
@@ -123,28 +115,25 @@ def from_medmnist(
     Raises:
         LoRKDError: for a file that is missing or not in this form.
     """
-    check_kind("classification", spatial_dims)
-    output = as_path(output, "output")
-    refuse_existing(output, overwrite)
-    tasks: dict[str, dict[str, Any]] = {}
-    skipped = Skipped()
-    for task, file in task_folders(sources).items():
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                labels = [arrays[key] for key in arrays.files if key.endswith("_labels")]
-                names = arrays["class_names"].tolist() if "class_names" in arrays.files else None
-                for key in sorted(set(arrays.files) - NPZ_ARRAYS):
-                    skipped.add("arrays of other names than MedMNIST's", f"{file}: {key}")
-        except Exception as error:  # zip, value and system errors alike
-            raise LoRKDError(f"{file} is no npz file of plain arrays: {error}") from error
-        if not labels or any(part.dtype.kind not in "ui" or not part.size for part in labels):
-            raise LoRKDError(f"{file} is not in MedMNIST's form: it needs train_labels and others of whole numbers.")
-        count = max(2, max(int(part.max()) for part in labels) + 1)
-        names = names if names is not None and len(names) >= count else [f"class {i}" for i in range(count)]
-        labels_of_ids = {str(i): str(name) for i, name in enumerate(names)}
-        tasks[task] = {"npz": _relative(str(file), output), "labels": labels_of_ids}
-    skipped.tell()
-    return finish(output, "classification", spatial_dims, tasks, [], facts, overwrite)
+    with new_list(output, "classification", spatial_dims, overwrite) as new:
+        for task, file in task_folders(sources).items():
+            try:
+                with np.load(file, allow_pickle=False) as arrays:
+                    labels = [arrays[key] for key in arrays.files if key.endswith("_labels")]
+                    names = arrays["class_names"].tolist() if "class_names" in arrays.files else []
+                    for key in sorted(set(arrays.files) - NPZ_ARRAYS):
+                        new.skipped.add("arrays of other names than MedMNIST's", f"{file}: {key}")
+            except Exception as error:  # zip, value and system errors alike
+                raise LoRKDError(f"{file} is no npz file of plain arrays: {error}") from error
+            if not labels or any(part.dtype.kind not in "ui" or not part.size for part in labels):
+                raise LoRKDError(
+                    f"{file} is not in MedMNIST's form: it needs train_labels and others of whole numbers."
+                )
+            count = max(2, max(int(part.max()) for part in labels) + 1)
+            names = names if len(names) >= count else [f"class {i}" for i in range(count)]
+            labels_of_ids = {str(i): str(name) for i, name in enumerate(names)}
+            new.tasks[task] = {"npz": relative_path(str(file), new.folder), "labels": labels_of_ids}
+        return new.write(facts)
 
 
 def fetch_medmnist(
@@ -172,21 +161,20 @@ def fetch_medmnist(
     """
     from monai.apps import download_url
 
-    output = as_path(output, "output")
-    refuse_existing(output, overwrite)
-    names = [names] if isinstance(names, str) else list(names)
+    folder = as_path(output, "output")
     files = {}
-    for name in names:
-        if not isinstance(name, str) or not _MEDMNIST.fullmatch(name):
-            raise LoRKDError(f"expected names of MedMNIST sets such as 'breastmnist', got {name!r}.")
-        files[name] = str(output / f"{name}.npz")
-        try:
-            download_url(f"{base_url}/{name}.npz", files[name], hash_val=(md5 or {}).get(name), hash_type="md5")
-        except Exception as error:  # network errors come in many kinds
-            raise LoRKDError(
-                f"cannot fetch {name} from {base_url}: {error}\nWith a copy of the file, use from_medmnist instead."
-            ) from error
-    return from_medmnist(files, output, spatial_dims, facts, overwrite)
+    with new_folder(folder, overwrite):
+        for name in [names] if isinstance(names, str) else names:
+            if not isinstance(name, str) or not _MEDMNIST.fullmatch(name):
+                raise LoRKDError(f"expected names of MedMNIST sets such as 'breastmnist', got {name!r}.")
+            files[name] = str(folder / f"{name}.npz")
+            try:
+                download_url(f"{base_url}/{name}.npz", files[name], hash_val=(md5 or {}).get(name), hash_type="md5")
+            except Exception as error:  # network errors come in many kinds
+                raise LoRKDError(
+                    f"cannot fetch {name} from {base_url}: {error}\nWith a copy of the file, use from_medmnist instead."
+                ) from error
+        return from_medmnist(files, folder, spatial_dims, facts, overwrite)
 
 
 def fetch_mednist(
@@ -204,15 +192,14 @@ def fetch_mednist(
     """
     from monai.apps import MedNISTDataset
 
-    output = as_path(output, "output")
-    refuse_existing(output, overwrite)
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        MedNISTDataset(str(output), "training", download=True, cache_num=0, progress=False)
-    except Exception as error:  # network errors come in many kinds
-        raise LoRKDError(f"cannot fetch MedNIST through MONAI: {error}") from error
-    sources = {"mednist": str(output / MedNISTDataset.dataset_folder_name)}
-    return from_class_folders(sources, output, 2, fractions, seed, overwrite=overwrite)
+    folder = as_path(output, "output")
+    with new_folder(folder, overwrite):
+        try:
+            MedNISTDataset(str(folder), "training", download=True, cache_num=0, progress=False)
+        except Exception as error:  # network errors come in many kinds
+            raise LoRKDError(f"cannot fetch MedNIST through MONAI: {error}") from error
+        sources = {"mednist": str(folder / MedNISTDataset.dataset_folder_name)}
+        return from_class_folders(sources, folder, 2, fractions, seed, overwrite=overwrite)
 
 
 def combine(
@@ -223,29 +210,27 @@ def combine(
     Raises:
         LoRKDError: where two lists have a task of one name, or what `load_data_list` refuses.
     """
-    check_kind(kind, spatial_dims)
-    output = as_path(output, "output")
-    refuse_existing(output, overwrite)
-    tasks: dict[str, Any] = {}
-    rows: list[Row] = []
     lists = _listed(lists)
-    for path in map(Path, [lists] if isinstance(lists, (str, os.PathLike)) else lists):
-        file = path / "dataset.json" if path.is_dir() else path
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            own, folder = dict(content["tasks"]), file.parent.resolve()
-            origin = read_origin(content)
-            items = [(split, item) for split in SPLITS for item in content.get(split, [])]
-            rows += [Row(i["task"], _absolute(i["image"], folder), _absolute(i["label"], folder), s) for s, i in items]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LoRKDError(f"{file} is no data list of tasks: {type(error).__name__} {error}") from error
-        for name, entry in own.items():
-            if name in tasks:
-                raise LoRKDError(f"two of the lists have a task {name!r}; rename one of them.")
-            tasks[name] = {**{key: value for key, value in origin.items() if value is not None}, **entry}
-            if "npz" in tasks[name]:
-                tasks[name]["npz"] = _relative(str(folder / tasks[name]["npz"]), output)
-    return finish(output, kind, spatial_dims, tasks, rows, None, overwrite)
+    with new_list(output, kind, spatial_dims, overwrite) as new:
+        for path in map(Path, [lists] if isinstance(lists, (str, os.PathLike)) else lists):
+            file = path / "dataset.json" if path.is_dir() else path
+            folder = file.parent.resolve()
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                own, origin = dict(content["tasks"]), read_origin(content)
+                for split in SPLITS:
+                    for item in content.get(split, []):
+                        image, label = (_absolute(item[key], folder) for key in ("image", "label"))
+                        new.rows.append(Row(item["task"], image, label, split))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise LoRKDError(f"{file} is no data list of tasks: {type(error).__name__} {error}") from error
+            for name, entry in own.items():
+                if name in new.tasks:
+                    raise LoRKDError(f"two of the lists have a task {name!r}; rename one of them.")
+                new.tasks[name] = {**{key: value for key, value in origin.items() if value is not None}, **entry}
+                if "npz" in entry:
+                    new.tasks[name]["npz"] = relative_path(str(folder / entry["npz"]), new.folder)
+        return new.write()
 
 
 def task_folders(sources: Sources, spatial_dims: int | None = None, skipped: Skipped | None = None) -> dict[str, Path]:
@@ -280,33 +265,6 @@ def task_folders(sources: Sources, spatial_dims: int | None = None, skipped: Ski
     if not found:
         raise LoRKDError("there is no task: give at least one folder or file.")
     return found
-
-
-def finish(
-    output: Path,
-    kind: str,
-    spatial_dims: int,
-    tasks: Mapping[str, dict[str, Any]],
-    rows: Sequence[Row],
-    facts: Mapping[str, Mapping[str, Any]] | None,
-    overwrite: bool,
-) -> Path:
-    """Write the list of the tasks and rows with paths relative to ``output``, and return its path."""
-    if facts is not None and not (isinstance(facts, Mapping) and all(isinstance(m, Mapping) for m in facts.values())):
-        raise LoRKDError(f'facts: expected {{task: {{"modality": "US", …}}}}, got {facts!r}')
-    for name, more in (facts or {}).items():
-        if name not in tasks:
-            raise LoRKDError(f"facts of an unknown task {name!r}; the tasks are {', '.join(tasks)}.")
-        tasks[name].update(more)
-    content: dict[str, Any] = {"name": output.resolve().name, "kind": kind, "spatial_dims": spatial_dims}
-    content["tasks"] = dict(tasks)
-    for split in SPLITS:
-        content[split] = [
-            {"image": _relative(row.image, output), "label": _relative(row.label, output), "task": row.task}
-            for row in rows
-            if row.split == split
-        ]
-    return write_data_list(output, content, overwrite, check=(kind, spatial_dims))
 
 
 def _task_name(path: Path) -> str:
@@ -366,18 +324,6 @@ def _tell_patients(task: str, found: Sequence[ClassImage]) -> None:
             "task %r: %d images lie in sub-folders of their classes; each of the %d (%s%s) is taken for a patient",
             task, len(patients), len(names), ", ".join(names[:3]), more,
         )  # fmt: skip
-
-
-def _relative(value: Any, output: Path) -> Any:
-    """Return a path as it stands in a list in ``output``; class ids are left as they are."""
-    if isinstance(value, list):
-        return [_relative(part, output) for part in value]
-    if not isinstance(value, str):
-        return value
-    try:
-        return Path(os.path.relpath(value, output.resolve())).as_posix()
-    except ValueError:  # another drive
-        return value
 
 
 def _absolute(value: Any, folder: Path) -> Any:

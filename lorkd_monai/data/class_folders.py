@@ -11,6 +11,7 @@ from pathlib import Path
 from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.locks import LOCK_FILE
 from lorkd_monai.transforms.dicom import is_dicom, is_series
 from lorkd_monai.transforms.loading import PICTURES, SUFFIXES
 
@@ -108,7 +109,8 @@ def visible_folders(folder: Path, skipped: Skipped | None = None) -> list[Path]:
 
 def _entries(folder: Path) -> list[Path]:
     try:
-        return sorted(folder.iterdir())
+        # A task's folder may be the one that the list is made in.
+        return sorted(path for path in folder.iterdir() if path.name != LOCK_FILE)
     except OSError as error:
         raise LoRKDError(f"cannot read the folder {folder}: {error.strerror}.") from error
 

@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorkd_monai.checks import as_path
-from lorkd_monai.data.builders import Sources, finish, task_folders
+from lorkd_monai.data.builders import Sources, task_folders
 from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
-from lorkd_monai.data.writing import refuse_existing
+from lorkd_monai.data.writing import new_list
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.tasks import check_kind
 
 __all__ = ["from_segmentation_folders"]
 
@@ -60,36 +58,21 @@ def from_segmentation_folders(
 
         from_segmentation_folders(["Task04_Hippocampus", "Dataset009_Spleen"], "my_list")
     """
-    check_kind("segmentation", spatial_dims)
-    output = as_path(output, "output")
-    refuse_existing(output, overwrite)
-    tasks: dict[str, dict[str, Any]] = {}
-    rows: list[Row] = []
-    skipped = Skipped()
-    for task, folder in task_folders(sources).items():
-        content = _read(folder)
-        tasks[task] = _entry(content, folder)
-        is_nnunet = "channel_names" in content or _is_numbered(content, folder)
-        found = (_nnunet_rows if is_nnunet else _decathlon_rows)(task, folder, content, skipped)
-        if not any(row.label for row in found):
-            skipped.tell()
-            raise LoRKDError(f"{folder} has no image with a mask.")
-        said, there = content.get("numTraining"), sum(row.split in (None, "training") for row in found)
-        if isinstance(said, int) and said != there:
-            _log.warning("task %r: dataset.json says numTraining %d, and there are %d.", task, said, there)
-        rows += found
-    skipped.tell()
-    unsplit = [row for row in rows if row.split is None]
-    fractions = tuple(fractions)
-    _split(rows, unsplit, fractions, seed, read_patients(rows, patients_csv, patient_regex))
-    return finish(output, "segmentation", spatial_dims, tasks, rows, facts, overwrite)
-
-
-def _split(rows: list[Row], unsplit: list[Row], fractions: tuple, seed: int, patients: list[str]) -> None:
-    if unsplit:
-        assign_splits(rows, patients, fractions, seed)
-    else:
-        assign_splits(rows, patients, (1.0, 0.0, 0.0), seed)  # only looks for patients in two splits
+    with new_list(output, "segmentation", spatial_dims, overwrite) as new:
+        for task, folder in task_folders(sources).items():
+            content = _read(folder)
+            new.tasks[task] = _entry(content, folder)
+            # Version 1 of nnU-Net has the Decathlon's dataset.json: the channel numbers of its files tell them apart.
+            is_nnunet = "channel_names" in content or any(folder.glob("imagesTr/*_0000.*"))
+            found = (_nnunet_rows if is_nnunet else _decathlon_rows)(task, folder, content, new.skipped)
+            if not any(row.label for row in found):
+                raise LoRKDError(f"{folder} has no image with a mask.")
+            said, there = content.get("numTraining"), sum(row.split in (None, "training") for row in found)
+            if isinstance(said, int) and said != there:
+                _log.warning("task %r: dataset.json says numTraining %d, and there are %d.", task, said, there)
+            new.rows += found
+        assign_splits(new.rows, read_patients(new.rows, patients_csv, patient_regex), fractions, seed)
+        return new.write(facts)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -129,12 +112,6 @@ def _entry(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         entry["channels"] = len(names)
     licence = content.get("licence", content.get("license"))
     return entry | ({"licence": licence} if isinstance(licence, str) and licence.strip() else {})
-
-
-def _is_numbered(content: dict[str, Any], folder: Path) -> bool:
-    """Say whether images carry nnU-Net's channel number: version 1 has the Decathlon's ``dataset.json`` otherwise."""
-    images = folder / "imagesTr"
-    return images.is_dir() and any(re.search(r"_0000\.", path.name) for path in images.iterdir())
 
 
 def _decathlon_rows(task: str, folder: Path, content: dict[str, Any], skipped: Skipped) -> list[Row]:

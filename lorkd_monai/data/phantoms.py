@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lorkd_monai.data.writing import refuse_existing, write_data_list
+from lorkd_monai.data.writing import new_folder, write_data_list
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.locks import claimed
 from lorkd_monai.tasks import check_kind
 from lorkd_monai.transforms.preprocessing import CT_WINDOW
 
@@ -64,39 +63,30 @@ def make_phantoms(
             f"got {num_images!r}, {image_size!r} and {seed!r}."
         )
     folder = Path(folder)
-    refuse_existing(folder, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder, "Wait until it has ended, or name another folder."):
-        refuse_existing(folder, overwrite)  # another process may have ended just now
-        return _write_phantoms(folder, kind, spatial_dims, num_images, size, seed, overwrite)
-
-
-def _write_phantoms(
-    folder: Path, kind: str, spatial_dims: int, num_images: int, size: int, seed: int, overwrite: bool
-) -> Path:
-    tasks: dict[str, Any] = {}
-    rows: dict[str, list[dict[str, Any]]] = {"training": [], "validation": [], "test": []}
-    for number, (name, modality, scene, classes, structures) in enumerate(_TASKS):
-        if name == "cells" and spatial_dims == 3:
-            continue
-        names = classes if kind == "classification" else structures
-        tasks[name] = {"modality": modality, "labels": {str(i): label for i, label in enumerate(names)}}
-        rng = np.random.default_rng([seed, number])
-        shape = _shape(name, size, spatial_dims)
-        samples = []
-        for i in range(num_images):
-            label = i % len(classes) if kind == "classification" else len(classes) - 1 - i % 2 * (name == "cells")
-            samples.append((*scene(rng, shape, label), label))
-        splits = _splits(num_images)
-        if kind == "classification" and name in ("ultrasound", "mr"):
-            tasks[name]["npz"] = f"{name}.npz"
-            _write_npz(folder, name, samples, splits)
-            continue
-        for (image, mask, label), (i, split) in zip(samples, enumerate(splits), strict=True):
-            target: Any = label if kind == "classification" else mask
-            rows[split].append(_write_item(folder, name, i, image, target, spatial_dims))
-    content = {"name": f"{spatial_dims}D {kind} phantoms", "tasks": tasks, **rows}
-    return write_data_list(folder, content, overwrite)
+    with new_folder(folder, overwrite):
+        tasks: dict[str, Any] = {}
+        rows: dict[str, list[dict[str, Any]]] = {"training": [], "validation": [], "test": []}
+        for number, (name, modality, scene, classes, structures) in enumerate(_TASKS):
+            if name == "cells" and spatial_dims == 3:
+                continue
+            names = classes if kind == "classification" else structures
+            tasks[name] = {"modality": modality, "labels": {str(i): label for i, label in enumerate(names)}}
+            rng = np.random.default_rng([seed, number])
+            shape = _shape(name, size, spatial_dims)
+            samples = []
+            for i in range(num_images):
+                label = i % len(classes) if kind == "classification" else len(classes) - 1 - i % 2 * (name == "cells")
+                samples.append((*scene(rng, shape, label), label))
+            splits = _splits(num_images)
+            if kind == "classification" and name in ("ultrasound", "mr"):
+                tasks[name]["npz"] = f"{name}.npz"
+                _write_npz(folder, name, samples, splits)
+                continue
+            for (image, mask, label), (i, split) in zip(samples, enumerate(splits), strict=True):
+                target: Any = label if kind == "classification" else mask
+                rows[split].append(_write_item(folder, name, i, image, target, spatial_dims))
+        content = {"name": f"{spatial_dims}D {kind} phantoms", "tasks": tasks, **rows}
+        return write_data_list(folder, content)
 
 
 def _splits(count: int) -> list[str]:

@@ -22,7 +22,8 @@ class Skipped:
         self.paths.setdefault(reason, []).append(str(path))
 
     def tell(self) -> None:
-        """Log one line for each reason, with a count and examples."""
+        """Log one line for each reason, with a count and examples; once."""
         for reason, paths in self.paths.items():
             more = ", …" if len(paths) > _EXAMPLES else ""
             _log.warning("skipped %d: %s (%s%s)", len(paths), reason, ", ".join(paths[:_EXAMPLES]), more)
+        self.paths.clear()

@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 from dicom_pictures import write_picture
+from filelock import FileLock
 from PIL import Image
 
 from lorkd_monai.data import (
@@ -643,3 +644,27 @@ def test_classes_without_training_images_are_named(tmp_path, caplog):
     shutil.rmtree(tmp_path / "one" / "train")
     with pytest.raises(LoRKDError, match="task 'one' has no image in training"):
         from_class_folders([tmp_path / "one"], tmp_path / "out2")
+
+
+@pytest.mark.parametrize("build", [from_class_folders, from_segmentation_folders, from_medmnist])
+def test_two_commands_do_not_make_a_list_in_one_folder(tmp_path, build):
+    (tmp_path / "out").mkdir()
+    with (
+        FileLock(tmp_path / "out" / ".in_use.lock"),  # as another process has it
+        pytest.raises(LoRKDError, match="out is in use: another process works in it"),
+    ):
+        build(tmp_path, tmp_path / "out")
+
+
+def test_a_list_that_fails_leaves_no_folder(tmp_path):
+    source = class_folders(tmp_path / "source")
+    with pytest.raises(LoRKDError, match="facts of an unknown task 'three'"):
+        from_class_folders(source, tmp_path / "out", facts={"three": {}})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_list_beside_its_classes(tmp_path, caplog):
+    source = class_folders(tmp_path / "source", tasks=("one",)) / "one"
+    from_class_folders([source], source)
+    assert "outside the class folders" not in caplog.text
+    assert sorted(os.listdir(source)) == ["dataset.json", "healthy", "ill"]
