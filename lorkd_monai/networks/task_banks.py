@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorkd_monai.networks.eks.vmapped_heads import can_run_together, run_together, slow_one_by_one
 from lorkd_monai.networks.routing.module import RoutedModule
-from lorkd_monai.networks.routing.rows import join_segments, owners, take_rows, take_segment
+from lorkd_monai.networks.routing.rows import join_segments, segment_of_rows, take_rows, take_segment
 from lorkd_monai.networks.routing.table import Routing
 from lorkd_monai.networks.weight_facts import READABLE, readable
 
@@ -113,8 +113,8 @@ class HeadBank(TaskBank):
         heads = [self.tasks[t] for t in routing.present]
         if not (slow_one_by_one(x, routing) and can_run_together(heads)):
             return super()._apply_ordered(x, routing)
-        owner = owners(((start, stop) for _, start, stop in routing.segments), routing.rounds)
-        return pad_channels(run_together(heads, x, owner), self.channel_dim, max(self.num_classes))
+        segment_of_row = segment_of_rows(((start, stop) for _, start, stop in routing.segments), routing.rounds)
+        return pad_channels(run_together(heads, x, segment_of_row), self.channel_dim, max(self.num_classes))
 
     def _apply_one(self, task: int, x: Tensor) -> Tensor:
         return pad_channels(self.tasks[task](x), self.channel_dim, max(self.num_classes))

@@ -63,13 +63,13 @@ class Situation(NamedTuple):
     rounds: int = 1  # of the batch, see Routing
 
     @property
-    def pieces(self) -> int:
-        """Equal pieces of the batch that never hold two tasks."""
+    def groups(self) -> int:
+        """Groups of equal size into which the batch can be cut, each within one segment."""
         return sum(self.sizes) // math.gcd(*self.sizes)
 
     @property
     def in_place(self) -> bool:
-        """Whether the pieces lie side by side already: each has one row in each round."""
+        """Whether the batch has the layout of the grouped call already: each group has one row in each round."""
         return math.gcd(*self.sizes) == self.rounds
 
 
@@ -81,7 +81,7 @@ def _split(s: Situation, price: _Prices, numbers: int) -> float:
 
 def _group(s: Situation, price: _Prices, numbers: int) -> float:
     thin = price.thin_operation * sum(s.sizes) * s.positions if s.channels < 8 else 0.0
-    weights = s.pieces * numbers
+    weights = s.groups * numbers
     beyond = max(0, weights - _CACHED)
     weight = price.grouped_weight * (weights - beyond) + price.grouped_weight_beyond * beyond
     return price.grouped_call + weight + thin * numbers

@@ -81,33 +81,33 @@ class FusedWeights(NamedTuple):
     scales: tuple[float, ...]
     dtype: torch.dtype
 
-    def build(self, tensors: Sequence[Tensor], run: range) -> Tensor:
-        """Weights of the experts in ``run``: experts × W0's shape."""
-        weight, a, b = self._of(tensors, run)
-        if len(run) == 1:
-            return fuse(weight, a[0], b[0], self.scales[run[0]]).to(self.dtype).unsqueeze(0)
+    def build(self, tensors: Sequence[Tensor], experts: range) -> Tensor:
+        """Weights of the experts in ``experts``: experts × W0's shape."""
+        weight, a, b = self._of(tensors, experts)
+        if len(experts) == 1:
+            return fuse(weight, a[0], b[0], self.scales[experts[0]]).to(self.dtype).unsqueeze(0)
         with torch.autocast(weight.device.type, enabled=False):
             wide = self._wide(weight, a)
-            all_a, (all_b, alpha) = _stack(a, wide), self._scaled(_stack(b, wide), run)
+            all_a, (all_b, alpha) = _stack(a, wide), self._scaled(_stack(b, wide), experts)
             base = weight.to(wide).reshape(1, all_b.shape[1], all_a.shape[2])
-            fused = torch.baddbmm(base, all_b, all_a, alpha=alpha).view(len(run), *weight.shape)
+            fused = torch.baddbmm(base, all_b, all_a, alpha=alpha).view(len(experts), *weight.shape)
         return fused.to(weight.dtype).to(self.dtype)
 
     def add_gradients(
-        self, grads: list[Tensor | None], needs: Sequence[bool], tensors: Sequence[Tensor], run: range, g: Tensor
+        self, grads: list[Tensor | None], needs: Sequence[bool], tensors: Sequence[Tensor], experts: range, g: Tensor
     ) -> None:
         """Carry the gradient ``g`` of what :meth:`build` gave over to W0 and the factors; it may be overwritten."""
-        weight, factors_a, factors_b = self._of(tensors, run)
+        weight, factors_a, factors_b = self._of(tensors, experts)
         with torch.autocast(g.device.type, enabled=False):
             wide = self._wide(weight, factors_a)
             g = g.to(wide)
             a = _stack(factors_a, wide)
-            b, alpha = self._scaled(_stack(factors_b, wide), run)
-            rows = g.reshape(len(run), b.shape[1], a.shape[2])
+            b, alpha = self._scaled(_stack(factors_b, wide), experts)
+            rows = g.reshape(len(experts), b.shape[1], a.shape[2])
             of_a = torch.bmm(b.transpose(1, 2), rows).mul_(alpha)
-            of_b, alpha = self._scaled(torch.bmm(rows, a.transpose(1, 2)), run)
+            of_b, alpha = self._scaled(torch.bmm(rows, a.transpose(1, 2)), experts)
             of_b.mul_(alpha)
-            first = 1 + run.start
+            first = 1 + experts.start
             for at, found in (
                 (first, _unstack(of_a, factors_a)),
                 (first + len(self.scales), _unstack(of_b, factors_b)),
@@ -115,20 +115,21 @@ class FusedWeights(NamedTuple):
                 for i, grad in enumerate(found, at):
                     grads[i] = grad if needs[i] else None
             if needs[0]:
-                g = (g[0] if len(run) == 1 else g.sum(0)).reshape(weight.shape)
+                g = (g[0] if len(experts) == 1 else g.sum(0)).reshape(weight.shape)
                 grads[0] = g if grads[0] is None else grads[0].add_(g)
 
-    def _of(self, tensors: Sequence[Tensor], run: range) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-        first_b = 1 + len(self.scales)
-        return tensors[0], tensors[1 + run.start : 1 + run.stop], tensors[first_b + run.start : first_b + run.stop]
+    def _of(self, tensors: Sequence[Tensor], experts: range) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        weight, *factors = tensors
+        a, b = factors[: len(self.scales)], factors[len(self.scales) :]
+        return weight, a[experts.start : experts.stop], b[experts.start : experts.stop]
 
     @staticmethod
     def _wide(weight: Tensor, factors_a: Sequence[Tensor]) -> torch.dtype:
         return torch.promote_types(torch.promote_types(weight.dtype, factors_a[0].dtype), torch.float32)
 
-    def _scaled(self, x: Tensor, run: range) -> tuple[Tensor, float]:
+    def _scaled(self, x: Tensor, experts: range) -> tuple[Tensor, float]:
         """``x`` and the factor that is left to apply: the experts' scales, where they are all the same."""
-        scales = self.scales[run.start : run.stop]
+        scales = self.scales[experts.start : experts.stop]
         if len(set(scales)) == 1:
             return x, scales[0]
         return x * x.new_tensor(scales).view(-1, 1, 1), 1.0
@@ -159,31 +160,31 @@ class BranchFilters(NamedTuple):
         used = filters.view(len(filters), self.count, self.blocks, -1)[:, : self.blocks * self.rows]
         return used.unflatten(1, (self.blocks, self.rows))
 
-    def build(self, tensors: Sequence[Tensor], run: range) -> Tensor:
-        """Filters of the experts in ``run``: experts × filters × in × kernel."""
-        a = _stack(tensors[run.start : run.stop], self.dtype)
-        filters = a.new_zeros(len(run), self.count, *self.shape[1:])
+    def build(self, tensors: Sequence[Tensor], experts: range) -> Tensor:
+        """Filters of the experts in ``experts``: experts × filters × in × kernel."""
+        a = _stack(tensors[experts.start : experts.stop], self.dtype)
+        filters = a.new_zeros(len(experts), self.count, *self.shape[1:])
         self._as_blocks(filters)[:, :, : a.shape[1]].diagonal(dim1=1, dim2=3).copy_(a.unsqueeze(-1))
         return filters
 
     def add_gradients(
-        self, grads: list[Tensor | None], needs: Sequence[bool], tensors: Sequence[Tensor], run: range, g: Tensor
+        self, grads: list[Tensor | None], needs: Sequence[bool], tensors: Sequence[Tensor], experts: range, g: Tensor
     ) -> None:
         """Carry the gradient ``g`` of what :meth:`build` gave over to the factors."""
-        g = g.reshape(len(run), self.count, *self.shape[1:])
+        g = g.reshape(len(experts), self.count, *self.shape[1:])
         of_a = self._as_blocks(g).diagonal(dim1=1, dim2=3).sum(-1)
-        for p, grad in zip(run, _unstack(of_a, tensors[run.start : run.stop]), strict=True):
+        for p, grad in zip(experts, _unstack(of_a, tensors[experts.start : experts.stop]), strict=True):
             grads[p] = grad if needs[p] else None
 
-    def unfolded(self, factors_a: Sequence[Tensor], owner: Sequence[int], windows: Tensor) -> Tensor:
+    def unfolded(self, factors_a: Sequence[Tensor], segment_of_row: Sequence[int], windows: Tensor) -> Tensor:
         """What the filters give, rows × filters × positions, without making them.
 
         Args:
             factors_a: every A_p.
-            owner: the expert of each row.
+            segment_of_row: the expert of each row.
             windows: the input unfolded, rows × numbers of a filter × positions.
         """
-        a = take_rows(_stack(factors_a, self.dtype), owner)
+        a = take_rows(_stack(factors_a, self.dtype), segment_of_row)
         windows = windows.view(len(a), self.blocks, a.shape[2], -1)
         parts = [torch.bmm(a, windows[:, q]) for q in range(self.blocks)]
         return torch.stack(parts, 1).flatten(1, 2)

@@ -111,32 +111,32 @@ class ConvMap(NamedTuple):
         """The windows of a 2D convolution: rows × (channels · kernel) × positions."""
         return F.unfold(x, kernel, self.dilation, self.padding, self.stride)
 
-    # The grouped form: `pieces` equal runs of rows in each round, each with a weight of its own, in one call. The
-    # pieces are laid side by side as channels, of a batch that holds one row of every piece; where a piece has one row
-    # in each round, they lie so already.
+    # The grouped form: one call for a batch whose rounds are cut into groups of equal size, each with its own weight.
+    # The groups become channels, in a batch that holds one row of each group. Where a group has one row in each round,
+    # the data has this layout already.
 
-    def grouped(self, pieces: int) -> ConvMap:
-        return self._replace(groups=self.groups * pieces)
+    def grouped(self, groups: int) -> ConvMap:
+        return self._replace(groups=self.groups * groups)
 
-    def pack(self, x: Tensor, pieces: int, rounds: int = 1) -> Tensor:
-        rows, (channels, *space) = x.shape[0] // pieces, x.shape[1:]
-        side_by_side = x.reshape(rounds, pieces, rows // rounds, channels, *space).transpose(1, 2)
+    def pack(self, x: Tensor, groups: int, rounds: int = 1) -> Tensor:
+        rows, (channels, *space) = x.shape[0] // groups, x.shape[1:]
+        side_by_side = x.reshape(rounds, groups, rows // rounds, channels, *space).transpose(1, 2)
         # Through one dimension, so that dims of size 1 get plain strides too: torch's backward takes odd ones for
         # channels_last and refuses its own gradient of the weight.
-        return side_by_side.reshape(-1).view(rows, pieces * channels, *space)
+        return side_by_side.reshape(-1).view(rows, groups * channels, *space)
 
-    def unpack(self, y: Tensor, pieces: int, rounds: int, like: Tensor) -> Tensor:
+    def unpack(self, y: Tensor, groups: int, rounds: int, like: Tensor) -> Tensor:
         """Undo :meth:`pack`; ``like`` is any tensor with the rows that are wanted."""
         rows, channels, *space = y.shape
-        one_by_one = y.reshape(rounds, rows // rounds, pieces, channels // pieces, *space).transpose(1, 2)
-        return one_by_one.reshape(rows * pieces, channels // pieces, *space)
+        one_by_one = y.reshape(rounds, rows // rounds, groups, channels // groups, *space).transpose(1, 2)
+        return one_by_one.reshape(rows * groups, channels // groups, *space)
 
     def pack_weight(self, weights: Tensor) -> Tensor:
-        """Weights of shape pieces × … as one weight of the grouped form."""
+        """Weights of shape groups × … as one weight of the grouped form."""
         return weights.flatten(0, 1)
 
-    def pack_bias(self, bias: Tensor | None, pieces: int) -> Tensor | None:
-        return None if bias is None else bias.repeat(pieces)
+    def pack_bias(self, bias: Tensor | None, groups: int) -> Tensor | None:
+        return None if bias is None else bias.repeat(groups)
 
 
 @dataclass(frozen=True)
@@ -154,20 +154,20 @@ class LinearMap:
             g.flatten(0, -2).sum(0) if needs[2] else None,
         )
 
-    def grouped(self, pieces: int) -> _BatchedLinearMap:
+    def grouped(self, groups: int) -> _BatchedLinearMap:
         return _BatchedLinearMap()
 
-    def pack(self, x: Tensor, pieces: int, rounds: int = 1) -> Tensor:
-        return x.reshape(rounds, pieces, -1, x.shape[-1]).transpose(0, 1).reshape(pieces, -1, x.shape[-1])
+    def pack(self, x: Tensor, groups: int, rounds: int = 1) -> Tensor:
+        return x.reshape(rounds, groups, -1, x.shape[-1]).transpose(0, 1).reshape(groups, -1, x.shape[-1])
 
-    def unpack(self, y: Tensor, pieces: int, rounds: int, like: Tensor) -> Tensor:
-        one_by_one = y.reshape(pieces, rounds, -1, y.shape[-1]).transpose(0, 1)
+    def unpack(self, y: Tensor, groups: int, rounds: int, like: Tensor) -> Tensor:
+        one_by_one = y.reshape(groups, rounds, -1, y.shape[-1]).transpose(0, 1)
         return one_by_one.reshape(*like.shape[:-1], y.shape[-1])
 
     def pack_weight(self, weights: Tensor) -> Tensor:
         return weights
 
-    def pack_bias(self, bias: Tensor | None, pieces: int) -> Tensor | None:
+    def pack_bias(self, bias: Tensor | None, groups: int) -> Tensor | None:
         return bias
 
 

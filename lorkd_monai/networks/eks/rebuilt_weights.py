@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorkd_monai.networks.eks.factors import BranchFilters, FusedWeights
 from lorkd_monai.networks.eks.layer_maps import ConvMap, LinearMap
-from lorkd_monai.networks.routing.rows import join_segments, owners, take_rows, take_segment
+from lorkd_monai.networks.routing.rows import join_segments, segment_of_rows, take_rows, take_segment
 
 __all__ = ["TaskMap"]
 
@@ -31,17 +31,17 @@ class TaskMap:
     Args:
         map: the convolution or linear map.
         weights: how the weight of each expert is made of ``tensors``.
-        spans: first row and end of each expert's segment in a round of the batch, see `Routing`.
+        segments: first row and end of each expert's segment in a round of the batch, see `Routing`.
         rounds: of which the batch consists.
-        pieces: None: one call for each segment ("split"). Otherwise all in one grouped call, each round being cut into
-            so many equal pieces, each within one segment ("group").
+        groups: None: one call for each segment ("split"). Otherwise one grouped call ("group"): each round is cut into
+            so many groups of equal size, each within one segment.
     """
 
     map: ConvMap | LinearMap
     weights: FusedWeights | BranchFilters
-    spans: tuple[tuple[int, int], ...]
+    segments: tuple[tuple[int, int], ...]
     rounds: int = 1
-    pieces: int | None = None
+    groups: int | None = None
 
     def __call__(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
         if not torch.is_grad_enabled():
@@ -49,43 +49,44 @@ class TaskMap:
         return _Rebuilding.apply(self, x, bias, *tensors)
 
     @cached_property
-    def _owners(self) -> list[int]:
-        return owners(self.spans, size=self.spans[-1][1] // self.pieces)  # type: ignore[operator]  # only asked for where there are pieces
+    def _segment_of_group(self) -> list[int]:
+        """Which segment each group lies in."""
+        return segment_of_rows(self.segments, size=self.segments[-1][1] // self.groups)  # type: ignore[operator]  # only asked for where there are groups
 
     def _segment(self, x: Tensor, start: int, stop: int) -> Tensor:
         return take_segment(x, start, stop, self.rounds)
 
-    def _runs(self, tensors: Sequence[Tensor]) -> list[range]:
-        """The experts in runs whose weights are made together: all of them where they are small."""
+    def _built_together(self, tensors: Sequence[Tensor]) -> list[range]:
+        """The experts whose weights are made together: all of them where they are small."""
         largest = max(t.numel() for t in tensors)
         step = max(1, _TOGETHER // largest)
-        return [range(p, min(p + step, len(self.spans))) for p in range(0, len(self.spans), step)]
+        return [range(p, min(p + step, len(self.segments))) for p in range(0, len(self.segments), step)]
 
     def build_together(self, tensors: Sequence[Tensor]) -> Tensor | None:
         """All weights, where they are made in one go."""
-        if len(self._runs(tensors)) > 1:
+        if len(self._built_together(tensors)) > 1:
             return None
-        return self.weights.build(tensors, range(len(self.spans)))
+        return self.weights.build(tensors, range(len(self.segments)))
 
     def _grouped_weights(self, tensors: Sequence[Tensor], built: Tensor | None) -> Tensor:
         if built is None:
-            built = self.weights.build(tensors, range(len(self.spans)))
-        if self.pieces != len(self.spans):
-            built = take_rows(built, self._owners)
+            built = self.weights.build(tensors, range(len(self.segments)))
+        if self.groups != len(self.segments):
+            built = take_rows(built, self._segment_of_group)
         return self.map.pack_weight(built)
 
     def _by_segment(
         self, tensors: Sequence[Tensor], kept: Tensor | None
     ) -> Iterator[tuple[range, list[tuple[int, int, Tensor]]]]:
-        """Runs of experts, with first row, end and weight of each."""
-        for run in self._runs(tensors):
-            built = self.weights.build(tensors, run) if kept is None else kept
-            yield run, [(*self.spans[p], built[i]) for i, p in enumerate(run)]
+        """Experts whose weights are made together, with first row, end and weight of each."""
+        for experts in self._built_together(tensors):
+            built = self.weights.build(tensors, experts) if kept is None else kept
+            yield experts, [(*self.segments[p], built[i]) for i, p in enumerate(experts)]
 
     def forward(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], built: Tensor | None = None) -> Tensor:
         """The result; with operations that autograd can follow where it records. ``built``: of `build_together`."""
-        if self.pieces is not None:
-            n, rounds = self.pieces, self.rounds
+        if self.groups is not None:
+            n, rounds = self.groups, self.rounds
             weight, grouped_bias = self._grouped_weights(tensors, built), self.map.pack_bias(bias, n)
             y = self.map.grouped(n)(self.map.pack(x, n, rounds), weight, grouped_bias)
             return self.map.unpack(y, n, rounds, x)
@@ -109,23 +110,23 @@ class TaskMap:
         wanted = (need_x, any(need_tensors), need_bias)
         grads: list[Tensor | None] = [None] * len(tensors)
         of_bias: list[Tensor] = []
-        if self.pieces is not None:
-            n, rounds, experts = self.pieces, self.rounds, len(self.spans)
+        if self.groups is not None:
+            n, rounds, count = self.groups, self.rounds, len(self.segments)
             weights = self._grouped_weights(tensors, built)
             packed = self.map.pack(g, n, rounds), self.map.pack(x, n, rounds)
-            gx, of_pieces, gb = self.map.grouped(n).backward(*packed, weights, wanted)
-            if of_pieces is not None:
-                of_pieces = of_pieces.view(n, -1)
-                if n != experts:
-                    owners = torch.tensor(self._owners, device=x.device)
-                    of_pieces = of_pieces.new_zeros(experts, of_pieces.shape[1]).index_add_(0, owners, of_pieces)
-                self.weights.add_gradients(grads, need_tensors, tensors, range(experts), of_pieces)
+            gx, of_groups, gb = self.map.grouped(n).backward(*packed, weights, wanted)
+            if of_groups is not None:
+                of_groups = of_groups.view(n, -1)
+                if n != count:
+                    segment = torch.tensor(self._segment_of_group, device=x.device)
+                    of_groups = of_groups.new_zeros(count, of_groups.shape[1]).index_add_(0, segment, of_groups)
+                self.weights.add_gradients(grads, need_tensors, tensors, range(count), of_groups)
             # No view of what the convolution gave: autograd adds to a gradient in place where nobody else holds it.
             gx = self.map.unpack(gx, n, rounds, x).data if need_x else None
             return gx, gb.view(n, -1).sum(0) if need_bias else None, grads
 
         def parts() -> Iterator[Any]:
-            for run, segments in self._by_segment(tensors, built):
+            for experts, segments in self._by_segment(tensors, built):
                 of_weights = []
                 for start, stop, weight in segments:
                     rows = self._segment(g, start, stop), self._segment(x, start, stop)
@@ -134,8 +135,8 @@ class TaskMap:
                     of_bias.append(gb)
                     yield part
                 if wanted[1]:
-                    together = of_weights[0].unsqueeze(0) if len(run) == 1 else torch.stack(of_weights)
-                    self.weights.add_gradients(grads, need_tensors, tensors, run, together)
+                    together = of_weights[0].unsqueeze(0) if len(experts) == 1 else torch.stack(of_weights)
+                    self.weights.add_gradients(grads, need_tensors, tensors, experts, together)
 
         gx = self._joined(parts()) if need_x else [None for _ in parts()][0]
         return gx, torch.stack(of_bias).sum(0) if need_bias else None, grads
@@ -143,12 +144,12 @@ class TaskMap:
     def _joined(self, parts: Iterable[Tensor]) -> Tensor:
         """`join_segments` of parts that are made one after the other, without holding them all."""
         whole: Any = None
-        for part, (start, stop) in zip(parts, self.spans, strict=True):
-            if len(self.spans) == 1:
+        for part, (start, stop) in zip(parts, self.segments, strict=True):
+            if len(self.segments) == 1:
                 whole = part
                 continue  # not a return: what makes the parts has work left after the last one
             if whole is None:  # in the memory format of the parts
-                rows, (numbers, *strides) = self.spans[-1][1] * self.rounds, (part[0].numel(), *part.stride()[1:])
+                rows, (numbers, *strides) = self.segments[-1][1] * self.rounds, (part[0].numel(), *part.stride()[1:])
                 whole = part.new_empty_strided((rows, *part.shape[1:]), (numbers, *strides))
             whole.unflatten(0, (self.rounds, -1))[:, start:stop] = part.unflatten(0, (self.rounds, -1))
         return whole

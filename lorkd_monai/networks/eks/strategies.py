@@ -9,7 +9,7 @@ section 3.2). Three strategies do it; each equals that loop over samples, and no
 absent from the batch:
 
 * ``"split"``, the reference: the batch is ordered by task, and each segment is passed through the layer with W0 + ΔW_t;
-* ``"group"``: one convolution with as many groups as there are pieces of the batch with one task;
+* ``"group"``: one convolution with a group for each part of the batch with one task;
 * ``"factored"``: one dense convolution with W0 for the whole batch, and ΔW_t as two small maps beside it.
 
 Neither of them keeps merged weights for the backward pass. :mod:`~lorkd_monai.networks.eks.costs` chooses.
@@ -30,7 +30,7 @@ from lorkd_monai.networks.eks.costs import eks_strategy
 from lorkd_monai.networks.eks.factors import LAYOUTS, BranchFilters, FusedWeights, delta_weight, factor_shapes, fuse
 from lorkd_monai.networks.eks.layer_maps import ConvMap, LayerOp, LinearMap
 from lorkd_monai.networks.eks.rebuilt_weights import TaskMap
-from lorkd_monai.networks.routing.rows import owners, take_rows
+from lorkd_monai.networks.routing.rows import segment_of_rows, take_rows
 from lorkd_monai.networks.routing.table import Routing
 
 __all__ = ["LAYOUTS", "LayerOp", "delta_weight", "eks", "eks_strategy", "factor_shapes", "fuse"]
@@ -74,10 +74,10 @@ def eks(
     x, layer_map = op.resolve(x, **kwargs)
     call = _Call(x, layer_map, weight, None if bias is None else bias.to(x.dtype))
     if routing.uniform is not None:
-        call.present, call.spans = (routing.uniform,), ((0, x.shape[0]),)
+        call.present, call.segments = (routing.uniform,), ((0, x.shape[0]),)
     else:
         call.present = routing.present
-        call.spans, call.rounds = tuple((s.start, s.stop) for s in routing.segments), routing.rounds
+        call.segments, call.rounds = tuple((s.start, s.stop) for s in routing.segments), routing.rounds
     call.a = [factors_a[t] for t in call.present]
     call.b = [factors_b[t] for t in call.present]
     call.scales = tuple(scales[t] for t in call.present)
@@ -95,7 +95,7 @@ class _Call:
     """One layer applied to one ordered batch: the experts present and their rows, and each strategy."""
 
     present: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...]  # in a round
+    segments: tuple[tuple[int, int], ...]  # in a round
     rounds: int = 1
     a: list[Tensor]
     b: list[Tensor]
@@ -108,14 +108,14 @@ class _Call:
         if strategy == "factored" and self._can_factor:
             return self._factored()
         weights = FusedWeights(self.scales, self.x.dtype)
-        pieces = self._situation.pieces if strategy == "group" else None
-        task_map = TaskMap(self.map, weights, self.spans, self.rounds, pieces)
+        groups = self._situation.groups if strategy == "group" else None
+        task_map = TaskMap(self.map, weights, self.segments, self.rounds, groups)
         return task_map(self.x, self.bias, [self.weight, *self.a, *self.b])
 
     def strategy(self) -> str:
         """The strategy to take: forced or chosen."""
         wanted = costs.wanted()
-        if len(self.spans) == 1 and wanted != "factored":
+        if len(self.segments) == 1 and wanted != "factored":
             return "split"  # merged once: nothing to gain
         return costs.choose(self._situation) if wanted == "auto" else wanted
 
@@ -134,7 +134,7 @@ class _Call:
 
     @cached_property
     def _situation(self) -> costs.Situation:
-        sizes = tuple((stop - start) * self.rounds for start, stop in self.spans)
+        sizes = tuple((stop - start) * self.rounds for start, stop in self.segments)
         branch_rows = self._rows * self._blocks if self._can_factor else 0
         return _situation(
             self.map, self.x.device.type, tuple(self.x.shape), tuple(self.weight.shape), sizes, self.rounds, branch_rows
@@ -145,14 +145,14 @@ class _Call:
         form = costs.branch_form(self._situation)
         multiple = _GROUP_MULTIPLE if form == "group" and not channels_last else 1
         filters = BranchFilters(tuple(self.weight.shape), self._blocks, self._rows, dtype, multiple)
-        owner = owners(self.spans, self.rounds)
+        segment_of_row = segment_of_rows(self.segments, self.rounds)
         if form == "unfold":
-            h = filters.unfolded(self.a, owner, self.map.unfold(x, tuple(self.weight.shape[2:])))  # type: ignore[union-attr]
+            h = filters.unfolded(self.a, segment_of_row, self.map.unfold(x, tuple(self.weight.shape[2:])))  # type: ignore[union-attr]
         else:
-            pieces = self._situation.pieces if form == "group" else None
-            h = TaskMap(self.map, filters, self.spans, self.rounds, pieces)(x, None, self.a)
+            groups = self._situation.groups if form == "group" else None
+            h = TaskMap(self.map, filters, self.segments, self.rounds, groups)(x, None, self.a)
         y = self.map(x, self.weight.to(dtype), self.bias)
-        second = take_rows(filters.second(self.b, self.scales), owner)  # rows × o × filters
+        second = take_rows(filters.second(self.b, self.scales), segment_of_row)  # rows × o × filters
         if form == "unfold":
             h = h.view(len(x), -1, *y.shape[2:])
         if not channels_last and not y.is_contiguous():  # a channels_last memory format, which is kept

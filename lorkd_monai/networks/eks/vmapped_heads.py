@@ -48,10 +48,10 @@ def can_run_together(modules: Sequence[nn.Module]) -> bool:
     )
 
 
-def run_together(modules: Sequence[nn.Module], x: Tensor, owner: Sequence[int]) -> Tensor:
-    """Row b of ``x`` through ``modules[owner[b]]``, all in one vectorised call; see :func:`can_run_together`."""
+def run_together(modules: Sequence[nn.Module], x: Tensor, segment_of_row: Sequence[int]) -> Tensor:
+    """Row b of ``x`` through ``modules[segment_of_row[b]]``, in one vectorised call; see :func:`can_run_together`."""
     named = [dict(m.named_parameters()) for m in modules]
-    parameters = {name: take_rows(torch.stack([n[name] for n in named]), owner) for name in named[0]}
+    parameters = {name: take_rows(torch.stack([n[name] for n in named]), segment_of_row) for name in named[0]}
 
     def call(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
         return functional_call(modules[0], parameters, (row.unsqueeze(0),)).squeeze(0)

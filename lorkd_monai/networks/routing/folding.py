@@ -149,29 +149,29 @@ def _fold_of(passes: list[list[Tensor]]) -> str | None:
             return None
         noise = (again - base).abs().amax(0) * _NOISE_MARGIN
         moved, lost = others[:2], others[2:]
-        owner = _owners([((o - base).abs() > noise).any(1) for o in moved])
-        folds.add(_rule(owner) or (_rule(_with_lost(owner, base, lost)) if lost else None))
+        samples = _samples_of_rows([((o - base).abs() > noise).any(1) for o in moved])
+        folds.add(_rule(samples) or (_rule(_with_lost(samples, base, lost)) if lost else None))
     return folds.pop() if len(folds) == 1 else None
 
 
-def _owners(touched: list[Tensor]) -> list[set[int]]:
+def _samples_of_rows(touched: list[Tensor]) -> list[set[int]]:
     return [{sample for sample, rows in enumerate(touched) if rows[r]} for r in range(len(touched[0]))]
 
 
-def _with_lost(owner: list[set[int]], base: Tensor, lost: list[Tensor]) -> list[set[int]]:
+def _with_lost(samples: list[set[int]], base: Tensor, lost: list[Tensor]) -> list[set[int]]:
     """Rows that no sample moved go to the sample whose loss loses them."""
-    found = _owners([(o.isnan() & ~base.isnan()).any(1) for o in lost])
-    return [known or new for known, new in zip(owner, found)]
+    found = _samples_of_rows([(o.isnan() & ~base.isnan()).any(1) for o in lost])
+    return [known or new for known, new in zip(samples, found)]
 
 
-def _rule(owner: list[set[int]]) -> str | None:
+def _rule(samples: list[set[int]]) -> str | None:
     """The folding that explains which rows each of two samples moved; None where none, or more than one, does."""
-    rows = len(owner)
-    if rows % 2 or not any(owner):
+    rows = len(samples)
+    if rows % 2 or not any(samples):
         return None
     times = rows // 2
     fits = {
-        name: all(o <= {sample(row)} for row, o in enumerate(owner)) and {0, 1} <= set().union(*owner)
+        name: all(o <= {sample(row)} for row, o in enumerate(samples)) and {0, 1} <= set().union(*samples)
         for name, sample in (("major", lambda r: r // times), ("minor", lambda r: r % 2))
     }
     if times == 1:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["join_segments", "owners", "take_rows", "take_segment"]
+__all__ = ["join_segments", "segment_of_rows", "take_rows", "take_segment"]
 
 
-def owners(spans: Iterable[tuple[int, int]], rounds: int = 1, size: int = 1) -> list[int]:
-    """Which of the spans (first row, end) of a round each row lies in, or each piece of ``size`` rows."""
-    return [p for p, (start, stop) in enumerate(spans) for _ in range(start, stop, size)] * rounds
+def segment_of_rows(segments: Iterable[tuple[int, int]], rounds: int = 1, size: int = 1) -> list[int]:
+    """Which segment (first row, end, in a round) each row lies in, or each group of ``size`` rows."""
+    return [p for p, (start, stop) in enumerate(segments) for _ in range(start, stop, size)] * rounds
 
 
 def take_rows(x: Tensor, order: Sequence[int]) -> Tensor:

@@ -4,6 +4,9 @@ A network is written for plain batches; none of its code knows of tasks. The rou
 the network's arguments: :func:`route` sets it for the calls made inside a ``with`` block, and every routed module
 reads it there. It lives in a :class:`contextvars.ContextVar`, so two threads (or two asyncio tasks) that use one
 network with different tasks never see each other's.
+
+Two words name the parts of an ordered batch. A *round* is a repetition of the same sequence of tasks: 0 0 1 0 0 1 has
+two. A *segment* is the rows of one task in a round. (A *group* is torch's word: a group of a grouped convolution.)
 """
 
 from __future__ import annotations
@@ -35,9 +38,8 @@ class Segment(NamedTuple):
 class Routing:
     """The task of every row of a batch.
 
-    A batch is ordered where it consists of equal rounds, in each of which the tasks stand one after the other, as in
-    0 0 1 0 0 1. One round is a batch sorted by task. With gcd(n_t) rounds the batch already has the layout a grouped
-    convolution needs, so nothing is copied.
+    A batch is ordered if it consists of equal rounds, each sorted by task. A batch sorted by task is one round. With
+    gcd(n_t) rounds the batch already has the layout that a grouped convolution needs, so nothing is copied.
 
     Args:
         tasks: task index of each row, in any order. One entry with ``size=None`` stands for a batch of any size.
