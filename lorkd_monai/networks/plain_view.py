@@ -11,31 +11,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorkd_monai.networks.eks import costs
 from lorkd_monai.networks.surgery.outputs import widen_classes
 
 __all__ = ["PlainView"]
 
-# Fused optimisers change parameters without a trace in the tensors' versions, so their steps are counted.
-_STEPS = [0]
-
-
-def _count_step(*_: object) -> None:
-    _STEPS[0] += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
 
 class PlainView:
     """The extracted network of one task, kept while the weights stay what they are.
 
-    It shares all tensors with the decomposed network but the fused weights, and is made anew as soon as any parameter
-    or buffer was changed in place or replaced, or any optimiser took a step. Changes through ``.data`` leave no trace:
-    call :meth:`clear` after them (``net.train().eval()`` does). Only used without gradients in evaluation mode. One
-    view is kept, as a single reference, so that threads that serve different tasks replace it without disturbing each
+    It shares all tensors with the decomposed network but the fused weights. It is used in evaluation mode without
+    gradients, and made anew when a parameter or buffer was changed in place or replaced.
+
+    Some changes leave no trace in the tensors. Steps of fused optimisers are one kind: a call with gradients therefore
+    clears the view, and none is kept while a parameter holds a gradient. Changes through ``.data`` are the other: call
+    :meth:`clear` after them (``net.train().eval()`` does).
+
+    One view is kept, as a single reference: threads that serve different tasks replace it without disturbing each
     other.
     """
 
@@ -45,8 +38,12 @@ class PlainView:
 
     def usable(self) -> bool:
         """True where a call may go through the view: evaluation mode, no gradients, nothing forced, not compiling."""
-        differs = self._net.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return not differs and costs.wanted() == "auto"
+        if torch.compiler.is_compiling():
+            return False
+        if torch.is_grad_enabled():
+            self.clear()
+            return False
+        return not self._net.training and costs.wanted() == "auto"
 
     def keeps(self, task: int) -> bool:
         """True where the network of ``task`` is there already."""
@@ -72,7 +69,7 @@ class PlainView:
             state = _state(slots)  # before the weights are read: a change meanwhile is seen at the next call
             with torch.no_grad():
                 kept = _Kept(task, slots, state, self._net._plain(task, shared))
-            self._kept = kept
+            self._kept = None if any(t.grad is not None for t in _tensors(slots) if t.is_leaf) else kept
         return kept.network
 
     def _slots(self, task: int) -> list[tuple[dict, str]]:
@@ -105,7 +102,10 @@ class _Kept(NamedTuple):
     network: nn.Module
 
 
+def _tensors(slots: list[tuple[dict, str]]) -> list[Tensor]:
+    return [t for t in (d.get(name) for d, name in slots) if t is not None]
+
+
 def _state(slots: list[tuple[dict, str]]) -> tuple:
-    """Which tensors stand in ``slots``, and in which version."""
-    tensors = [t for t in (d.get(name) for d, name in slots) if t is not None]
-    return _STEPS[0], *((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+    """Which tensors are in ``slots``, and in which version."""
+    return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in _tensors(slots))

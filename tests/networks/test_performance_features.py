@@ -277,6 +277,21 @@ def test_an_optimiser_step_renews_the_served_network(kind, options):
     assert not torch.equal(served(net, x), first)
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
+def test_a_step_that_follows_an_answer_renews_it(options):
+    """Gradients, an answer, and only then the step: a fused one leaves no trace in the weights."""
+    net = made(Checkpointed()).eval()
+    x = torch.rand(2, 2, 6, 6)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, **options)
+    net(x, ["a", "b"]).nan_to_num(neginf=0).square().mean().backward()
+    first = served(net, x)
+    optimiser.step()
+    assert torch.equal(served(net, x), extracted(net, x))
+    assert not torch.equal(served(net, x), first)
+    optimiser.zero_grad()
+    assert torch.equal(served(net, x), extracted(net, x))
+
+
 @pytest.mark.parametrize(
     "change",
     [
