@@ -1,11 +1,11 @@
-"""The checks of a data list, each of which notes its problems so that all of them stand in one message."""
+"""The checks of a data list. Each notes its problems, so that one message has all of them."""
 
 from __future__ import annotations
 
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,24 +36,19 @@ NPZ_ARRAYS = {f"{name}_{part}" for name in _NPZ_NAMES.values() for part in ("ima
 _SHOWN = 20
 
 
-class Problems:
-    """What is wrong with a data list so far."""
+class Problems(list):
+    """What is wrong with a data list so far, a line for each problem."""
 
     def __init__(self, file: Path) -> None:
+        super().__init__()
         self.file = file
-        self.lines: list[str] = []
 
-    def __bool__(self) -> bool:
-        return bool(self.lines)
-
-    def add(self, line: str) -> None:
-        """Note one problem."""
-        self.lines.append(line)
-
-    def raise_all(self) -> None:
-        """Raise one `LoRKDError` that lists the problems, the first twenty in words."""
-        count = len(self.lines)
-        shown = [f"  * {line}" for line in self.lines[:_SHOWN]]
+    def raise_any(self) -> None:
+        """Raise one `LoRKDError` that lists the problems, the first twenty in words; nothing where there are none."""
+        count = len(self)
+        if not count:
+            return
+        shown = [f"  * {line}" for line in self[:_SHOWN]]
         if count > _SHOWN:
             shown.append(f"  … and {count - _SHOWN} more")
         raise LoRKDError(f"the data list {self.file} has {count} problem{'s' * (count > 1)}:\n" + "\n".join(shown))
@@ -70,13 +65,13 @@ def check_task_name(name: Any) -> str | None:
 
 
 def unique_keys(problems: Problems) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    """Return a hook for `json.loads` that notes keys that stand twice in one object; JSON would drop the first."""
+    """Return a hook for `json.loads` that notes keys that an object has twice; JSON would drop the first."""
 
     def hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content: dict[str, Any] = {}
         for key, value in pairs:
             if key in content:
-                problems.add(f"the key {key!r} stands twice in one object")
+                problems.append(f"the key {key!r} stands twice in one object")
             content[key] = value
         return content
 
@@ -89,7 +84,7 @@ def check_tasks(tasks: Any, problems: Problems, origin: Mapping[str, Any]) -> di
     ``origin`` is the list's own licence and authors, for the tasks that say none.
     """
     if not isinstance(tasks, dict) or not tasks:
-        problems.add('"tasks" must be an object with at least one task, such as {"spleen": {"labels": {…}}}')
+        problems.append('"tasks" must be an object with at least one task, such as {"spleen": {"labels": {…}}}')
         return {}
     entries = {}
     lower: dict[str, str] = {}
@@ -99,8 +94,7 @@ def check_tasks(tasks: Any, problems: Problems, origin: Mapping[str, Any]) -> di
             fault = f"tasks {lower[name.lower()]!r} and {name!r} differ by case only, which folders may not"
         if fault is None and not isinstance(entry, dict):
             fault = f"task {name!r} must be an object with 'labels', got {entry!r}"
-        for line in [fault] if fault else [f"task {name!r}: {line}" for line in faults(entry, TASK_KEYS)]:
-            problems.add(line)
+        problems += [fault] if fault else [f"task {name!r}: {line}" for line in faults(entry, TASK_KEYS)]
         if isinstance(entry, dict):  # kept though faulty, so that its items are not reported as of an unknown task
             labels = entry.get("labels")
             own = {key: value or origin[key] for key, value in read_origin(entry).items()}
@@ -126,24 +120,24 @@ def check_items(
     """Return the items of one split with absolute paths, and note what is wrong with them."""
     rows = content.get(split, [])
     if not isinstance(rows, list):
-        problems.add(f"{split!r} must be a list of items, got a {type(rows).__name__}")
+        problems.append(f"{split!r} must be a list of items, got a {type(rows).__name__}")
         return []
     items = []
     unlabelled: list[str] = []
     for number, row in enumerate(rows):
         where = f"{split}[{number}]"
         if not isinstance(row, dict) or not row.keys() >= ITEM_KEYS.keys():
-            problems.add(f"{where} must have 'image', 'label' and 'task', got {str(row)[:200]}")
+            problems.append(f"{where} must have 'image', 'label' and 'task', got {str(row)[:200]}")
             continue
         task = row["task"]
         if not isinstance(task, str) or task not in entries:
-            problems.add(f"{where}: unknown task {task!r}; the list has {', '.join(entries) or 'none'}")
+            problems.append(f"{where}: unknown task {task!r}; the list has {', '.join(entries) or 'none'}")
             continue
         if "npz" in entries[task]:
-            problems.add(f"{where}: task {task!r} names an npz file, so its images cannot be listed as well")
+            problems.append(f"{where}: task {task!r} names an npz file, so its images cannot be listed as well")
             continue
         image = _files(row["image"], folder, where, "image", problems)
-        if _is_unlabelled(row["label"]):
+        if row["label"] is None or (type(row["label"]) is int and row["label"] == UNLABELLED):
             unlabelled.append(where)
             label = None
         else:
@@ -152,16 +146,12 @@ def check_items(
         if image is not None and (label is not None or split == "training"):
             items.append({"image": image, "label": label, "task": task})
     if unlabelled and split != "training":
-        _log.warning("%s", _left_out(len(unlabelled), split, unlabelled[0]))
+        _tell_left_out(len(unlabelled), split, unlabelled[0])
     return items
 
 
-def _is_unlabelled(label: Any) -> bool:
-    return label is None or (type(label) is int and label == UNLABELLED)
-
-
-def _left_out(count: int, split: str, where: str) -> str:
-    return (
+def _tell_left_out(count: int, split: str, where: str) -> None:
+    _log.warning(
         f"left out {count} {split} image{'s' * (count > 1)} without a label ({where}{', …' * (count > 1)}): nothing "
         "can be measured on them; in training they learn from the teacher"
     )
@@ -182,7 +172,7 @@ def read_npz_tasks(
             continue
         where = f"task {name!r}"
         if kind == "segmentation":
-            problems.add(
+            problems.append(
                 f"{where}: npz files hold classes, not masks; list the images and masks of a segmentation task"
             )
             continue
@@ -193,7 +183,7 @@ def read_npz_tasks(
             with np.load(file, allow_pickle=False) as arrays:
                 stored = {key: arrays[key] for key in arrays.files if key.endswith(("_images", "_labels"))}
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError, TypeError, AttributeError) as error:
-            problems.add(f"{where}: {entry['npz']} is no npz file of plain arrays ({error})")
+            problems.append(f"{where}: {entry['npz']} is no npz file of plain arrays ({error})")
             continue
         for split in SPLITS:
             images: Any = stored.get(f"{_NPZ_NAMES[split]}_images")
@@ -202,7 +192,7 @@ def read_npz_tasks(
                 continue
             fault = _npz_fault(images, labels, _NPZ_NAMES[split], spatial_dims, entry)
             if fault:
-                problems.add(f"{where}: {entry['npz']}: {fault}")
+                problems.append(f"{where}: {entry['npz']}: {fault}")
                 continue
             known = [None if label == UNLABELLED else label for label in labels.reshape(-1).tolist()]
             items[split] += [
@@ -211,14 +201,12 @@ def read_npz_tasks(
                 if label is not None or split == "training"
             ]
             if split != "training" and None in known:
-                _log.warning("%s", _left_out(known.count(None), split, f"{where}: {entry['npz']}"))
-            bad: Sequence[int] | np.ndarray = (
-                np.flatnonzero(~np.isfinite(images.reshape(len(images), -1)).all(1)) if images.dtype.kind == "f" else []
-            )
-            if len(bad):
-                problems.add(
+                _tell_left_out(known.count(None), split, f"{where}: {entry['npz']}")
+            if images.dtype.kind == "f" and not np.isfinite(images).all():
+                first = np.argmin(np.isfinite(images).reshape(len(images), -1).all(1))
+                problems.append(
                     f"{where}: its arrays hold values that are not finite (NaN or infinity); replace them: "
-                    f"{entry['npz']}, {_NPZ_NAMES[split]}_images[{bad[0]}]"
+                    f"{entry['npz']}, {_NPZ_NAMES[split]}_images[{first}]"
                 )
             if name not in facts:
                 facts[name] = _npz_facts(images, spatial_dims)
@@ -230,7 +218,7 @@ def read_npz_tasks(
 
 
 def check_masks(items: dict[str, list[dict[str, Any]]], loaders: dict[str, ItemLoader], problems: Problems) -> None:
-    """Read every mask and note those that are none of their task."""
+    """Read every mask and note those that do not fit their task."""
     for rows in items.values():
         for item in rows:
             if item["label"] is None:
@@ -238,7 +226,7 @@ def check_masks(items: dict[str, list[dict[str, Any]]], loaders: dict[str, ItemL
             try:
                 loaders[item["task"]](item)
             except LoRKDError as error:
-                problems.add(str(error).replace("\n", " "))
+                problems.append(str(error).replace("\n", " "))
 
 
 def _files(value: Any, folder: Path, where: str, what: str, problems: Problems) -> Any:
@@ -247,11 +235,11 @@ def _files(value: Any, folder: Path, where: str, what: str, problems: Problems) 
         paths = [_files(v, folder, where, "image of one channel", problems) for v in value]
         return None if None in paths else paths
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        problems.add(f"{where}: the {what} must be the path of a file, got {value!r}")
+        problems.append(f"{where}: the {what} must be the path of a file, got {value!r}")
         return None
     path = os.path.join(folder, value)
     if not os.path.exists(path):
-        problems.add(f"{where}: missing {what} {value}")
+        problems.append(f"{where}: missing {what} {value}")
         return None
     return path
 
@@ -259,17 +247,17 @@ def _files(value: Any, folder: Path, where: str, what: str, problems: Problems) 
 def _label(label: Any, entry: dict, folder: Path, kind: str, where: str, problems: Problems) -> Any:
     if kind == "segmentation":
         if isinstance(label, int):
-            problems.add(
+            problems.append(
                 f"{where}: the label must be the path of a mask, or null for none, got {label!r}; is this a "
                 "classification list?"
             )
             return None
         return _files(label, folder, where, "mask", problems)
     if isinstance(label, bool) or not isinstance(label, int):
-        problems.add(f"{where}: the label must be a class id, or null for none, got {label!r}")
+        problems.append(f"{where}: the label must be a class id, or null for none, got {label!r}")
         return None
     if entry["labels"] and not 0 <= label < len(entry["labels"]):
-        problems.add(f"{where}: label {label} is outside the classes 0 to {len(entry['labels']) - 1} of its task")
+        problems.append(f"{where}: label {label} is outside the classes 0 to {len(entry['labels']) - 1} of its task")
         return None
     return label
 
@@ -294,7 +282,7 @@ def _npz_fault(images: Any, labels: Any, name: str, spatial_dims: int, entry: di
 
 
 def _npz_facts(images: np.ndarray, spatial_dims: int) -> ImageFacts:
-    """A fourth (or second) channel that is white throughout is alpha; another one may be a modality."""
+    """What is known of images without preprocessing; a fourth (or second) channel that is white throughout is alpha."""
     channels = images.shape[-1] if images.ndim == spatial_dims + 2 else 1
     if spatial_dims == 2 and channels in (2, 4) and images.dtype.kind == "u":
         channels -= bool((images[..., -1] == np.iinfo(images.dtype).max).all())

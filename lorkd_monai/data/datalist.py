@@ -1,4 +1,4 @@
-"""Data lists of many tasks: what they hold, and reading one with every problem named at once.
+"""Data lists of many tasks: what they hold, and reading one, with all its problems in one message.
 
 The form is a superset of the Medical Segmentation Decathlon's ``dataset.json``::
 
@@ -55,7 +55,8 @@ class DataList:
     absolute path (a list of paths: one file per channel) or an array H×W[×C] or H×W×D[×C]; a label is a class id or
     the path of a mask, or None for a training image that has none. ``licence`` and ``authors`` are what the list says
     of all its images; see `TaskSpec` for one task's. ``stated`` has what the list itself says of a task among channels,
-    intensity and spacing; the rest was measured on its images.
+    intensity and spacing; the rest was measured on its images. ``npz`` has the file of each task whose images are
+    arrays.
     """
 
     name: str
@@ -69,6 +70,7 @@ class DataList:
     licence: str | None = None
     authors: list[str] | None = None
     stated: dict[str, list[str]] = field(default_factory=dict, repr=False)
+    npz: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def num_classes(self) -> dict[str, int]:
@@ -140,34 +142,33 @@ def load_data_list(
     folder = file.parent.resolve()
     for key, value in (("kind", kind), ("spatial_dims", spatial_dims)):
         if content.get(key, value) != value:
-            problems.add(f"the list is made for {key} {content[key]!r}, and is read for {value!r}")
-    if problems:
-        problems.raise_all()
+            problems.append(f"the list is made for {key} {content[key]!r}, and is read for {value!r}")
+    problems.raise_any()
 
-    for line in faults(content, LIST_KEYS):
-        problems.add(f"the list: {line}")
+    problems += [f"the list: {line}" for line in faults(content, LIST_KEYS)]
     origin = read_origin(content)
     entries = check_tasks(content.get("tasks"), problems, origin)
     items: dict[str, Any] = {split: check_items(content, split, entries, folder, kind, problems) for split in SPLITS}
     facts = read_npz_tasks(entries, items, folder, kind, spatial_dims, problems)
     _check_presence(entries, items, needs, problems)
     _check_leaks(items, problems)
-    if problems:
-        problems.raise_all()
+    problems.raise_any()
 
     facts |= _first_images(entries, items, spatial_dims, problems)
     tasks = {name: _task(name, i, entry, facts[name], spatial_dims) for i, (name, entry) in enumerate(entries.items())}
     if check_labels and kind == "segmentation":
-        both = {
-            name: preprocessing(task, kind, spatial_dims, task.channels or 1, 8, ("image", "label"))
+        loaders = {
+            name: ItemLoader(
+                preprocessing(task, kind, spatial_dims, task.channels or 1, 8, ("image", "label")), spatial_dims
+            )
             for name, task in tasks.items()
         }
-        check_masks(items, {name: ItemLoader(configs, spatial_dims) for name, configs in both.items()}, problems)
-    if problems:
-        problems.raise_all()
+        check_masks(items, loaders, problems)
+    problems.raise_any()
     stated = {name: [k for k in _MEASURED if entry.get(k) is not None] for name, entry in entries.items()}
     name = str(content.get("name", file.parent.name))
-    data = DataList(name, folder, kind, spatial_dims, tasks, **items, **origin, stated=stated)
+    npz = {name: os.path.join(folder, entry["npz"]) for name, entry in entries.items() if "npz" in entry}
+    data = DataList(name, folder, kind, spatial_dims, tasks, **items, **origin, stated=stated, npz=npz)
     for line in remarks(data):
         _log.warning("%s", line)
     return measure_spacing(data) if kind == "segmentation" and spatial_dims == 3 else data
@@ -211,7 +212,7 @@ def _read_json(file: Path, problems: Problems) -> dict[str, Any]:
 
 def _check_presence(entries: dict, items: dict[str, list], needs: Sequence[str], problems: Problems) -> None:
     if entries and not any(items.values()) and not problems:
-        problems.add("the list is empty: it names no image in training, validation or test")
+        problems.append("the list is empty: it names no image in training, validation or test")
         return
     for split in needs:
         if split not in SPLITS:
@@ -219,59 +220,47 @@ def _check_presence(entries: dict, items: dict[str, list], needs: Sequence[str],
         present = {item["task"] for item in items[split]}
         for name in entries:
             if name not in present and not (split == "validation" and present):
-                problems.add(f"task {name!r} has no image in {split}")
+                problems.append(f"task {name!r} has no image in {split}")
 
 
 def _check_leaks(items: dict[str, list], problems: Problems) -> None:
     seen: dict[str, str] = {}
-    told: set[str] = set()
     for split, rows in items.items():
         for item in rows:
-            images = item["image"] if isinstance(item["image"], list) else [item["image"]]
-            for image in images:
-                if not isinstance(image, str):
-                    continue
-                real = os.path.realpath(image)
-                first = seen.setdefault(real, split)
-                if first != split and real not in told:
-                    told.add(real)
-                    problems.add(f"the same image stands in {first} and {split}: {image}")
+            for image in item["image"] if isinstance(item["image"], list) else [item["image"]]:
+                if isinstance(image, str):
+                    real = os.path.realpath(image)
+                    if seen.setdefault(real, split) != split:
+                        problems.append(f"the same image is in {seen[real]} and {split}: {image}")
+                    seen[real] = split
 
 
 def _first_images(entries: dict, items: dict[str, list], dims: int, problems: Problems) -> dict[str, ImageFacts]:
     facts = {}
-    rows = [item for split in SPLITS for item in items[split]]
-    for name, entry in entries.items():
-        if "npz" in entry:
+    for name in entries:
+        if "npz" in entries[name]:
             continue
-        images = [item["image"] for item in rows if item["task"] == name]
-        image = images[0]
+        images = [item["image"] for split in SPLITS for item in items[split] if item["task"] == name]
         try:
-            facts[name] = _common_facts(images)
+            found = facts[name] = _common_facts(images)
+            if found.spatial_dims != dims:
+                problems.append(
+                    f"task {name!r}: {images[0]} is a {found.spatial_dims}D image, the list is read as {dims}D"
+                )
         except LoRKDError as error:
-            problems.add(str(error).replace("\n", " "))
-            continue
-        if facts[name].spatial_dims != dims:
-            problems.add(f"task {name!r}: {image} is a {facts[name].spatial_dims}D image, the list is read as {dims}D")
-    if problems:
-        problems.raise_all()
+            problems.append(str(error).replace("\n", " "))
+    problems.raise_any()
     return facts
 
 
 def _common_facts(images: list) -> ImageFacts:
-    """Return the first image's facts; where its type of number tells no range, that of some of the others as well."""
+    """Return the first image's facts; where its data type gives no range, with the range of some others as well."""
     facts = describe_image(images[0])
     if facts.values is None:
         return facts
     known = [facts.values] + [describe_image(image).values for image in images[1 :: -(-len(images) // _MOST_HEADERS)]]
     lows, highs = zip(*(values for values in known if values is not None), strict=True)
     return dataclasses.replace(facts, values=(min(lows), max(highs)))
-
-
-def _prompts(value: Any) -> dict[int, int] | None:
-    if value is None:
-        return None
-    return {int(k): v for k, v in (value if isinstance(value, dict) else {"1": value}).items()}
 
 
 def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims: int) -> TaskSpec:
@@ -281,22 +270,19 @@ def _task(name: str, index: int, entry: dict[str, Any], facts: ImageFacts, dims:
         intensity = measured_intensity(facts, entry.get("modality"))
     if measured and dims == 3 and "npz" in entry and facts.bits == 8:
         intensity = {"range": [0, 255]}
-    spacing = entry.get("spacing")
+    spacing, prompts = entry.get("spacing"), entry.get("vista3d_class")
+    prompts = {"1": prompts} if isinstance(prompts, int) else prompts
     return TaskSpec(
         name=name,
         index=index,
         labels={int(key): value for key, value in sorted(entry["labels"].items(), key=lambda pair: int(pair[0]))},
-        modality=entry.get("modality"),
-        body_part=entry.get("body_part"),
-        note=entry.get("note"),
         channels=entry.get("channels", facts.channels),
         intensity=intensity,
         spacing=None if spacing is None else tuple(map(float, spacing)),
-        vista3d_class=_prompts(entry.get("vista3d_class")),
+        vista3d_class=None if prompts is None else {int(key): value for key, value in prompts.items()},
         measured=measured,
         score=entry.get("score", not _NO_SCORE.search(entry.get("note") or "")),
-        licence=entry["licence"],
-        authors=entry["authors"],
+        **{key: entry.get(key) for key in ("modality", "body_part", "note", "licence", "authors")},
     )
 
 
@@ -315,7 +301,7 @@ def counts_table(data: DataList) -> str:
 
 
 def remarks(data: DataList) -> list[str]:
-    """What a user should know of a list that can be used: classes nothing can be learnt of, splits without images."""
+    """What a user should know of a list that can be used: classes without training images, splits without images."""
     lines = []
     for task, counts in _label_counts(data).items():
         if data.kind == "classification":
@@ -338,7 +324,7 @@ def remarks(data: DataList) -> list[str]:
 
 
 def _label_counts(data: DataList) -> dict[str, dict[str, dict[str, int]]]:
-    """{task: {class: {split: images}}}; one class of no name for segmentation, "(no label)" where there are some."""
+    """{task: {class: {split: images}}}; one nameless class for segmentation; "(no label)" where there are any."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for name, task in data.tasks.items():
         classes = task.labels.values() if data.kind == "classification" else [""]

@@ -137,7 +137,7 @@ def test_every_problem_stands_in_one_message(folder):
         "training[6]: the label must be a class id, or null for none, got 'ill'",
         "training[7] must have 'image', 'label' and 'task'",
         "training[8]: task 'two' names an npz file",
-        "the same image stands in training and test",
+        "the same image is in training and test",
     )
     assert "has 7 problems" in message
 
@@ -154,7 +154,7 @@ def test_the_same_file_by_another_name_is_found(folder):
     (folder / "sub" / "link.png").symlink_to(folder / "a.png")
     content = good()
     content["test"].append({"image": "sub/../sub/link.png", "label": 0, "task": "one"})
-    refused(folder, content, "the same image stands in training and test")
+    refused(folder, content, "the same image is in training and test")
 
 
 @pytest.mark.parametrize(

@@ -239,3 +239,14 @@ def test_arrays_that_are_not_finite_are_refused(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(LoRKDError, match="task 'one': its arrays hold values that are not finite"):
         TaskDataset(load_data_list(tmp_path, "classification", 2), "training", 1, 8)
+
+
+def test_an_npz_file_of_mixed_ranges_is_named(tmp_path):
+    images = np.full((4, 8, 8), 200, dtype=np.float32)
+    images[2] = 0.5
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=np.array([0, 1, 0, 1]))
+    content = {"tasks": {"one": {"labels": {"0": "a", "1": "b"}, "npz": "a.npz"}}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    words = r"an image of .*/a\.npz \(task 'one'\) holds values from 0.5 to 0.5, but white is 255"
+    with pytest.raises(LoRKDError, match=words):
+        TaskDataset(load_data_list(tmp_path, "classification", 2), "training", 1, 8)
