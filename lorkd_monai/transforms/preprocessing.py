@@ -39,6 +39,10 @@ _TO_GREY = (
 _TO_CHANNELS = "$lambda x: x.expand({channels}, *x.shape[1:])"
 
 
+def _step(target: str, keys: str | list[str], **arguments: Any) -> dict[str, Any]:
+    return {"_target_": target, "keys": keys, **arguments}
+
+
 def default_intensity(task: TaskSpec, spatial_dims: int) -> dict[str, Any]:
     """Return what ``task.intensity`` says, or the default of its kind.
 
@@ -125,29 +129,35 @@ def preprocessing(
     check_whole("in_channels", in_channels)
 
     masks = len(keys) == 2
+    intensity = default_intensity(task, spatial_dims)
     channels, full = _channels(task, spatial_dims, in_channels), full_depth(task, spatial_dims)
-    steps = _loading(spatial_dims, masks, default_intensity(task, spatial_dims).get("range"), full is not None)
-    steps.append({"_target_": "EnsureChannelFirstd", "keys": keys})
+    steps = _loading(spatial_dims, masks, intensity.get("range"), full is not None)
+    steps.append(_step("EnsureChannelFirstd", keys))
     steps.append(gate(spatial_dims, channels, full, task.num_classes if masks else None))
     if spatial_dims == 3:
-        steps.append({"_target_": "Orientationd", "keys": keys, "axcodes": "RAS", "labels": None})
+        steps.append(_step("Orientationd", keys, axcodes="RAS", labels=None))
         if kind == "segmentation" and task.spacing is not None:
             mode = ["bilinear", "nearest"] if masks else "bilinear"
-            steps.append({"_target_": "Spacingd", "keys": keys, "pixdim": list(map(float, task.spacing)), "mode": mode})
+            steps.append(_step("Spacingd", keys, pixdim=list(map(float, task.spacing)), mode=mode))
     if spatial_dims == 2 and in_channels == 1:
-        steps.append({"_target_": "Lambdad", "keys": "image", "func": _TO_GREY})
-    intensity = default_intensity(task, spatial_dims)
+        steps.append(_step("Lambdad", "image", func=_TO_GREY))
     steps += [_intensity(intensity), scaled(intensity.get("range"))]
     if in_channels > 1:
-        steps.append({"_target_": "Lambdad", "keys": "image", "func": _TO_CHANNELS.format(channels=int(in_channels))})
+        steps.append(_step("Lambdad", "image", func=_TO_CHANNELS.format(channels=int(in_channels))))
     if kind == "classification":
         mode = "bilinear" if spatial_dims == 2 else "trilinear"
         size = list(image_sides(image_size, spatial_dims))
-        steps.append(
-            {"_target_": "Resized", "keys": "image", "spatial_size": size, "mode": mode, "anti_aliasing": True}
-        )
+        steps.append(_step("Resized", "image", spatial_size=size, mode=mode, anti_aliasing=True))
     elif spatial_dims == 2:
-        steps += _square(keys, _one_side(image_size))
+        side, other = image_sides(image_size, 2)
+        if side != other:
+            raise LoRKDError(f"2D segmentation resizes to a square: image_size must be one number, got {image_size!r}.")
+        mode = ["bilinear", "nearest-exact"] if masks else "bilinear"
+        smooth = [True, False] if masks else True
+        steps += [
+            _step("Resized", keys, spatial_size=side, size_mode="longest", mode=mode, anti_aliasing=smooth),
+            _step("SpatialPadd", keys, spatial_size=[side, side]),
+        ]
     return steps
 
 
@@ -181,40 +191,26 @@ def postprocessing(
         if not reference.startswith("@"):
             raise LoRKDError(f"expected a reference to a config id such as '@output_dir', got {reference!r}.")
     if kind == "classification":
-        return [{"_target_": "Activationsd", "keys": "pred", "softmax": True}]
+        return [_step("Activationsd", "pred", softmax=True)]
     if task.num_classes > 256:
         raise LoRKDError(f"task {task.name!r} has {task.num_classes} classes; masks are uint8 and hold at most 256.")
-    steps: list[dict[str, Any]] = [
-        {
-            "_target_": "Invertd",
-            "keys": "pred",
-            "transform": preprocessing,
-            "orig_keys": "image",
-            "nearest_interp": False,
-            "to_tensor": True,
-        },
-        {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
-        {"_target_": "CastToTyped", "keys": "pred", "dtype": "$torch.uint8"},
-    ]
     extension = output_ext or (".png" if spatial_dims == 2 else ".nii.gz")
     if extension not in (".png", ".nii.gz", ".nii", ".nrrd", ".mha"):
         raise LoRKDError(f"output_ext must be one of .png .nii.gz .nii .nrrd .mha, got {extension!r}.")
-    save: dict[str, Any] = {
-        "_target_": "SaveImaged",
-        "keys": "pred",
-        "output_dir": output_dir,
-        "output_postfix": "seg",
-        "output_ext": extension,
-        "output_dtype": "$np.uint8",
-        "resample": False,
-        "separate_folder": False,
-    }
+    save = _step(
+        "SaveImaged", "pred", output_dir=output_dir, output_postfix="seg", output_ext=extension,
+        output_dtype="$np.uint8", resample=False, separate_folder=False,
+    )  # fmt: skip
     if spatial_dims == 2:
         # SaveImaged turns rows into columns unless the writer is told not to, and only set_options reaches the writer.
         options = {"write_kwargs": {"reverse_indexing": False}}
         save = {"_target_": "monai.transforms.SaveImaged.set_options", "self": save, **options}
-    steps.append(save)
-    return steps
+    return [
+        _step("Invertd", "pred", transform=preprocessing, orig_keys="image", nearest_interp=False, to_tensor=True),
+        _step("AsDiscreted", "pred", argmax=True),
+        _step("CastToTyped", "pred", dtype="$torch.uint8"),
+        save,
+    ]
 
 
 def saving_handlers(kind: str, output_dir: str = "@output_dir") -> list[dict[str, Any]]:
@@ -245,12 +241,12 @@ def _channels(task: TaskSpec, spatial_dims: int, in_channels: int) -> list[int]:
 
 def _loading(spatial_dims: int, masks: bool, limits: Any, own_depth: bool) -> list[dict[str, Any]]:
     if spatial_dims == 3:
-        return [{"_target_": "LoadImaged", "keys": ["image", "label"] if masks else ["image"]}]
+        return [_step("LoadImaged", ["image", "label"] if masks else ["image"])]
     reader = picture_reader(upright(_READ_COLOURS), limits, own_depth)
-    steps: list[dict[str, Any]] = [{"_target_": "LoadImaged", "keys": ["image"], "reader": reader}]
+    steps = [_step("LoadImaged", ["image"], reader=reader)]
     if masks:  # a palette's indices are the classes, so masks are not converted
         mask = {"_target_": "PILReader", "reverse_indexing": False, "converter": upright()}
-        steps.append({"_target_": "LoadImaged", "keys": ["label"], "reader": mask})
+        steps.append(_step("LoadImaged", ["label"], reader=mask))
     return steps
 
 
@@ -258,33 +254,12 @@ def _intensity(spec: dict[str, Any]) -> dict[str, Any]:
     (how, (low, high)), *more = spec.items()
     low, high = float(low), float(high)
     if how == "range" and not more and low < high:
-        limits = {"_target_": "ScaleIntensityRanged", "keys": "image", "a_min": low, "a_max": high}
+        limits = _step("ScaleIntensityRanged", "image", a_min=low, a_max=high)
     elif how == "percentiles" and not more and 0 <= low < high <= 100:
-        limits = {"_target_": "ScaleIntensityRangePercentilesd", "keys": "image", "lower": low, "upper": high}
-        limits["channel_wise"] = True
+        limits = _step("ScaleIntensityRangePercentilesd", "image", lower=low, upper=high, channel_wise=True)
     else:
         raise LoRKDError(
             'intensity must be {"range": [low, high]} with low < high, or '
             f'{{"percentiles": [low, high]}} within 0..100, got {spec!r}.'
         )
     return {**limits, "b_min": 0.0, "b_max": 1.0, "clip": True}
-
-
-def _square(keys: list[str], side: int) -> list[dict[str, Any]]:
-    masks = len(keys) == 2
-    resize = {
-        "_target_": "Resized",
-        "keys": keys,
-        "spatial_size": side,
-        "size_mode": "longest",
-        "mode": ["bilinear", "nearest-exact"] if masks else "bilinear",
-        "anti_aliasing": [True, False] if masks else True,
-    }
-    return [resize, {"_target_": "SpatialPadd", "keys": keys, "spatial_size": [side, side]}]
-
-
-def _one_side(image_size: int | Sequence[int]) -> int:
-    sides = image_sides(image_size, 2)
-    if sides[0] != sides[1]:
-        raise LoRKDError(f"2D segmentation resizes to a square: image_size must be one number, got {image_size!r}.")
-    return sides[0]
