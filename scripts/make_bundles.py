@@ -6,7 +6,7 @@ With --check nothing is written, and a file that is not up to date ends with exi
 
 A template is where its file is in each bundle: `configs/train.yaml`, `docs/README.md`. It is a Jinja template that
 writes a value as `[[ name ]]`, since configs are full of braces. `bundles.yaml` has the values that differ from bundle
-to bundle, `networks.yaml` the networks, `keys.yaml` says what each key of train.yaml is.
+to bundle, `networks.yaml` the networks; `lorkd_monai/settings.py` says what each key of train.yaml is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import jinja2
 import yaml
+
+from lorkd_monai.settings import BUNDLE_SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = ROOT / "scripts" / "bundle_templates"
@@ -30,7 +32,7 @@ PLACES = {
 }
 
 
-def files_of(name: str, values: dict, templates: jinja2.Environment, keys: dict) -> dict[str, str]:
+def files_of(name: str, values: dict, templates: jinja2.Environment) -> dict[str, str]:
     """The files of one bundle, by their places in it."""
     dims, work = name.split("_")
     values = {**values, "dims": int(dims[0]), "work": work, "patches": name == "3d_segmentation"}
@@ -41,20 +43,18 @@ def files_of(name: str, values: dict, templates: jinja2.Environment, keys: dict)
         if path.suffix == ".json":
             text = json.dumps(json.loads(text), indent=4, ensure_ascii=False) + "\n"
         files[place] = NOTICE.format(place) + text if path.suffix == ".yaml" else text
-    table = settings_table(yaml.safe_load(files["configs/train.yaml"]), name, keys)
+    table = settings_table(yaml.safe_load(files["configs/train.yaml"]))
     files["docs/README.md"] = templates.get_template("docs/README.md").render(values, settings=table)
     return files
 
 
-def settings_table(config: dict, name: str, keys: dict) -> str:
+def settings_table(config: dict) -> str:
     """The rows that say what can be set in train.yaml."""
     rows = []
     for key in list(config)[1 : list(config).index("initialize")]:
-        if key not in keys:
-            sys.exit(f"error: say in scripts/bundle_templates/keys.yaml what {key!r} is")
-        text, value = keys[key], config[key]
-        if isinstance(text, dict):
-            text = text.get(name) or text[name.split("_")[1]]
+        if key not in BUNDLE_SETTINGS:
+            sys.exit(f"error: say in lorkd_monai/settings.py what {key!r} is")
+        text, value = BUNDLE_SETTINGS[key].text, config[key]
         if isinstance(value, dict):
             default = f"see configs/train.yaml: {value['_target_']}"
         else:
@@ -69,10 +69,10 @@ def main() -> None:
         loader=jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8"), undefined=jinja2.StrictUndefined,
         variable_start_string="[[", variable_end_string="]]", trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    bundles, keys = (yaml.safe_load((TEMPLATES / f).read_text(encoding="utf-8")) for f in ("bundles.yaml", "keys.yaml"))
+    bundles = yaml.safe_load((TEMPLATES / "bundles.yaml").read_text(encoding="utf-8"))
     stale = []
     for name, values in bundles.items():
-        for place, text in files_of(name, values, templates, keys).items():
+        for place, text in files_of(name, values, templates).items():
             file = ROOT / "bundles" / f"lorkd_{name}" / place
             if file.is_file() and file.read_text(encoding="utf-8") == text:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from lorkd_monai.bundle.inert import is_inert
 from lorkd_monai.bundle.metadata import strings_of
 from lorkd_monai.checkpoints.weights import load_weights
 from lorkd_monai.data import make_phantoms
-from lorkd_monai.engines import settings
 from lorkd_monai.errors import find_lorkd_error
+from lorkd_monai.settings import BUNDLE_SETTINGS, check_values
 
 
 def config_of(kind: str, name: str = "train.yaml") -> dict:
@@ -81,13 +82,12 @@ def test_a_key_that_is_not_described_is_named(copied):
     template.write_text(template.read_text().replace("\nalpha: ", "\nbrand_new: 1\nalpha: "))
     done = make_bundles(copied)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "keys.yaml" in done.stderr
+    assert "lorkd_monai/settings.py" in done.stderr
     assert "'brand_new'" in done.stderr
 
 
-def test_every_description_is_of_a_key_that_exists(repository):
-    described = yaml.safe_load((repository / "scripts" / "bundle_templates" / "keys.yaml").read_text(encoding="utf-8"))
-    assert set(described) == {key for kind in KINDS for key in overridable(kind)}
+def test_every_description_is_of_a_key_that_exists():
+    assert set(BUNDLE_SETTINGS) == {key for kind in KINDS for key in overridable(kind)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,11 +189,15 @@ def test_readme_lists_every_key_with_its_default(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_number_is_checked_or_left_to_what_uses_it(kind):
+def test_every_number_and_choice_has_a_rule_and_is_checked(kind):
+    """A key without a rule is a path, a list of names or patterns, or a config."""
     call = next(step for step in config_of(kind)["initialize"] if "check_settings" in step)
-    for key, value in overridable(kind).items():
-        if isinstance(value, (int, float)) and key in settings._RULES:
-            assert f"{key}=@{key}" in call
+    ruled = {key for key in overridable(kind) if BUNDLE_SETTINGS[key].rule is not None}
+    assert set(re.findall(r"(\w+)=@(\w+)", call)) == {(key, key) for key in ruled}
+    check_values({key: value for key, value in overridable(kind).items() if key in ruled}, BUNDLE_SETTINGS)
+    for key in overridable(kind).keys() - ruled:
+        default = overridable(kind)[key]
+        assert default is None or isinstance(default, dict) or key in PLACES or key == "bundle_root", key
 
 
 @pytest.mark.slow

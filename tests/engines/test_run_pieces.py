@@ -202,7 +202,7 @@ def test_settings_are_checked_together():
 
 @pytest.mark.parametrize("few", [0, True, 1.5, "2"])
 def test_tasks_of_a_batch_are_a_number_or_null(few):
-    with pytest.raises(LoRKDError, match="tasks_per_batch must be a whole number of at least 1, or null"):
+    with pytest.raises(LoRKDError, match="tasks_per_batch must be a whole number of at least 1, or None"):
         engines.check_settings(batch_size=8, tasks_per_batch=few)
 
 
