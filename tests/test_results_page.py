@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+
 from lorkd_monai.study.files import RunFile
 
 ROOT = Path(__file__).resolve().parent.parent

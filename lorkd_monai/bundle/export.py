@@ -19,7 +19,7 @@ from lorkd_monai.data.identity import differences, split_digests
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.networks.lorkd_net import cut_rank
+from lorkd_monai.networks.spec import cut_rank
 from lorkd_monai.transforms import postprocessing, preprocessing
 
 __all__ = ["describe_expert", "expert_folders", "export_experts", "network_info", "read_figures", "tasks_of_info"]

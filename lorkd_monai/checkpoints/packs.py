@@ -24,8 +24,8 @@ from lorkd_monai.checks import is_file_name
 from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.experts.nested import cut_expert_state, exchange_expert
 from lorkd_monai.files import atomic_file
-from lorkd_monai.networks.lorkd_net import LoRKDNet, cut_rank, cut_ranks
-from lorkd_monai.networks.spec import SPEC_KEY
+from lorkd_monai.networks.lorkd_net import LoRKDNet
+from lorkd_monai.networks.spec import SPEC_KEY, cut_rank, cut_ranks
 
 __all__ = ["PackedExpert", "fingerprint", "load_expert", "load_pack", "read_expert", "save_expert", "save_pack"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.factors import factor_shapes
-from lorkd_monai.networks.lorkd_net import LoRKDNet, cut_rank
-from lorkd_monai.networks.spec import layer_rank, misfits
+from lorkd_monai.networks.lorkd_net import LoRKDNet
+from lorkd_monai.networks.spec import cut_rank, layer_rank, misfits
 
 __all__ = ["cut_expert_state", "exchange_expert"]
 

@@ -7,14 +7,12 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
-from lorkd_monai.checks import check_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.low_rank import LowRankLayer
 from lorkd_monai.networks.plain_view import PlainView
@@ -26,6 +24,8 @@ from lorkd_monai.networks.spec import (
     checked_options,
     checked_ranks,
     checked_tasks,
+    cut_rank,
+    cut_ranks,
     differences,
     draw_ranks,
     layer_rank,
@@ -39,7 +39,7 @@ from lorkd_monai.networks.surgery.outputs import fill_classes, first_rows, narro
 from lorkd_monai.networks.task_banks import TaskBank, watch_heads
 from lorkd_monai.networks.trial import try_experts
 
-__all__ = ["LoRKDNet", "cut_rank", "cut_ranks"]
+__all__ = ["LoRKDNet"]
 
 # The task that `serving` serves in this thread or asyncio task, by the id of its network.
 _SERVING: ContextVar[Mapping[int, int]] = ContextVar("lorkd_serving", default={})  # noqa: B039 (never changed)
@@ -110,29 +110,11 @@ class LoRKDNet(nn.Module):
         self.backbone, self._config = replace.build_backbone(backbone, max(self._num_classes.values()))
         self._heads, self._built_classes = replace.insert_heads(self.backbone, head, list(self._num_classes.values()))
         self._norms = replace.insert_norms(self.backbone, list(self._heads), len(self.tasks)) if norm == "task" else {}
-        self._layers: dict[str, LowRankLayer] = {}
-        self._insert_experts()
+        ranks = list(self._rank.values())
+        self._layers = replace.insert_experts(self.backbone, list(self._heads), ranks, self._options, self.layer_scale)
         for module in self._routed().values():
             module.fold = None  # until the first batch of several tasks
         self._view = PlainView(self)
-
-    def _insert_experts(self) -> None:
-        options = self._options
-        layers = replace.expert_layers(self.backbone, list(self._heads), options["include"], options["exclude"])
-        if not any(self._rank.values()):
-            return
-        if not layers:
-            raise LoRKDError("no layer gets an expert: include and exclude leave none of the backbone's layers")
-        for pattern in options["rank_pattern"]:
-            if not any(fnmatchcase(n, pattern) for n in layers):
-                raise LoRKDError(f"rank_pattern: {pattern!r} matches no layer that gets experts")
-        for name, layer in layers.items():
-            factor = next((f for p, f in options["rank_pattern"].items() if fnmatchcase(name, p)), 1.0)
-            ranks = [layer_rank(self._rank[task], factor) for task in self.tasks]
-            scales = [self.layer_scale(r) for r in ranks]
-            wrapped = LowRankLayer(layer, ranks, scales, options["layout"], name, factor)
-            replace.replace_module(self.backbone, layer, wrapped)
-            self._layers[name] = wrapped
 
     def layer_scale(self, rank: int) -> float:
         """Factor of ΔW in a layer where an expert has this rank."""
@@ -207,12 +189,7 @@ class LoRKDNet(nn.Module):
     def backbone_config(self, task: str) -> dict | None:
         """A MONAI config of the plain network that :meth:`extract` gives for ``task``; None without a known config."""
         classes = self._num_classes[self.tasks[self.task_index(task)]]
-        if self._config is None:
-            return None
-        argument = replace.class_argument(self._config)
-        config = copy.deepcopy(self._config) | ({argument: classes} if argument else {})
-        # Its weights come from here: none are to be downloaded.
-        return config | {"pretrained": False} if config.get("pretrained") is True else config
+        return None if self._config is None else replace.config_of_expert(self._config, classes)
 
     def task_index(self, task: str | int) -> int:
         """Index of a task given by name or index.
@@ -531,27 +508,3 @@ class LoRKDNet(nn.Module):
         differing = differences(read_spec(state), self.spec())
         if differing:
             raise LoRKDError("the checkpoint belongs to another decomposition: " + "; ".join(differing))
-
-
-def cut_rank(net: LoRKDNet, task: str | int, rank: int) -> int:
-    """The rank that is left of a task's expert when it is cut to at most ``rank``.
-
-    Raises:
-        LoRKDError: ``rank`` is no whole number of at least 1, or less than the expert's own in a decomposition that was
-            not trained for it.
-    """
-    name = net.tasks[net.task_index(task)]
-    own = net.spec()["rank"][name]
-    check_whole("rank", rank)
-    if rank < own and not net.nested:
-        raise LoRKDError(
-            f"task {name!r} can't be cut from rank {own} to {rank}: the first components of its expert work alone only "
-            "where the decomposition was trained with nested=True (--nested True)"
-        )
-    return min(rank, own)
-
-
-def cut_ranks(net: LoRKDNet, rank: int | Mapping[str, int]) -> dict[int, int]:
-    """:func:`cut_rank` of every task that ``rank`` names, or of all, by the task's index."""
-    given = rank.items() if isinstance(rank, Mapping) else [(task, rank) for task in net.tasks]
-    return {net.task_index(task): cut_rank(net, task, k) for task, k in given}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorkd_monai.checks import is_whole
+from lorkd_monai.checks import check_whole, is_whole
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks.eks.strategies import LAYOUTS
 
@@ -17,6 +18,8 @@ __all__ = [
     "checked_options",
     "checked_ranks",
     "checked_tasks",
+    "cut_rank",
+    "cut_ranks",
     "differences",
     "draw_ranks",
     "layer_rank",
@@ -136,3 +139,32 @@ def layer_rank(rank: int, factor: float) -> int:
 def draw_ranks(ranks: list[int]) -> dict[int, int]:
     """One rank for each task, even from 1 to its own, from torch's random generator on the CPU."""
     return {t: 1 + int(u * r) for t, (u, r) in enumerate(zip(torch.rand(len(ranks)).tolist(), ranks, strict=True))}
+
+
+def cut_rank(net: Any, task: str | int, rank: int) -> int:
+    """The rank that a task's expert has when it is cut to at most ``rank``.
+
+    Args:
+        net: a :class:`~lorkd_monai.networks.LoRKDNet`.
+        task: name or index.
+        rank: at least 1.
+
+    Raises:
+        LoRKDError: ``rank`` is no whole number of at least 1, or less than the expert's own in a decomposition that was
+            not trained for it.
+    """
+    name = net.tasks[net.task_index(task)]
+    own = net.spec()["rank"][name]
+    check_whole("rank", rank)
+    if rank < own and not net.nested:
+        raise LoRKDError(
+            f"task {name!r} can't be cut from rank {own} to {rank}: the first components of its expert work alone only "
+            "where the decomposition was trained with nested=True (--nested True)"
+        )
+    return min(rank, own)
+
+
+def cut_ranks(net: Any, rank: int | Mapping[str, int]) -> dict[int, int]:
+    """:func:`cut_rank` of every task that ``rank`` names, or of all, by the task's index."""
+    given = rank.items() if isinstance(rank, Mapping) else [(task, rank) for task in net.tasks]
+    return {net.task_index(task): cut_rank(net, task, k) for task, k in given}

@@ -10,9 +10,8 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.experts.nested import exchange_expert
 from lorkd_monai.losses import LoRKDLoss
 from lorkd_monai.networks import LoRKDNet, LowRankLayer, route
-from lorkd_monai.networks.lorkd_net import cut_rank
 from lorkd_monai.networks.routing.table import Routing
-from lorkd_monai.networks.spec import draw_ranks
+from lorkd_monai.networks.spec import cut_rank, draw_ranks
 from tests.small_networks import SMALL_RESNET
 
 LAYERS = {

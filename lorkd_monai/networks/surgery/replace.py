@@ -7,22 +7,27 @@ import functools
 import importlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError, root_cause
 from lorkd_monai.networks.eks.strategies import LayerOp
+from lorkd_monai.networks.low_rank import LowRankLayer
 from lorkd_monai.networks.routing.module import refuse_direct_calls
+from lorkd_monai.networks.spec import layer_rank
 from lorkd_monai.networks.surgery.heads import find_heads, head_channels, head_layers, head_like
 from lorkd_monai.networks.task_banks import HeadBank, NormBank
 
 __all__ = [
     "build_backbone",
     "class_argument",
+    "config_of_expert",
     "expert_layers",
+    "insert_experts",
     "insert_heads",
     "insert_norms",
     "parsed_network",
@@ -119,6 +124,13 @@ def class_argument(config: Mapping) -> str | None:
     return named or ("num_classes" if takes_any else None)
 
 
+def config_of_expert(config: Mapping, classes: int) -> dict:
+    """The configured network with this number of output channels; its weights come from here, none are downloaded."""
+    argument = class_argument(config)
+    own = copy.deepcopy(dict(config)) | ({argument: classes} if argument else {})
+    return own | {"pretrained": False} if own.get("pretrained") is True else own
+
+
 def names_of(network: nn.Module, module: nn.Module) -> list[str]:
     """All names under which a module stands in a network; several where it is shared."""
     return [n for n, m in network.named_modules(remove_duplicate=False) if m is module]
@@ -188,6 +200,45 @@ def _refuse_changed_weight(network: nn.Module, name: str, layer: nn.Module) -> N
             f"layer {name!r} {' and '.join(reasons)}: its weight can't follow a task. Remove that, or leave the layer "
             f"shared with exclude=[{name!r}]"
         )
+
+
+def insert_experts(
+    network: nn.Module,
+    heads: Sequence[str],
+    ranks: Sequence[int],
+    options: Mapping[str, Any],
+    layer_scale: Callable[[int], float],
+) -> dict[str, LowRankLayer]:
+    """Replace each layer that gets experts; none where all ranks are 0.
+
+    Args:
+        network: changed in place.
+        heads: names of its heads.
+        ranks: of each task.
+        options: ``include``, ``exclude``, ``rank_pattern`` and ``layout`` of the decomposition.
+        layer_scale: rank in a layer -> factor of ΔW.
+
+    Returns:
+        The new layers by name.
+
+    Raises:
+        LoRKDError: see :func:`expert_layers`; no layer is left, or a ``rank_pattern`` matches none.
+    """
+    layers = expert_layers(network, heads, options["include"], options["exclude"])
+    if not any(ranks):
+        return {}
+    if not layers:
+        raise LoRKDError("no layer gets an expert: include and exclude leave none of the backbone's layers")
+    for pattern in options["rank_pattern"]:
+        if not any(fnmatchcase(n, pattern) for n in layers):
+            raise LoRKDError(f"rank_pattern: {pattern!r} matches no layer that gets experts")
+    wrapped = {}
+    for name, layer in layers.items():
+        factor = next((f for p, f in options["rank_pattern"].items() if fnmatchcase(name, p)), 1.0)
+        own = [layer_rank(rank, factor) for rank in ranks]
+        wrapped[name] = LowRankLayer(layer, own, [layer_scale(r) for r in own], options["layout"], name, factor)
+        replace_module(network, layer, wrapped[name])
+    return wrapped
 
 
 def insert_heads(
