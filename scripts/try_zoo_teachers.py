@@ -26,7 +26,7 @@ from PIL import Image
 from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.data import TaskSpec
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.teachers.bundle import bundle_network, load_teacher
+from lorkd_monai.teachers.bundle import StudentImages, bundle_network, load_teacher
 from lorkd_monai.transforms import ItemLoader, preprocessing
 
 
@@ -92,10 +92,8 @@ def try_bundle(source: Path, work: Path) -> tuple[str, float | None]:
         labels = {0: "background", 1: names[0]} if names else {0: "background", 1: "object"}
         task = TaskSpec("t", 0, labels, modality="CT" if ct else "MR", intensity=known)
         came = channels if dims == 3 else min(channels, 3)
-        teacher = load_teacher(
-            folder, {"t": task}, channels={"t": [None, 0]}, activation="sigmoid", ranges={"t": tuple(known["range"])},
-            images=[file], image_channels=came,
-        )  # fmt: skip
+        student = StudentImages({"t": tuple(known["range"])}, stored=[file], channels=came)
+        teacher = load_teacher(folder, {"t": task}, student, channels={"t": [None, 0]}, activation="sigmoid")
         size = [*Image.open(file).size][::-1] if dims == 2 else 32
         kind = "classification" if dims == 2 else "segmentation"
         x = ItemLoader(preprocessing(task, kind, dims, came, size), dims)({"image": file})["image"].as_tensor()[None]

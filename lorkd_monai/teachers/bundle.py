@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from lorkd_monai.errors import LoRKDError, root_cause
 from lorkd_monai.networks.surgery.replace import build_backbone, parsed_network
 from lorkd_monai.teachers.channels import channels_by_name, plain_name
 from lorkd_monai.teachers.features import FeatureTeacher
-from lorkd_monai.teachers.intensity import TeacherView
+from lorkd_monai.teachers.intensity import StudentImages
 from lorkd_monai.teachers.steps import find_steps, teacher_view
 from lorkd_monai.teachers.teacher import Channel, Teacher, channels_of, check_channels
 from lorkd_monai.teachers.vista import vista_teacher
 
-__all__ = ["load_teacher", "teacher_from_checkpoint"]
+__all__ = ["StudentImages", "bundle_network", "load_teacher", "teacher_from_checkpoint"]
 
 _CONFIGS = ("inference.json", "inference.yaml", "inference.yml", "train.json", "train.yaml", "train.yml")
 _NETWORK_IDS = ("network_def", "network", "net", "model")
@@ -32,17 +32,12 @@ _FEATURES = ("feature", "features", "embedding")
 def load_teacher(
     bundle_folder: str | os.PathLike,
     tasks: Mapping[str, Any],
+    student: StudentImages | None = None,
+    intensity: str | Mapping = "auto",
     *,
     channels: Mapping[str, Sequence[Channel] | None] | None = None,
     activation: str | None = None,
     head: str | None = None,
-    intensity: str | Mapping = "auto",
-    ranges: Mapping[str, tuple[float, float] | None] | None = None,
-    images: Sequence[object] | None = None,
-    image_channels: int | None = None,
-    from_files: bool = False,
-    features_only: bool | None = None,
-    only: Sequence[str] | None = None,
 ) -> Teacher:
     """A teacher from a MONAI bundle folder.
 
@@ -50,25 +45,19 @@ def load_teacher(
     its weights are ``models/model.pt``, its classes the ``channel_def`` of the output in ``configs/metadata.json``.
     A bundle's config may hold expressions, which are run as MONAI runs them: use bundles that you trust.
 
-    VISTA3D's network is prompted with the tasks' classes, see `vista_teacher`; ``channels`` are its class prompts then.
+    VISTA3D's network is prompted with the tasks' classes, see `vista_teacher`. An encoder without classes, whose
+    metadata calls its output's type "feature", "features" or "embedding", gives a `FeatureTeacher`.
 
     Args:
         bundle_folder: the bundle's root.
         tasks: task -> its class names by id, or an object with such ``labels`` (``TaskSpec``), in the student's order.
-        channels: the channels of each task, in place of finding them by name.
-        activation: ``"softmax"`` or ``"sigmoid"``; None: what the bundle's postprocessing does.
-        head: name of the network's last layer, where it is not found.
+        student: what is known of the images that it will see; None: they are taken as they are.
         intensity: what the teacher wants of the student's images: ``"auto"``, what its bundle's preprocessing does, see
             `teacher_view`; ``"same"``, the student's 0..1; ``"zscore"``; or ``{"range": [a_min, a_max], "to": [b_min,
             b_max]}``, the data's values a_min..a_max as b_min..b_max. Its axes are those of its bundle in any case.
-        ranges: task -> the data's values that the student sees as 0 and 1, None where images are scaled one by one;
-            without them the student's images are taken as they are.
-        images: the images (files or arrays) that it will see, for teachers that take volumes as they are stored.
-        image_channels: of the student's images; they are checked against the teacher's where they are given.
-        from_files: volumes will come with the values of their files, see `TaskDataset.show_to`.
-        features_only: the network is an encoder without classes, see `FeatureTeacher`; None: where the metadata calls
-            its output's type "feature", "features" or "embedding".
-        only: the tasks to look up; the teacher then has no logits for the others. None: all.
+        channels: the channels of each task, in place of finding them by name.
+        activation: ``"softmax"`` or ``"sigmoid"``; None: what the bundle's postprocessing does.
+        head: name of the network's last layer, where it is not found.
 
     Raises:
         LoRKDError: no such folder, no network or weights in it, weights that do not fit, no class names, or classes
@@ -77,38 +66,39 @@ def load_teacher(
     folder = Path(bundle_folder)
     if not folder.is_dir():
         raise LoRKDError(f"no teacher bundle at {folder}: there is no such folder")
+    student = student or StudentImages()
     parser, config_file = _read_config(folder)
     network = _build(parser, config_file)
     weights = next((folder / "models" / n for n in _WEIGHTS if (folder / "models" / n).is_file()), None)
     if weights is None:
         raise LoRKDError(f"the teacher bundle {folder} has no weights: expected models/{' or models/'.join(_WEIGHTS)}")
     fit_weights(network, load_weights(weights), str(weights))
-    activation = activation or _activation_of(parser)
     formats = _data_format(folder)
     labels = {name: getattr(task, "labels", task) for name, task in tasks.items()}
-    sought = labels if only is None else {name: labels[name] for name in only}
+    counts = {name: len(classes) for name, classes in labels.items()}
     names = _class_names(formats)
     channels_in, dims = _input_channels(formats) or channels_of(network), _dims_of(network)
-    if image_channels is not None and channels_in is not None:
-        _check_image(channels_in, image_channels, dims, formats, f"the teacher {folder.name}")
-    view = _view_of(
-        folder, parser, config_file, intensity, ranges, names, tasks, sought, dims, channels_in or 1, images, from_files
-    )
-    if features_only is None:
-        features_only = str(_first(formats, "outputs").get("type")) in _FEATURES
-    if features_only:
-        counts = {name: len(classes) for name, classes in labels.items()}
+    if student.channels is not None and channels_in is not None:
+        _check_image(channels_in, student.channels, dims, formats, f"the teacher {folder.name}")
+    view = None
+    if intensity != "auto" or (student.ranges is not None and not _is_own(names, labels)):
+        others = [f for n in _CONFIGS if (f := folder / "configs" / n).is_file() and f != config_file]
+        parsers = [(config_file, parser), *((file, _parser(folder, file)) for file in others)]
+        own = find_steps(folder, parsers, strict=intensity == "auto")
+        view = teacher_view(own, intensity, tasks, student, dims, channels_in or 1, f"the teacher {folder.name}")
+        view = None if intensity == "same" and view.axes is None else view
+    if str(_first(formats, "outputs").get("type")) in _FEATURES:
         return FeatureTeacher(network, counts, in_channels=channels_in, intensity=view)
     if isinstance(network, VISTA3D):
-        return vista_teacher(network, tasks, names, only, intensity=view)
+        return vista_teacher(network, tasks, names, student.tasks, intensity=view)
+    activation = activation or _activation_of(parser)
     if channels is None:
         if not names:
             raise LoRKDError(
                 f"{folder}/configs/metadata.json does not name the teacher's classes (network_data_format, outputs, "
                 "channel_def): add them, or give the channels of each task yourself"
             )
-        channels = channels_by_name(names, sought, activation)
-    counts = {name: len(classes) for name, classes in labels.items()}
+        channels = channels_by_name(names, {name: labels[name] for name in student.seen(tasks)}, activation)
     return Teacher(network, channels, counts, activation, channels_in, head, view)
 
 
@@ -189,36 +179,8 @@ def _build(parser: ConfigParser, file: Path) -> nn.Module:
         raise LoRKDError(f"{e} (its own code: start the command with PYTHONPATH={file.parent.parent})") from e
 
 
-def _view_of(
-    folder: Path,
-    parser: ConfigParser,
-    config_file: Path,
-    intensity: str | Mapping,
-    ranges: Mapping[str, tuple[float, float] | None] | None,
-    names: Mapping[int, str],
-    tasks: Mapping[str, Any],
-    sought: Collection[str],
-    dims: int,
-    channels: int,
-    images: Sequence[object] | None,
-    from_files: bool,
-) -> TeacherView | None:
-    """How the teacher is shown the student's images; None where it takes them as they are."""
-    if intensity == "auto" and (ranges is None or _is_own(names, tasks)):
-        return None
-    others = [f for n in _CONFIGS if (f := folder / "configs" / n).is_file() and f != config_file]
-    parsers = [(config_file, parser), *((file, _parser(folder, file)) for file in others)]
-    own = find_steps(folder, parsers, strict=intensity == "auto")
-    # What it is not asked about makes no difference to it.
-    ranges = {name: (ranges or {}).get(name) if name in sought else (0.0, 1.0) for name in tasks}
-    ct = [name for name in sought if str(getattr(tasks[name], "modality", None)).strip().upper() == "CT"]
-    view = teacher_view(own, intensity, ranges, dims, channels, images, ct, f"the teacher {folder.name}", from_files)
-    return None if intensity == "same" and view.axes is None else view
-
-
-def _is_own(names: Mapping[int, str], tasks: Mapping[str, Any]) -> bool:
+def _is_own(names: Mapping[int, str], labels: Mapping[str, Mapping[int, str]]) -> bool:
     """A teacher of `pretraining` names its classes "<task>: <class>": it was trained on the student's own images."""
-    labels = {task: getattr(spec, "labels", spec) for task, spec in tasks.items()}
     own = {plain_name(f"{task}: {name}") for task, classes in labels.items() for name in classes.values()}
     return any(plain_name(name) in own for name in names.values())
 

@@ -17,6 +17,7 @@ from lorkd_monai.tasks import image_sides
 from lorkd_monai.teachers.bundle import load_teacher, teacher_from_checkpoint
 from lorkd_monai.teachers.cache import CachedTeacher
 from lorkd_monai.teachers.channels import channels_by_name
+from lorkd_monai.teachers.intensity import StudentImages
 from lorkd_monai.teachers.teacher import Teacher, check_channels
 from lorkd_monai.transforms import default_intensity
 
@@ -75,35 +76,22 @@ def find_teacher(
             "from the labels alone (--transfer_weight 0)"
         )
     present = _present(data, split)
-    if Path(teacher_bundle).is_file() and backbone is not None:
-        teacher = _checkpoint_teacher(teacher_bundle, backbone, data, present)
-        _log.info("%s", _given(Path(teacher_bundle).name, teacher, data, present, in_channels, image_size))
-        return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
-    if not Path(teacher_bundle).is_dir():
+    place = Path(teacher_bundle)
+    if place.is_file() and backbone is not None:
+        teacher = _checkpoint_teacher(place, backbone, data, present)
+    elif place.is_dir():
+        stored = [item["image"] for item in data.split(split)]
+        student = StudentImages(_ranges(data), present, stored, in_channels, from_files)
+        teacher = load_teacher(place, data.tasks, student, intensity)
+        _check_colours(place.name, teacher, data, present, in_channels)
+    else:
         raise LoRKDError(
-            f"no teacher at {teacher_bundle}: run `pretraining` with the same --output_dir first, name the folder of a "
+            f"no teacher at {place}: run `pretraining` with the same --output_dir first, name the folder of a "
             "MONAI bundle (or a weights file of teacher_backbone) with --teacher_bundle, or train without one "
             "(--transfer_weight 0)"
         )
-    seen = {name: default_intensity(task, data.spatial_dims).get("range") for name, task in data.tasks.items()}
-    ranges = {name: None if own is None else (float(own[0]), float(own[1])) for name, own in seen.items()}
-    teacher = load_teacher(
-        teacher_bundle, data.tasks, intensity=intensity, ranges=ranges, only=present, image_channels=in_channels,
-        from_files=from_files,
-        images=[item["image"] for item in data.split(split)],
-    )  # fmt: skip
-    coloured = [name for name in present if data.spatial_dims == 2 and data.tasks[name].channels == 3]
-    if coloured and in_channels == 1 and teacher.in_channels == 3:
-        raise LoRKDError(
-            f"the teacher {Path(teacher_bundle).name} takes colours and the images of {', '.join(coloured)} have them, "
-            "but the student's are grey: give --in_channels 3"
-        )
-    for task in present if in_channels is not None else ():
-        own = data.tasks[task].channels
-        # They are repeated for the student, or become grey.
-        if teacher.in_channels is not None and own is not None and own != in_channels:
-            check_channels(teacher.in_channels, own, data.spatial_dims, f"the teacher {Path(teacher_bundle).name}")
-    _log.info("%s", _given(Path(teacher_bundle).name, teacher, data, present, in_channels, image_size))
+    told = _given(teacher, data, present, in_channels, image_size)
+    _log.info("The teacher %s is given %s.", place.name, told)
     return CachedTeacher(teacher, cache_dir, int(cache)) if cache else teacher
 
 
@@ -130,15 +118,37 @@ def start_from_teacher(network: LoRKDNet, teacher: Teacher | CachedTeacher | Non
         _log.info("The shared network starts at random: its layers are not those of the teacher.")
 
 
+def _ranges(data: DataList) -> dict[str, tuple[float, float] | None]:
+    found = {name: default_intensity(task, data.spatial_dims).get("range") for name, task in data.tasks.items()}
+    return {name: None if own is None else (float(own[0]), float(own[1])) for name, own in found.items()}
+
+
+def _check_colours(
+    name: str, teacher: Teacher, data: DataList, present: Sequence[str], in_channels: int | None
+) -> None:
+    """Refuse tasks whose own images have channels that the student's lack and the teacher wants."""
+    if in_channels is None or teacher.in_channels is None:
+        return
+    coloured = [task for task in present if data.spatial_dims == 2 and data.tasks[task].channels == 3]
+    if coloured and in_channels == 1 and teacher.in_channels == 3:
+        raise LoRKDError(
+            f"the teacher {name} takes colours and the images of {', '.join(coloured)} have them, "
+            "but the student's are grey: give --in_channels 3"
+        )
+    for task in present:
+        own = data.tasks[task].channels
+        if own is not None and own != in_channels:  # they are repeated for the student, or become grey
+            check_channels(teacher.in_channels, own, data.spatial_dims, f"the teacher {name}")
+
+
 def _given(
-    name: str,
     teacher: Teacher,
     data: DataList,
     present: Sequence[str],
     in_channels: int | None,
     image_size: int | Sequence[int] | None,
 ) -> str:
-    """What a teacher is given, in one line."""
+    """What a teacher is given, for one line of the log."""
     size = image_sides(image_size, data.spatial_dims) if image_size else ()
     channels = teacher.in_channels or in_channels or "?"
     shape = " × ".join(map(str, [channels, *size])) if size else f"{channels} channel{'' if channels == 1 else 's'}"
@@ -146,7 +156,7 @@ def _given(
     mm = " or ".join("as stored" if s is None else f"{' × '.join(f'{v:g}' for v in s)} mm" for s in spacings)
     view = teacher.intensity
     told = "axes and values as the student's" if view is None or not view.told else view.told
-    return f"The teacher {name} is given {shape}{f', spacing {mm}' if mm else ''}, {told}."
+    return f"{shape}{f', spacing {mm}' if mm else ''}, {told}"
 
 
 def _present(data: DataList, split: str) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
 
-__all__ = ["Axes", "TeacherView", "given_steps"]
+__all__ = ["Axes", "StudentImages", "TeacherView", "given_steps"]
 
 Range = tuple[float, float]
 _ROUNDING = 4e-7  # of the largest value: what float32 loses on the way to 0..1 and back
@@ -48,6 +48,30 @@ class Axes:
         return y.flip([a + 2 for a in self.flipped]).permute(
             0, 1, *(self.order.index(a) + 2 for a in range(len(self.order)))
         )
+
+
+@dataclass(frozen=True)
+class StudentImages:
+    """What is known of the student's images, for a teacher that is to see them.
+
+    Args:
+        ranges: task -> the data's values that the student sees as 0 and 1, None where images are scaled one by one;
+            None: a teacher takes the images as they are.
+        tasks: those that have such images: the others are not looked up among the teacher's classes. None: all.
+        stored: the images (files or arrays), for teachers that take them as they are stored.
+        channels: of the images; they are checked against the teacher's where they are given.
+        from_files: volumes will come with the values of their files, see `TaskDataset.show_to`.
+    """
+
+    ranges: Mapping[str, Range | None] | None = None
+    tasks: Sequence[str] | None = None
+    stored: Sequence[object] | None = None
+    channels: int | None = None
+    from_files: bool = False
+
+    def seen(self, tasks: Mapping[str, object]) -> list[str]:
+        """The names of ``tasks`` that have images."""
+        return [name for name in tasks if self.tasks is None or name in self.tasks]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError, root_cause
-from lorkd_monai.teachers.intensity import Axes, Range, TeacherView, given_steps, run
+from lorkd_monai.teachers.intensity import Axes, Range, StudentImages, TeacherView, given_steps, run
 from lorkd_monai.transforms.loading import quiet_readers
 
 __all__ = ["OwnSteps", "find_steps", "teacher_view"]
@@ -204,26 +204,22 @@ def _changes(step: Any, key: str | None) -> bool:
 def teacher_view(
     own: OwnSteps | None,
     intensity: str | Mapping,
-    ranges: Mapping[str, Range | None],
+    tasks: Mapping[str, Any],
+    student: StudentImages,
     dims: int,
     channels: int,
-    images: Sequence[Any] | None = None,
-    ct: Sequence[str] = (),
     name: str = "the teacher",
-    from_files: bool = False,
 ) -> TeacherView:
     """How a teacher is shown the student's images.
 
     Args:
         own: the preprocessing of its bundle.
         intensity: ``"auto"``: that; or what `given_steps` takes, in place of the steps that change values.
-        ranges: task -> the data's values that the student sees as 0 and 1; None where images are scaled one by one.
+        tasks: task -> `TaskSpec`, whose ``modality`` says which are of CT, or its classes, in the student's order.
+        student: the student's images.
         dims: 2 or 3.
         channels: of the teacher's images.
-        images: the data's files (or arrays), which tell how they are stored where the teacher takes them so.
-        ct: tasks whose images are of CT.
         name: of the teacher, for messages.
-        from_files: volumes will come with the values of their files (`TaskDataset.show_to`), not with the student's.
 
     Raises:
         LoRKDError: a step that fails, or that wants values that the student's images do not hold.
@@ -234,14 +230,18 @@ def teacher_view(
             "with --teacher_intensity same (as the student's, 0..1), zscore, or \"{'range': [a_min, a_max], 'to': "
             '[b_min, b_max]}"'
         )
-    axes = None if own is None or not own.loads else _axes(own, dims, channels, images)
+    seen = student.seen(tasks)
+    # Tasks without images make no difference to the teacher.
+    ranges = {task: (student.ranges or {}).get(task) if task in seen else (0.0, 1.0) for task in tasks}
+    ct = [task for task in seen if str(getattr(tasks[task], "modality", None)).strip().upper() == "CT"]
+    axes = None if own is None or not own.loads else _axes(own, dims, channels, student.stored)
     named = own.values if intensity == "auto" else [(f"intensity {intensity}", step) for step in given_steps(intensity)]
     source = own.source if intensity == "auto" else name
     known = {task: (0.0, 1.0) if r is None else r for task, r in ranges.items()}
     alone = _try(named, source, channels, dims, known)
     pointwise = all(alone)
     steps = [step for _, step in named]
-    from_files = from_files and dims == 3 and bool(steps)
+    from_files = student.from_files and dims == 3 and bool(steps)
     if steps and not from_files and any(r is None for r in ranges.values()):
         _check_percentiles(steps, source, [task for task, r in ranges.items() if r is None], channels, dims)
     if intensity == "auto":

@@ -43,7 +43,7 @@ from torch import nn
 
 from lorkd_monai.data import TaskSpec
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.teachers.bundle import load_teacher
+from lorkd_monai.teachers.bundle import StudentImages, load_teacher
 from lorkd_monai.teachers.cache import fingerprint
 from lorkd_monai.transforms import ItemLoader, preprocessing
 
@@ -146,7 +146,7 @@ def test_volumes_as_they_are_stored(codes, tmp_path):
     folder = write_bundle(tmp_path / "bundle", config, channels=4, names=["T1c", "T1", "T2", "FLAIR"])
     task = task_of(modality="MR", intensity={"range": [0.0, 2000.0]}, channels=4)
     files = write_volume(tmp_path, 4, codes, low=0, high=2000)
-    teacher = teacher_of(folder, task, 3, images=[files], image_channels=4)
+    teacher = teacher_of(folder, task, 3, images=[files], channels=4)
     check_equal(teacher, folder, files, student_image(files, task, 3, 4))
 
 
@@ -237,7 +237,7 @@ def test_2d_equal(form, tmp_path):
     grey = form.startswith("grey")
     task, file = task_of(channels=1 if grey else 3), write_picture(tmp_path, colours=not grey)
     x = student_image(file, task, 2, 1 if grey else 3, "classification")
-    check_equal(teacher_of(folder, task, 2, image_channels=x.shape[1]), folder, file, x)
+    check_equal(teacher_of(folder, task, 2, channels=x.shape[1]), folder, file, x)
 
 
 @pytest.mark.parametrize(("dims", "modality"), [(2, "US"), (3, "CT"), (3, "MR")])
@@ -280,7 +280,7 @@ def test_grey_of_colours_is_a_mean(tmp_path):
     folder = write_bundle(tmp_path / "bundle", {"preprocessing": compose(LOAD, FIRST, MINMAX)}, dims=2)
     task, file = task_of(channels=1), write_picture(tmp_path, colours=False)
     x = student_image(file, task, 2, 3, "classification")  # a grey picture, repeated for a student that takes colours
-    check_equal(teacher_of(folder, task, 2, image_channels=3), folder, file, x)
+    check_equal(teacher_of(folder, task, 2, channels=3), folder, file, x)
 
 
 def test_pictures_that_come_as_arrays(tmp_path):
@@ -400,13 +400,13 @@ def test_what_the_student_cuts_off(window, scale, message, tmp_path):
     scaling = {**CT, **scale}
     folder = write_bundle(tmp_path / "bundle", {"preprocessing": compose(LOAD, FIRST, RAS, scaling)})
     task = TaskSpec("spleen", 0, {0: "background", 1: "spleen"}, modality="CT", intensity={"range": window})
-    arguments = {"ranges": {"spleen": tuple(window)}}
+    student = StudentImages({"spleen": tuple(window)})
     if message is None:
-        assert load_teacher(folder, {"spleen": task}, **arguments).intensity is not None
+        assert load_teacher(folder, {"spleen": task}, student).intensity is not None
     else:
         with pytest.raises(LoRKDError, match=message):
-            load_teacher(folder, {"spleen": task}, **arguments)
-        assert load_teacher(folder, {"spleen": task}, intensity="same", **arguments).intensity is None
+            load_teacher(folder, {"spleen": task}, student)
+        assert load_teacher(folder, {"spleen": task}, student, "same").intensity is None
 
 
 def test_figures_of_a_window_are_refused(tmp_path):
@@ -443,7 +443,7 @@ def test_images_scaled_by_their_own_percentiles(tmp_path):
 def test_channels_are_not_filled(dims, channels, names, came, message, tmp_path):
     folder = write_bundle(tmp_path / "bundle", {"preprocessing": compose(LOAD, FIRST)}, dims, channels, names)
     with pytest.raises(LoRKDError, match=message):
-        teacher_of(folder, task_of(), dims, image_channels=came)
+        teacher_of(folder, task_of(), dims, channels=came)
 
 
 def test_kept_answers_are_of_one_preprocessing(tmp_path):

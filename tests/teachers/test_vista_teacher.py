@@ -13,7 +13,7 @@ from torch import nn
 
 from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.teachers.bundle import load_teacher
+from lorkd_monai.teachers.bundle import StudentImages, load_teacher
 from lorkd_monai.teachers.cache import CachedTeacher
 from lorkd_monai.teachers.features import FeatureTeacher
 from lorkd_monai.teachers.vista import ClassPrompted, vista_prompts, vista_teacher
@@ -107,12 +107,12 @@ def test_from_a_bundle(network, tmp_path):
     outputs = {"channel_def": {str(k): v for k, v in NAMES.items()}}
     more = {"preprocessing": {"_target_": "Compose", "transforms": [scale]}}
     folder = write_bundle(tmp_path / "vista", config, network, outputs, **more)
-    ranges = dict.fromkeys(TASKS, (0.0, 200.0))
-    teacher = load_teacher(folder, TASKS, ranges=ranges)
+    student = StudentImages(dict.fromkeys(TASKS, (0.0, 200.0)))
+    teacher = load_teacher(folder, TASKS, student)
     x = torch.rand(1, 1, 16, 16, 16)
     expected = vista_teacher(network, TASKS, NAMES)(x + 0.5, 0)  # (200 x + 100) / 200
     torch.testing.assert_close(teacher(x, 0), expected, rtol=1e-4, atol=1e-5)
-    same = load_teacher(folder, TASKS, ranges=ranges, intensity="same")
+    same = load_teacher(folder, TASKS, student, "same")
     torch.testing.assert_close(same(x, 0), vista_teacher(network, TASKS, NAMES)(x, 0), rtol=1e-4, atol=1e-5)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lorkd_monai.checkpoints.weights import save_weights
 from lorkd_monai.data import TaskSpec
-from lorkd_monai.teachers.bundle import load_teacher
+from lorkd_monai.teachers.bundle import StudentImages, load_teacher
 from lorkd_monai.transforms import ItemLoader, default_intensity, preprocessing
 
 WIDE = {"range": [-1100.0, 1100.0]}
@@ -94,9 +94,10 @@ def student_image(file, task, dims, channels, kind="segmentation"):
     return loader({"image": file})["image"].as_tensor()[None]
 
 
-def teacher_of(folder, task, dims, images=None, **more):
+def teacher_of(folder, task, dims, images=None, channels=None, from_files=False, **more):
     own = default_intensity(task, dims).get("range")
-    return load_teacher(folder, {"t": task}, ranges={"t": own and tuple(own)}, images=images, **more)
+    student = StudentImages({"t": own and tuple(own)}, stored=images, channels=channels, from_files=from_files)
+    return load_teacher(folder, {"t": task}, student, **more)
 
 
 def reaching(teacher, x):
