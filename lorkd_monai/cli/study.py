@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorkd_monai.checks import as_names, as_path, as_value, default_device
 from lorkd_monai.errors import LoRKDError
+
+if TYPE_CHECKING:  # `lorkd --help` answers at once
+    from lorkd_monai.data import DataList
+    from lorkd_monai.study.plan import PlannedRun
 
 __all__ = ["report", "study"]
 
@@ -59,30 +65,109 @@ def study(
         patient_regex: or a regular expression that finds the patient in the file name.
         changes: settings of all runs, such as --epochs 20 --ema 0.98.
     """
-    from lorkd_monai.study.command import run_from_arguments
+    from lorkd_monai.study.folds import check_folds, fold_of, folds_of, run_folds
+    from lorkd_monai.study.methods import MAIN_METHODS, METHODS, QUICK_METHODS, methods_named
+    from lorkd_monai.study.patients import with_patients
+    from lorkd_monai.study.plan import plan_runs, run_study
+    from lorkd_monai.study.settings import QUICK, default_settings
+    from lorkd_monai.study.tables import folds_table, study_tables
+    from lorkd_monai.study.transfer import run_transfer, the_decomposition
 
-    folder = run_from_arguments(
-        as_path(output, "output"),
-        None if dataset_dir is None else as_path(dataset_dir, "dataset_dir"),
-        kind,
-        spatial_dims,
-        as_names(methods),
-        as_names(settings) or [],
-        _numbers(seeds),
-        _mapping(variants, "variants"),
-        {name: _mapping(value, name) if isinstance(value, str) and value[:1] == "{" else value
-         for name, value in changes.items()},
-        quick,
-        device or default_device(),
-        keep_weights,
-        plan_only,
-        as_names(unseen),
-        folds,
-        None if fold is None else _numbers(fold, "fold"),
-        None if patients_csv is None else as_path(patients_csv, "patients_csv"),
-        patient_regex,
-    )  # fmt: skip
-    return str(folder)
+    place, held_out = as_path(output, "output"), as_names(unseen)
+    common = default_settings(kind, spatial_dims)
+    common = common.changed(QUICK[kind, spatial_dims] if quick else {})
+    common = common.changed(
+        {key: _mapping(v, key) if isinstance(v, str) and v[:1] == "{" else v for key, v in changes.items()}
+    )
+    names = as_names(methods)
+    if names is None:
+        names = ["lorkd_init"] if held_out else list(QUICK_METHODS if quick else MAIN_METHODS)
+    chosen = methods_named(list(METHODS) if names == ["all"] else names, _mapping(variants, "variants"))
+    for method in chosen:
+        method.settings(common)
+    if held_out is not None:
+        if not held_out:
+            raise LoRKDError("unseen: expected 'all', or names of tasks")
+        if folds is not None:
+            raise LoRKDError("unseen and folds: expected one of them")
+        chosen = [method for method in chosen if method.family == "lorkd"] or chosen
+    runs = plan_runs(chosen, as_names(settings) or [], _numbers(seeds)[: 1 if quick else None])
+    if held_out:
+        the_decomposition(runs)
+    numbers = [] if fold is None else list(dict.fromkeys(_numbers(fold, "fold")))
+    if folds is not None:
+        check_folds(folds, numbers)
+        numbers = numbers or list(range(folds))
+    elif any(value is not None for value in (fold, patients_csv, patient_regex)):
+        raise LoRKDError("fold, patients_csv and patient_regex are for a cross-validation: give the number of --folds")
+    if plan_only:
+        if dataset_dir is not None:
+            _data(dataset_dir, kind, spatial_dims, folds)
+        lines = _transfer_plan(held_out, runs) if held_out else [_planned(run) for run in runs]
+        if folds is not None:
+            lines = [f"fold {number}: {line}" for number in numbers for line in lines]
+        print("\n".join(lines))
+        return str(place)
+    if dataset_dir is None and not quick:
+        raise LoRKDError("dataset_dir: expected the folder of a data list; phantoms are taken with --quick only")
+    folder = _phantoms(place / "phantoms", kind, spatial_dims) if dataset_dir is None else dataset_dir
+    data, where = _data(folder, kind, spatial_dims, folds), device or default_device()
+    if held_out:
+        held_out = data.scored if held_out == ["all"] else held_out
+        for part in run_transfer(place, data, common, runs, held_out, where, _say):
+            _say("\n" + study_tables(part, common.resamples))
+    elif folds is not None:
+        table = None if patients_csv is None else as_path(patients_csv, "patients_csv")
+        data = with_patients(data, ["training", "validation"], table, patient_regex)
+        of_image = folds_of(data, folds)
+        parts = {number: fold_of(data, of_image, folds, number) for number in numbers}
+        folders = run_folds(place, parts, common, runs, where, keep_weights, _say)
+        _say("\nMeasured on images that neither trained nor chose the epoch.\n")
+        _say(folds_table(folders, common.resamples))
+    else:
+        run_study(place, data, common, runs, where, keep_weights, _say)
+        _say("\n" + study_tables(place, common.resamples))
+    return str(place)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _phantoms(folder: Path, kind: str, spatial_dims: int) -> Path:
+    from lorkd_monai.data import make_phantoms
+
+    if not (folder / "dataset.json").is_file():
+        make_phantoms(folder, kind, spatial_dims, num_images=60)
+    return folder
+
+
+def _data(dataset_dir: Any, kind: str, spatial_dims: int, folds: int | None) -> DataList:
+    from lorkd_monai.data import load_data_list
+
+    data = load_data_list(as_path(dataset_dir, "dataset_dir"), kind, spatial_dims)
+    if not data.test and folds is None:
+        raise LoRKDError(
+            f"the data list {data.name!r} has no test images with labels to measure on: give it some in 'test', or "
+            "measure by cross-validation (--folds)"
+        )
+    return data
+
+
+def _planned(run: PlannedRun) -> str:
+    return f"{run.setting} {run.method.name} seed {run.seed}: {run.method.about}"
+
+
+def _transfer_plan(held_out: list[str], runs: list[PlannedRun]) -> list[str]:
+    from lorkd_monai.study.transfer import STARTS
+
+    lines = []
+    for task in held_out:
+        who = "each task held out in turn" if task == "all" else f"{task} held out"
+        for seed, own in groupby(runs, key=lambda run: run.seed):
+            lines.append(f"{who}: full teacher and {runs[0].method.name} seed {seed} on the other tasks")
+            lines += [f"{who}: {run.setting} {', '.join(STARTS)} seed {seed}" for run in own]
+    return lines
 
 
 def report(folder: str, output: str | None = None) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lorkd_monai.data import DataList
-from lorkd_monai.data.splitting import Row, read_patients, share_patients
+from lorkd_monai.data.splitting import share_patients
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.study.patients import patients_of
 from lorkd_monai.study.plan import PlannedRun, run_study
 from lorkd_monai.study.settings import StudySettings
 
@@ -36,32 +37,20 @@ def check_folds(folds: int, chosen: Sequence[int] = ()) -> None:
             raise LoRKDError(f"fold: expected numbers from 0 to {folds - 1}, got {fold!r}")
 
 
-def folds_of(
-    data: DataList, folds: int, patients_csv: str | os.PathLike | None = None, patient_regex: str | None = None
-) -> list[int]:
+def folds_of(data: DataList, folds: int) -> list[int]:
     """The fold, from 0, of each training and then each validation image; the classes of each task are spread evenly.
 
-    All images of a patient are in one fold, over all tasks. Without a word on patients each image is one by itself.
-
-    Args:
-        data: the data list.
-        folds: how many, at least 3.
-        patients_csv, patient_regex: see `read_patients`; for images in files.
+    All images of a patient are in one fold, over all tasks. An image without a patient (see `with_patients`) is one by
+    itself.
 
     Raises:
-        LoRKDError: too few folds, or patients of images that have no file name.
+        LoRKDError: too few folds.
     """
     check_folds(folds)
     items = [*data.training, *data.validation]
-    arrays = [item["task"] for item in items if isinstance(item["image"], np.ndarray)]
-    if arrays and (patients_csv is not None or patient_regex is not None):
-        raise LoRKDError(f"the images of task {arrays[0]!r} are in an .npz file, which does not say whose they are")
-    rows = [
-        Row(item["task"], f"image {i}" if isinstance(item["image"], np.ndarray) else item["image"], item["label"])
-        for i, item in enumerate(items)
-    ]
-    groups = [(r.task, int(r.label) if isinstance(r.label, (int, np.integer)) else None) for r in rows]
-    return share_patients(groups, read_patients(rows, patients_csv, patient_regex), [1 / folds] * folds, _SEED)
+    labels = [item["label"] if isinstance(item["label"], (int, np.integer)) else None for item in items]
+    groups = [(item["task"], label if label is None else int(label)) for item, label in zip(items, labels, strict=True)]
+    return share_patients(groups, patients_of(items), [1 / folds] * folds, _SEED)
 
 
 def fold_of(data: DataList, fold_of_image: Sequence[int], folds: int, fold: int) -> DataList:
@@ -87,13 +76,9 @@ def fold_of(data: DataList, fold_of_image: Sequence[int], folds: int, fold: int)
 
 def run_folds(
     folder: str | os.PathLike,
-    data: DataList,
+    parts: Mapping[int, DataList],
     common: StudySettings,
     runs: Sequence[PlannedRun],
-    folds: int,
-    chosen: Sequence[int] | None = None,
-    patients_csv: str | os.PathLike | None = None,
-    patient_regex: str | None = None,
     device: str | torch.device = "cpu",
     keep_weights: bool = False,
     say: Callable[[str], None] = print,
@@ -102,21 +87,15 @@ def run_folds(
 
     Args:
         folder: ``fold_<number>`` in it is a study of each fold.
-        data: the data list; its test images are not looked at.
+        parts: number of a fold -> its data list, see `fold_of`.
         common, runs, device, keep_weights, say: see `run_study`.
-        folds: how many.
-        chosen: which of them; None: all.
-        patients_csv, patient_regex: see `folds_of`.
 
     Returns:
         The folders of the folds.
 
     Raises:
-        LoRKDError: see `folds_of`, `fold_of` and `run_study`.
+        LoRKDError: see `run_study`.
     """
-    fold_of_image = folds_of(data, folds, patients_csv, patient_regex)
-    numbers = list(range(folds) if chosen is None else dict.fromkeys(chosen))
-    parts = {number: fold_of(data, fold_of_image, folds, number) for number in numbers}
     return [
         run_study(
             Path(folder) / f"fold_{number}", part, common, runs, device, keep_weights,

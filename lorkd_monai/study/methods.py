@@ -11,7 +11,7 @@ from typing import Any
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.study.settings import StudySettings
 
-__all__ = ["METHODS", "Method", "label_share_of", "methods_named"]
+__all__ = ["MAIN_METHODS", "METHODS", "QUICK_METHODS", "Method", "label_share_of", "methods_named"]
 
 FAMILIES = ("teacher", "stl", "mtl", "separate", "lorkd")
 _FIXED = ("image_size", "in_channels", "teacher_backbone", "teacher_bundle", "resamples")
@@ -87,6 +87,10 @@ _ALL = [
     ),
 ]  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+MAIN_METHODS = (
+    "teacher", "stl", "mtl", "stl_kd_init", "mtl_kd_init", "mtl_kd_init_norms", "lorkd_init", "lorkd_init_norms",
+)  # fmt: skip
+QUICK_METHODS = ("teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "lorkd_init_norms")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 _FEW = re.compile(r"few([1-9][0-9]?)")

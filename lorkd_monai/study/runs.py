@@ -216,17 +216,20 @@ class Workbench:
     def _train_teacher(self, settings: StudySettings, seed: int) -> Trained:
         names = list(self.data.tasks)
         part, validation = Part(self.training, names, drop_unlabelled=True), Part(self.validation, names)
-        settings = settings.changed({"selection": settings.teacher_selection})
+        budget = settings.changed(
+            {
+                "selection": settings.teacher_selection,
+                "epochs": settings.teacher_epochs,
+                "images_per_epoch": settings.teacher_images_per_epoch or settings.images_per_epoch,
+                "ema": settings.teacher_ema,
+            }
+        )
         fitted = {}
         for member in range(settings.teacher_members):
             own = seed * 1000 + member
             torch.manual_seed(own)
-            network = TaskChannels.build(settings.teacher_backbone, self.data.num_classes)
-            fitted[f"member {member}"] = fit(
-                network, self.data, part, validation, settings, own, settings.teacher_epochs,
-                settings.teacher_images_per_epoch or settings.images_per_epoch or len(part), settings.teacher_ema,
-                device=self.device, progress=self.progress,
-            )  # fmt: skip
+            network = TaskChannels.build(settings.teacher_backbone, self.data.num_classes).to(self.device)
+            fitted[f"member {member}"] = fit(network, part, validation, budget, own, progress=self.progress)
         states = [one.network.state_dict() for one in fitted.values()]
         return teacher_view(settings, self.data, states).to(self.device), fitted, {}
 

@@ -11,7 +11,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.settings import STUDY_SETTINGS, check_values
 from lorkd_monai.tasks import check_kind
 
-__all__ = ["StudySettings", "default_settings"]
+__all__ = ["QUICK", "StudySettings", "default_settings"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,15 @@ class StudySettings:
     def as_data(self) -> dict[str, Any]:
         """The settings as plain JSON data."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+QUICK: Mapping[tuple[str, int], Mapping[str, Any]] = {
+    ("classification", 2): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 256},
+    ("classification", 3): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 384},
+    ("segmentation", 2): {"epochs": 6, "teacher_epochs": 12, "images_per_epoch": 64, "image_size": 64},
+    ("segmentation", 3): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 24, "image_size": (32, 32, 32)},
+}
+"""Changes for a short budget, to see that it works."""
 
 
 def _resnet(dims: int, channels: int, width: int, blocks: int, **stem: Any) -> dict[str, Any]:

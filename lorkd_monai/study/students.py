@@ -111,14 +111,12 @@ class Students:
         return network
 
     def _fit(self, network: LoRKDNet, names: list[str], epochs: int, single: bool = False) -> Fitted:
-        settings = self.settings
-        part = Part(self.training, names, self.labelled, drop_unlabelled=not self.method.distilled)
+        own: dict[str, Any] = {"epochs": epochs, "images_per_epoch": draws_of(self.data, self.settings, names)}
         if single:
-            settings = settings.changed({"batch_size": settings.images_of_one_task, "tasks_per_batch": None})
-        data = only_tasks(self.data, names)
-        draws = draws_of(self.data, settings, names)
+            own |= {"batch_size": self.settings.images_of_one_task, "tasks_per_batch": None}
+        part = Part(self.training, names, self.labelled, drop_unlabelled=not self.method.distilled)
         return fit(
-            network, data, part, Part(self.validation, names), settings, self.seed, epochs, draws,
-            settings.ema, self.teacher(names) if self.method.distilled else None, self.device,
+            network.to(self.device), part, Part(self.validation, names), self.settings.changed(own), self.seed,
+            self.teacher(names) if self.method.distilled else None,
             lambda line: self.progress(f"{', '.join(names)}: {line}" if single else line),
         )  # fmt: skip

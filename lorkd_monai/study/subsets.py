@@ -55,7 +55,7 @@ class Part(Dataset):
 
     Args:
         base: the data set of all tasks.
-        tasks: names of the tasks to keep; their numbers become those of ``only_tasks``.
+        tasks: names of the tasks to keep; ``data`` is the data list of these alone.
         labelled: which items of ``base`` have labels; None: all that have one in the data list.
         drop_unlabelled: leave items without labels out, in place of hiding what their labels are.
     """
@@ -67,9 +67,8 @@ class Part(Dataset):
         labelled: Sequence[bool] | None = None,
         drop_unlabelled: bool = False,
     ) -> None:
-        names = set(tasks)
-        kept = [name for name in base.data.tasks if name in names]
-        numbers = {base.data.tasks[name].index: i for i, name in enumerate(kept)}
+        self.data = only_tasks(base.data, set(tasks))
+        numbers = {base.data.tasks[name].index: task.index for name, task in self.data.tasks.items()}
         known = [item["label"] is not None for item in base.items] if labelled is None else list(labelled)
         self.base = base
         self.indices = [

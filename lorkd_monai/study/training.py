@@ -62,36 +62,26 @@ def evaluation_loader(dataset: Dataset, data: DataList) -> DataLoader:
 
 def fit(
     network: nn.Module,
-    data: DataList,
     training: Part,
     validation: Part,
     settings: StudySettings,
     seed: int,
-    epochs: int,
-    images_per_epoch: int,
-    ema: float,
     teacher: Teacher | None = None,
-    device: str | torch.device = "cpu",
     progress: Callable[[str], None] = lambda line: None,
 ) -> Fitted:
-    """Train a network, and give it the weights of the chosen epoch.
+    """Train a network on the device that it is on, and give it the weights of the chosen epoch.
 
     Args:
         network: takes (image, task); trained in place.
-        data: data list of its tasks.
         training: the images to train on.
         validation: those that choose the epoch.
-        settings: batch size, optimiser, transfer, augmentation, selection.
+        settings: the budget, optimiser, transfer, augmentation, selection.
         seed: of the draws and the augmentation.
-        epochs: how many.
-        images_per_epoch: draws of one epoch.
-        ema: see `StudySettings`.
         teacher: for the transfer.
-        device: where to train.
         progress: is told one line for each look at the validation images.
     """
-    network = network.to(device)
-    options = {"seed": seed, "num_samples": images_per_epoch}
+    device, data = next(network.parameters()).device, training.data
+    options = {"seed": seed, "num_samples": settings.images_per_epoch or len(training)}
     sampling = (settings.sampling, settings.sampling_temperature)
     if all(training.labelled):
         sampler = TaskSampler(training.task_of_item, *sampling, **options)
@@ -105,17 +95,17 @@ def fit(
         network, teacher, data, training, weight, settings.temperature, settings.transfer_positions
     )
     optimizer = AdamW(_groups(network, objective, settings), lr=settings.learning_rate)
-    schedule = _schedule(optimizer, epochs, settings.expert_warmup)
+    schedule = _schedule(optimizer, settings.epochs, settings.expert_warmup)
     trainer = DecompositionTrainer(
-        device, epochs, loader, network, optimizer, objective, teacher,
+        device, settings.epochs, loader, network, optimizer, objective, teacher,
         augment=BatchAugment(
             data.spatial_dims, settings.rotate, flip_axes=settings.flip_axes, noise=settings.noise, seed=seed
         ),
         seed=seed, amp=settings.amp,
     )  # fmt: skip
-    average = WeightAverage(network, ema)
+    average = WeightAverage(network, settings.ema)
     average.attach(trainer)
-    watch = _Watch(average.network, data, validation, settings, epochs, device, progress)
+    watch = _Watch(average.network, validation, settings, device, progress)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, watch)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: schedule.step())
     started, cpu = time.perf_counter(), time.process_time()
@@ -123,7 +113,7 @@ def fit(
     network.load_state_dict(watch.best)
     return Fitted(
         network.eval(), watch.epoch, watch.score, watch.curves, time.perf_counter() - started - watch.seconds,
-        time.process_time() - cpu - watch.cpu_seconds, epochs * len(loader) * loader.batch_sampler.batch_size,
+        time.process_time() - cpu - watch.cpu_seconds, settings.epochs * len(loader) * loader.batch_sampler.batch_size,
     )  # fmt: skip
 
 
@@ -161,19 +151,18 @@ class _Watch:
     def __init__(
         self,
         network: nn.Module,
-        data: DataList,
         validation: Part,
         settings: StudySettings,
-        epochs: int,
         device: str | torch.device,
         progress: Callable[[str], None],
     ) -> None:
-        self.network, self.epochs, self.settings, self.progress = network, epochs, settings, progress
+        self.network, self.settings, self.progress = network, settings, progress
         self.epoch, self.score, self.best = 0, float("-inf"), {}
         self.curves: dict[str, list[dict[str, float]]] = {"training": [], "validation": []}
         self.seconds = self.cpu_seconds = 0.0
         self.evaluator = None
         if len(validation):
+            data = validation.data
             self.evaluator = TaskEvaluator(
                 device, evaluation_loader(validation, data), network, inferer=inferer_of(data, settings),
                 key_val_metric={"mean": TaskMetric(data.num_classes, data.kind, data.scored)},
@@ -183,7 +172,7 @@ class _Watch:
         epoch = engine.state.epoch
         terms = {k: round(v, 6) for k, v in engine.state.metrics.items() if isinstance(v, float)}
         self.curves["training"].append({"epoch": epoch, **terms})
-        last = epoch == self.epochs
+        last = epoch == self.settings.epochs
         if self.evaluator is not None and (epoch % self.settings.val_interval == 0 or last):
             self._look(epoch, last)
         elif last:
@@ -196,7 +185,7 @@ class _Watch:
         self.network.train(training)
         scores = {k: float(v) for k, v in self.evaluator.state.metrics.items()}
         self.curves["validation"].append({"epoch": epoch, **scores})
-        self.progress(f"epoch {epoch}/{self.epochs}: validation {scores['mean']:.3f}")
+        self.progress(f"epoch {epoch}/{self.settings.epochs}: validation {scores['mean']:.3f}")
         if last if self.settings.selection == "last" else scores["mean"] > self.score:
             self._keep(epoch, scores["mean"])
         self.seconds += time.perf_counter() - started

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,16 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.study.agreement import agree_on_settings
 from lorkd_monai.study.files import RunFile
-from lorkd_monai.study.methods import Method, label_share_of
+from lorkd_monai.study.methods import Method
 from lorkd_monai.study.models import build_student, members_of
-from lorkd_monai.study.plan import plan_runs, run_study
+from lorkd_monai.study.plan import PlannedRun, plan_runs, run_study
 from lorkd_monai.study.runs import Workbench
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Trained, draws_of
 from lorkd_monai.study.subsets import Part, only_tasks
 from lorkd_monai.study.training import fit
 
-__all__ = ["STARTS", "nearest_task", "run_transfer"]
+__all__ = ["STARTS", "nearest_task", "run_transfer", "the_decomposition"]
 
 STARTS = {
     "from_scratch": Method("from_scratch", "stl", False, "a student from scratch"),
@@ -76,10 +77,8 @@ def run_transfer(
     folder: str | os.PathLike,
     data: DataList,
     common: StudySettings,
-    decomposition: Method,
+    runs: Sequence[PlannedRun],
     held_out: Sequence[str],
-    settings: Sequence[str],
-    seeds: Sequence[int],
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = print,
 ) -> list[Path]:
@@ -90,10 +89,9 @@ def run_transfer(
             that one the study of the others.
         data: the data list.
         common: settings of all runs.
-        decomposition: the method that gives the experts.
+        runs: as `plan_runs` gives them for the one decomposition that gives the experts; a run's setting (``"few10"``,
+            ``"full"``) is the part of the unseen task's training images that is used.
         held_out: names of tasks.
-        settings: ``"few10"``, ``"few30"``, ``"full"``: the part of the unseen task's training images that is used.
-        seeds: of the runs.
         device: where to train.
         say: is told what happens.
 
@@ -101,10 +99,10 @@ def run_transfer(
         The folders of the held-out tasks' studies.
 
     Raises:
-        LoRKDError: an unknown task, one without a score, fewer than two tasks left, a method that is no decomposition.
+        LoRKDError: an unknown task, one without a score, fewer than two tasks left, methods other than one
+            decomposition.
     """
-    if decomposition.family != "lorkd":
-        raise LoRKDError(f"unseen: {decomposition.name!r} is no decomposition")
+    decomposition = the_decomposition(runs)
     unknown = [name for name in held_out if name not in data.tasks]
     if unknown:
         raise LoRKDError(f"unseen: unknown task {unknown[0]!r}; the tasks are {', '.join(data.tasks)}")
@@ -112,19 +110,16 @@ def run_transfer(
         raise LoRKDError(f"unseen: with one task held out two must be left, {data.name!r} has {len(data.tasks)}")
     unscored = [name for name in held_out if name not in data.scored]
     if unscored:
-        raise LoRKDError(f'unseen: task {unscored[0]!r} says "score": false in the data list, and has no figure')
+        raise LoRKDError(f'unseen: task {unscored[0]!r} says "score": false in the data list, and has no score')
     without = [name for name in held_out if not data.counts()[name]["test"]]
     if without:
         raise LoRKDError(f"unseen: task {without[0]!r} has no test images; name the tasks to hold out one by one")
-    for setting in settings:
-        label_share_of(setting)
     teacher = Method("teacher", "teacher", False, "the foundation model of the other tasks")
+    before_runs = plan_runs([teacher, decomposition], ["full"], [run.seed for run in runs])
     folders = []
     for name in held_out:
         place = Path(folder) / f"unseen_{data.tasks[name].index}"
-        rest = only_tasks(data, [task for task in data.tasks if task != name])
-        said = f"{name} held out"
-        own = only_tasks(data, [name])
+        rest, own = only_tasks(data, [task for task in data.tasks if task != name]), only_tasks(data, [name])
         budget = common.changed(
             {
                 "images_per_epoch": draws_of(data, common, [name]),
@@ -136,73 +131,52 @@ def run_transfer(
         if place.exists():  # refused before anything is trained
             agree_on_settings(place, own, budget, origin)
         run_study(
-            place / "before", rest, common, plan_runs([teacher, decomposition], ["full"], seeds), device,
-            keep_weights=True, say=lambda line, said=said: say(f"{said}: {line}"),
+            place / "before", rest, common, before_runs, device, keep_weights=True,
+            say=lambda line, name=name: say(f"{name} held out: {line}"),
         )  # fmt: skip
         agree_on_settings(place, own, budget, origin)
-        _HeldOut(place, own, rest, budget, common, decomposition, device, say).run(settings, seeds)
+        todo = [(start, run) for run in runs for start in STARTS.values()]
+        todo = [(start, run) for start, run in todo if not RunFile(place, run.setting, start.name, run.seed).done]
+        if todo:
+            bench = Workbench(place, own, budget, device)
+            before = Workbench(place / "before", rest, common, device)
+        for start, run in todo:
+            bench.record(start, run.setting, run.seed, partial(_fine_tune, start, run, bench, before))
+            mean = RunFile(place, run.setting, start.name, run.seed).read()["mean"]
+            say(f"{name} held out, {run.setting} {start.name} seed {run.seed}: test {mean:.3f}")
         folders.append(place)
     return folders
 
 
-class _HeldOut:
-    """The fine-tuning runs of one held-out task."""
+def the_decomposition(runs: Sequence[PlannedRun]) -> Method:
+    """The one method of runs, which must be a decomposition.
 
-    def __init__(
-        self,
-        place: Path,
-        own: DataList,
-        rest: DataList,
-        budget: StudySettings,
-        common: StudySettings,
-        decomposition: Method,
-        device: str | torch.device,
-        say: Callable[[str], None],
-    ) -> None:
-        self.place, self.own, self.rest, self.budget, self.common = place, own, rest, budget, common
-        self.decomposition, self.device, self.say = decomposition, device, say
-        self.bench: Workbench | None = None
-        self.before: Workbench | None = None
+    Raises:
+        LoRKDError: there are several methods, or it is no decomposition.
+    """
+    methods = {run.method.name: run.method for run in runs}
+    experts = [method for method in methods.values() if method.family == "lorkd"]
+    if len(experts) != 1 or len(methods) != 1:
+        raise LoRKDError(f"unseen: expected one decomposition among the methods, got {', '.join(methods)}")
+    return experts[0]
 
-    def run(self, settings: Sequence[str], seeds: Sequence[int]) -> None:
-        """Do what is missing."""
-        (name,) = self.own.tasks
-        for seed in seeds:
-            for setting in settings:
-                for method in STARTS.values():
-                    file = RunFile(self.place, setting, method.name, seed)
-                    if file.done:
-                        continue
-                    if self.bench is None:
-                        self.bench = Workbench(self.place, self.own, self.budget, self.device)
-                        self.before = Workbench(self.place / "before", self.rest, self.common, self.device)
-                    self.bench.record(
-                        method, setting, seed, lambda labelled, m=method, s=seed: self._train(m, s, labelled)
-                    )
-                    self.say(f"{name} held out, {setting} {method.name} seed {seed}: test {file.read()['mean']:.3f}")
 
-    def _train(self, method: Method, seed: int, labelled: list[bool]) -> Trained:
-        part = Part(self.bench.training, list(self.own.tasks), labelled, drop_unlabelled=True)
-        network, notes = self._start(method, seed, part)
-        fitted = fit(
-            network, self.own, part, Part(self.bench.validation, list(self.own.tasks)), self.budget, seed,
-            self.budget.epochs, self.budget.images_per_epoch, self.budget.ema, device=self.device,
-        )  # fmt: skip
-        return network, {"all tasks": fitted}, notes
-
-    def _start(self, method: Method, seed: int, part: Part) -> tuple[LoRKDNet, dict[str, Any]]:
-        if method.name == "from_scratch":
-            return build_student(self.budget, self.own, False, seed), {}
-        if method.name == "from_teacher":
-            plain: nn.Module = members_of(self.before.foundation(seed))[0]
-            return _with_new_head(plain, self.own, seed), {}
-        file = RunFile(self.place / "before", "full", self.decomposition.name, seed)
-        decomposed = load_decomposition(file.weights).to(self.device)
-        nearest, distances = nearest_task(decomposed, self.before, part)
-        return _with_new_head(decomposed.cpu().extract(nearest), self.own, seed), {
-            "nearest": nearest,
-            "distances": distances,
-        }
+def _fine_tune(start: Method, run: PlannedRun, bench: Workbench, before: Workbench, labelled: list[bool]) -> Trained:
+    """Train on the held-out task of ``bench`` from what the runs of the other tasks, ``before``, have left."""
+    own, seed = bench.data, run.seed
+    part = Part(bench.training, own.tasks, labelled, drop_unlabelled=True)
+    notes: dict[str, Any] = {}
+    if start.name == "from_scratch":
+        network = build_student(bench.settings, own, False, seed)
+    elif start.name == "from_teacher":
+        network = _with_new_head(members_of(before.foundation(seed))[0], own, seed)
+    else:
+        decomposed = load_decomposition(RunFile(before.folder, "full", run.method.name, seed).weights).to(bench.device)
+        nearest, distances = nearest_task(decomposed, before, part)
+        network = _with_new_head(decomposed.cpu().extract(nearest), own, seed)
+        notes = {"nearest": nearest, "distances": distances}
+    fitted = fit(network.to(bench.device), part, Part(bench.validation, own.tasks), bench.settings, seed)
+    return network, {"all tasks": fitted}, notes
 
 
 def _with_new_head(plain: nn.Module, own: DataList, seed: int) -> LoRKDNet:

@@ -13,11 +13,14 @@ from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.study.files import RunFile, read_runs
 from lorkd_monai.study.folds import fold_of, folds_of
+from lorkd_monai.study.patients import with_patients
 
 TASKS = {
     "a": TaskSpec("a", 0, {0: "no", 1: "yes"}),
     "b": TaskSpec("b", 1, {0: "no", 1: "yes"}),
 }
+
+BOTH = ["training", "validation"]
 
 
 def arrays(split: str, counts: dict[tuple[str, int], int]) -> list[dict]:
@@ -60,14 +63,14 @@ def test_each_image_is_measured_once_and_classes_are_spread(folds: int) -> None:
 
 def test_a_patient_is_in_one_fold_over_all_tasks() -> None:
     data = of_files()
-    number = folds_of(data, 5, patient_regex=r"_(\d+)_")
+    number = folds_of(with_patients(data, BOTH, patient_regex=r"_(\d+)_"), 5)
     items = [*data.training, *data.validation]
     of_patient: dict[str, set[int]] = {}
     for item, fold in zip(items, number):
         of_patient.setdefault(item["image"].split("_")[1], set()).add(fold)
     assert len(of_patient) == 10 and all(len(found) == 1 for found in of_patient.values())
     assert Counter(number) == dict.fromkeys(range(5), 14)
-    assert number == folds_of(data, 5, patient_regex=r"_(\d+)_")
+    assert number == folds_of(with_patients(data, BOTH, patient_regex=r"_(\d+)_"), 5)
 
 
 def test_patients_from_a_table(tmp_path: Path) -> None:
@@ -75,7 +78,8 @@ def test_patients_from_a_table(tmp_path: Path) -> None:
     rows = [f"{Path(i['image']).name},{i['image'].split('_')[1]}" for i in [*data.training, *data.validation]]
     table = tmp_path / "patients.csv"
     table.write_text("image,patient\n" + "\n".join(rows))
-    assert folds_of(data, 5, table) == folds_of(data, 5, patient_regex=r"_(\d+)_")
+    assert with_patients(data, BOTH, table) == with_patients(data, BOTH, patient_regex=r"_(\d+)_")
+    assert with_patients(data, BOTH) is data
 
 
 def test_what_can_not_be_divided() -> None:
@@ -85,9 +89,9 @@ def test_what_can_not_be_divided() -> None:
     with pytest.raises(LoRKDError, match="fold: expected numbers from 0 to 2, got 3"):
         fold_of(of_arrays(), folds_of(of_arrays(), 3), 3, 3)
     with pytest.raises(LoRKDError, match="images of task 'a' are in an .npz file"):
-        folds_of(of_arrays(), 3, patient_regex="x")
+        with_patients(of_arrays(), BOTH, patient_regex="x")
     with pytest.raises(LoRKDError, match="finds nothing in the file name"):
-        folds_of(of_files(), 3, patient_regex="subject")
+        with_patients(of_files(), BOTH, patient_regex="subject")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from lorkd_monai.engines import DecompositionTrainer
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import TaskChannels
 from lorkd_monai.study import default_settings, methods_named, plan_runs, run_study
-from lorkd_monai.study.command import QUICK_METHODS
 from lorkd_monai.study.files import RunFile, read_runs
+from lorkd_monai.study.methods import QUICK_METHODS
 from lorkd_monai.study.statistics import summarise
 from lorkd_monai.study.subsets import only_tasks
 from lorkd_monai.study.transfer import STARTS, run_transfer
@@ -159,7 +159,7 @@ def test_what_can_not_work_is_said_before_anything_is_written(tmp_path: Path) ->
     with pytest.raises(LoRKDError, match="has no task that counts"):
         run_study(folder, unscored, settings, runs, say=lambda _: None)
     with pytest.raises(LoRKDError, match='"score": false in the data list'):
-        run_transfer(folder, unscored, settings, methods_named(["lorkd"])[0], ["ct"], ["full"], [0])
+        run_transfer(folder, unscored, settings, plan_runs(methods_named(["lorkd"]), ["full"], [0]), ["ct"])
     assert not folder.exists()
     folder.write_text("a file")
     with pytest.raises(LoRKDError, match="is a file, expected a folder"):
@@ -185,7 +185,7 @@ def test_the_command_lists_its_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
         ({}, "dataset_dir: expected the folder of a data list"),
         ({"dataset_dir": 2024}, r"dataset_dir: expected a path, got 2024; write \./2024"),
         ({"amp": "false"}, "amp must be True or False, got 'false'"),
-        ({"flip_axes": "0"}, "flip_axes must be axes of the image"),
+        ({"flip_axes": "0"}, "flip_axes must be a list of axes of the image"),
         ({"backbone": "foo"}, "backbone must be the MONAI config of a network"),
         ({"methods": "a", "variants": "{a: {base: mtl, temprature: 8}}"}, "method 'a': unknown setting 'temprature'"),
         ({"methods": "a", "variants": "{a: {base: mtl, image_size: 8}}"}, "method 'a' changes image_size"),
@@ -243,10 +243,8 @@ def test_a_bundle_as_the_foundation_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_transfer_to_a_task_held_out(tmp_path: Path) -> None:
     data, settings = prepared(tmp_path / "data", "classification", 2)
-    (method,) = methods_named(["lorkd"])
-    (folder,) = run_transfer(
-        tmp_path / "out", data, settings, method, ["mr"], ["few30", "full"], [0], say=lambda _: None
-    )
+    runs = plan_runs(methods_named(["lorkd"]), ["few30", "full"], [0])
+    (folder,) = run_transfer(tmp_path / "out", data, settings, runs, ["mr"], say=lambda _: None)
     assert folder.name == "unseen_2"
     found = {(r.setting, r.method): r.read() for r in read_runs(folder)}
     assert set(found) == {(s, m) for s in ("few30", "full") for m in STARTS}
@@ -256,10 +254,10 @@ def test_transfer_to_a_task_held_out(tmp_path: Path) -> None:
     size = {m: found["full", m]["cost"]["plain"]["mr"]["parameters"] for m in STARTS}
     assert size["from_scratch"] == size["from_expert"] < size["from_teacher"]
     assert {row.method for row in summarise(folder, 10)} == set(STARTS)
-    other = methods_named(["lorkd_r8"])[0]
+    other = plan_runs(methods_named(["lorkd_r8"]), ["full"], [0])
     said: list[str] = []
     with pytest.raises(LoRKDError, match="decomposition was 'lorkd', now 'lorkd_r8'"):
-        run_transfer(tmp_path / "out", data, settings, other, ["mr"], ["full"], [0], say=said.append)
+        run_transfer(tmp_path / "out", data, settings, other, ["mr"], say=said.append)
     assert said == []
     text = Path(report(str(tmp_path / "out"))).read_text(encoding="utf-8")
     assert "Transfer to a task that none has seen" in text and "mr (nearest: " in text
@@ -267,16 +265,16 @@ def test_transfer_to_a_task_held_out(tmp_path: Path) -> None:
 
 def test_bad_transfer(tmp_path: Path) -> None:
     data, settings = prepared(tmp_path / "data", "classification", 2)
-    lorkd, mtl = methods_named(["lorkd", "mtl"])
-    for arguments, message in (
-        ((mtl, ["mr"], ["full"]), "'mtl' is no decomposition"),
-        ((lorkd, ["none"], ["full"]), "unknown task 'none'"),
-        ((lorkd, ["mr"], ["half"]), "a setting is"),
+    lorkd = plan_runs(methods_named(["lorkd"]), ["full"], [0])
+    for names, task, message in (
+        (["mtl"], "mr", "expected one decomposition among the methods, got mtl"),
+        (["lorkd", "lorkd_r8"], "mr", "expected one decomposition among the methods, got lorkd, lorkd_r8"),
+        (["lorkd"], "none", "unknown task 'none'"),
     ):
         with pytest.raises(LoRKDError, match=message):
-            run_transfer(tmp_path / "out", data, settings, *arguments, [0])
+            run_transfer(tmp_path / "out", data, settings, plan_runs(methods_named(names), ["full"], [0]), [task])
     with pytest.raises(LoRKDError, match="with one task held out two must be left"):
-        run_transfer(tmp_path / "out", only_tasks(data, ["mr", "ct"]), settings, lorkd, ["mr"], ["full"], [0])
+        run_transfer(tmp_path / "out", only_tasks(data, ["mr", "ct"]), settings, lorkd, ["mr"])
 
 
 def test_tasks_that_count_need_test_images(tmp_path: Path) -> None:
@@ -286,7 +284,7 @@ def test_tasks_that_count_need_test_images(tmp_path: Path) -> None:
     with pytest.raises(LoRKDError, match="has no test images of task 'mr'"):
         run_study(tmp_path / "out", less, settings, runs)
     with pytest.raises(LoRKDError, match="unseen: task 'mr' has no test images"):
-        run_transfer(tmp_path / "out", less, settings, methods_named(["lorkd"])[0], ["mr"], ["full"], [0])
+        run_transfer(tmp_path / "out", less, settings, plan_runs(methods_named(["lorkd"]), ["full"], [0]), ["mr"])
     tasks = {**data.tasks, "mr": dataclasses.replace(data.tasks["mr"], score=False)}
     folder = run_study(tmp_path / "out", dataclasses.replace(less, tasks=tasks), settings, runs, say=lambda _: None)
     assert set(summarise(folder, 10)[0].tasks) == {"ct", "ultrasound", "cells"}

@@ -18,7 +18,15 @@ CLASSES = {"a": 2, "b": 2}
 TASKS = {name: TaskSpec(name, i, {0: "dark", 1: "bright"}) for i, name in enumerate(CLASSES)}
 DATA = DataList("x", Path(), "classification", 2, TASKS)
 SETTINGS = default_settings("classification", 2).changed(
-    {"batch_size": 8, "learning_rate": 0.05, "ema": 0.0, "rotate": 0.0, "in_channels": 1, "image_size": 4}
+    {
+        "batch_size": 8,
+        "learning_rate": 0.05,
+        "ema": 0.0,
+        "rotate": 0.0,
+        "in_channels": 1,
+        "image_size": 4,
+        "images_per_epoch": 32,
+    }
 )
 
 
@@ -27,6 +35,7 @@ class Images(torch.utils.data.Dataset):
 
     task_of_item = [i // 2 % 2 for i in range(32)]
     labelled = [True] * 32
+    data = DATA
 
     def __len__(self) -> int:
         return 32
@@ -45,7 +54,7 @@ def network(rank: int = 1) -> LoRKDNet:
 
 def trained(**changes: object):
     settings = SETTINGS.changed(changes)
-    return fit(network(), DATA, Images(), Images(), settings, 0, settings.epochs, 32, settings.ema)
+    return fit(network(), Images(), Images(), settings, 0)
 
 
 def test_learns_and_keeps_the_best_epoch() -> None:
@@ -85,7 +94,7 @@ def test_batches_of_few_tasks() -> None:
 
 def test_without_validation_images_the_last_epoch_is_kept() -> None:
     empty = torch.utils.data.Subset(Images(), [])
-    fitted = fit(network(), DATA, Images(), empty, SETTINGS, 0, 2, 32, 0.0)
+    fitted = fit(network(), Images(), empty, SETTINGS.changed({"epochs": 2}), 0)
     assert fitted.epoch == 2 and fitted.curves["validation"] == []
 
 
