@@ -1,8 +1,8 @@
 """Making a multi-task data list from what people have: the functions behind ``lorkd data``.
 
 Images stay where they are: the list names them relative to its own folder. Each function writes
-``<output>/dataset.json``, which `load_data_list` has checked by then, and returns its path. A list that is there
-already is replaced only with ``overwrite=True``.
+``<output>/dataset.json`` once `load_data_list` has accepted it, and returns its path. It replaces a list that is there
+only with ``overwrite=True``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from lorkd_monai.checks import as_path, as_value
 from lorkd_monai.data.checks import NPZ_ARRAYS, check_task_name, read_origin
-from lorkd_monai.data.class_folders import ClassImage, class_images, holds_tasks, visible_folders
+from lorkd_monai.data.class_folders import class_images, holds_tasks, visible_folders
 from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
@@ -76,8 +77,8 @@ def from_class_folders(
     """
     with new_list(output, "classification", spatial_dims, overwrite) as new:
         for task, folder in task_folders(sources, spatial_dims, new.skipped).items():
-            found = class_images(folder, spatial_dims, new.skipped)
-            classes = sorted({image.label for image in found})
+            found = class_images(task, folder, spatial_dims, new.skipped)
+            classes = sorted({row.label for row in found})
             if len(classes) < 2:
                 raise LoRKDError(
                     f"{folder} must have a sub-folder with {'/'.join(SUFFIXES[spatial_dims])} images for each of two "
@@ -88,7 +89,7 @@ def from_class_folders(
                 _refuse_classes_below(folder, found)
                 _tell_patients(task, found)
             new.tasks[task] = {"labels": {str(i): name for i, name in enumerate(classes)}}
-            new.rows += [Row(task, i.path, classes.index(i.label), i.split, i.patient) for i in found]
+            new.rows += [replace(row, label=classes.index(row.label)) for row in found]
         assign_splits(new.rows, read_patients(new.rows, patients_csv, patient_regex), fractions, seed)
         return new.write(facts)
 
@@ -296,11 +297,11 @@ def _listed(text: Any) -> Any:
     return found
 
 
-def _refuse_classes_below(folder: Path, found: Sequence[ClassImage]) -> None:
+def _refuse_classes_below(folder: Path, found: Sequence[Row]) -> None:
     """Refuse what looks like a folder of tasks that was given as one task: each class has the same sub-folders."""
     below: dict[str, set[str | None]] = {}
-    for image in found:
-        below.setdefault(image.label, set()).add(image.patient)
+    for row in found:
+        below.setdefault(row.label, set()).add(row.patient)
     first, *others = below.values()
     folders = sorted(name for name in first if name is not None)
     if len(folders) < 2 or len(folders) < len(first) or any(names != first for names in others):
@@ -315,15 +316,15 @@ def _refuse_classes_below(folder: Path, found: Sequence[ClassImage]) -> None:
     )
 
 
-def _tell_patients(task: str, found: Sequence[ClassImage]) -> None:
-    patients = [image.patient for image in found if image.patient]
+def _tell_patients(task: str, found: Sequence[Row]) -> None:
+    patients = [row.patient for row in found if row.patient]
     if patients:
         names = sorted(set(patients))
-        more = ", …" if len(names) > 3 else ""
+        shown = ", ".join(names[:3] + ["…"] * (len(names) > 3))
         _log.info(
-            "task %r: %d images lie in sub-folders of their classes; each of the %d (%s%s) is taken for a patient",
-            task, len(patients), len(names), ", ".join(names[:3]), more,
-        )  # fmt: skip
+            f"task {task!r}: {len(patients)} images lie in sub-folders of their classes; each of the {len(names)} "
+            f"({shown}) is taken for a patient"
+        )
 
 
 def _absolute(value: Any, folder: Path) -> Any:

@@ -1,21 +1,21 @@
-"""Finding the images of class folders: which folders are tasks, classes, splits and patients, and what is no image."""
+"""Finding the images of class folders: which folders are tasks, classes, splits or patients; which files are images."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.skipped import Skipped
+from lorkd_monai.data.splitting import Row
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.locks import LOCK_FILE
 from lorkd_monai.transforms.dicom import is_dicom, is_series
 from lorkd_monai.transforms.loading import PICTURES, SUFFIXES
 
-__all__ = ["ClassImage", "class_images", "holds_tasks", "visible_folders"]
+__all__ = ["class_images", "holds_tasks", "visible_folders"]
 
 _SPLIT_FOLDERS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 _MASK_FOLDERS = {"mask", "masks", "label", "labels", "seg", "segmentation", "segmentations", "annotations"}
@@ -24,25 +24,16 @@ _IMAGE_FOLDERS = {"image", "images", "img", "imgs", "data", *_MASK_FOLDERS}
 _CLASS_WORDS = {"benign", "malignant", "normal", "abnormal", "healthy", "ill", "sick", "positive", "negative"}
 
 
-@dataclass(frozen=True)
-class ClassImage:
-    """One image below a task's folder; ``patient`` is the sub-folder of the class that it lies in, if any."""
-
-    split: str | None
-    label: str
-    path: str
-    patient: str | None
-
-
-def class_images(folder: Path, spatial_dims: int, skipped: Skipped) -> list[ClassImage]:
+def class_images(task: str, folder: Path, spatial_dims: int, skipped: Skipped) -> list[Row]:
     """Return all images below a task's folder, whose sub-folders are the classes, or splits with the classes in them.
 
-    Sub-folders of a class hold its images too. What is left out goes to ``skipped``.
+    Their labels are the names of the classes. Images in a sub-folder of a class have its name as their patient. What
+    is left out goes to ``skipped``.
 
     Raises:
         LoRKDError: for classes whose names differ by case only, or split folders beside others.
     """
-    found: list[ClassImage] = []
+    found: list[Row] = []
     folders: dict[str, list[Path]] = {}
     for root, split in _splits_in(folder, skipped) or [(folder, None)]:
         _skip_files(root, skipped)
@@ -52,12 +43,13 @@ def class_images(folder: Path, spatial_dims: int, skipped: Skipped) -> list[Clas
             for inner, own in parts or [(place, split)]:
                 for path in _images_in(inner, spatial_dims, skipped, {os.path.realpath(inner)}):
                     below = path.relative_to(inner).parts[:-1]
-                    found.append(ClassImage(own, place.name, str(path), "/".join(below) or None))
+                    found.append(Row(task, str(path), place.name, own, "/".join(below) or None))
     _refuse_twins(folder, folders)
-    for name in folders.keys() - {image.label for image in found}:
+    for name in folders.keys() - {row.label for row in found}:
         for place in folders[name]:
             skipped.add("class folders without an image", place)
-    return _with_patients(found)
+    _set_patients(found)
+    return found
 
 
 def holds_tasks(root: Path, inside: Sequence[Path], spatial_dims: int) -> bool:
@@ -161,7 +153,7 @@ def _images_in(folder: Path, spatial_dims: int, skipped: Skipped, seen: set[str]
 
 def _images_here(folder: Path, spatial_dims: int) -> bool:
     return any(
-        _is_series(path, spatial_dims) or (path.is_file() and _is_image(path, spatial_dims))
+        _is_series(path, spatial_dims) or (path.is_file() and _no_image(path, spatial_dims) is None)
         for path in _entries(folder)
         if path.name[0] not in "._"
     )
@@ -169,10 +161,6 @@ def _images_here(folder: Path, spatial_dims: int) -> bool:
 
 def _is_series(path: Path, spatial_dims: int) -> bool:
     return spatial_dims == 3 and is_series(path)
-
-
-def _is_image(path: Path, spatial_dims: int) -> bool:
-    return path.name.lower().endswith(SUFFIXES[spatial_dims]) or (spatial_dims == 2 and is_dicom(path))
 
 
 def _no_image(path: Path, spatial_dims: int) -> str | None:
@@ -211,12 +199,10 @@ def _refuse_twins(folder: Path, names: dict[str, list[Path]]) -> None:
             )
 
 
-def _with_patients(found: list[ClassImage]) -> list[ClassImage]:
+def _set_patients(rows: list[Row]) -> None:
     """Take the first sub-folder that tells images apart for the patient: ``benign/images/P1/left`` is of P1."""
-    trails = [image.patient.split("/") if image.patient else [] for image in found]
+    trails = [row.patient.split("/") if row.patient else [] for row in rows]
     while trails and all(trails) and len({trail[0] for trail in trails}) == 1:
         trails = [trail[1:] for trail in trails]
-    return [
-        ClassImage(image.split, image.label, image.path, trail[0] if trail else None)
-        for image, trail in zip(found, trails, strict=True)
-    ]
+    for row, trail in zip(rows, trails, strict=True):
+        row.patient = trail[0] if trail else None

@@ -337,13 +337,10 @@ def _check_cut(steps: Sequence[Callable], source: str, task: str, own: Range, po
 
 def _axes(own: OwnSteps, dims: int, channels: int, images: Sequence[Any] | None) -> Axes | None:
     """The teacher's axes, found by loading small files as its bundle does. None: they are the student's."""
-    if dims == 2:
-        kinds = {".png"} if images is None else {_kind_2d(image) for image in images}
-        found = {kind: _loaded(own, dims, channels, kind) for kind in sorted(kinds)}
-    else:
-        found = {codes: _loaded(own, dims, channels, codes) for codes in ("RAS", "PIL")}
-        if found["RAS"] != found["PIL"] and images is not None:
-            found = {codes: _loaded(own, dims, channels, codes) for codes in sorted({_codes(i) for i in images})}
+    forms = [".png"] if dims == 2 else ["RAS", "PIL"]
+    found = {stored: _loaded(own, dims, channels, stored) for stored in forms} if dims == 3 or images is None else {}
+    if images is not None and len(set(found.values())) != 1:  # it makes a difference how the data are stored
+        found = {s: _loaded(own, dims, channels, s) for s in sorted({_stored(image, dims) for image in images})}
     if len(set(found.values())) > 1:
         raise LoRKDError(
             f"{own.source} takes images as they are stored (it has no Orientationd), and how the data's are stored "
@@ -354,30 +351,24 @@ def _axes(own: OwnSteps, dims: int, channels: int, images: Sequence[Any] | None)
     return None if axes == Axes(tuple(range(dims))) else axes
 
 
-def _kind_2d(image: Any) -> str:
+def _stored(image: Any, dims: int) -> str:
+    """How an image is stored: ``".png"`` or ``".nii"`` in 2D, its axes such as ``"LAS"`` in 3D. Arrays are RAS."""
     file = image[0] if isinstance(image, (list, tuple)) else image
-    return (
-        ".nii" if isinstance(file, (str, os.PathLike)) and str(file).lower().endswith((".nii", ".nii.gz")) else ".png"
-    )
-
-
-def _codes(image: Any) -> str:
-    """How a volume is stored, such as ``"LAS"``; arrays are taken as RAS."""
-    file = image[0] if isinstance(image, (list, tuple)) else image
-    if not isinstance(file, (str, os.PathLike)):
+    is_file = isinstance(file, (str, os.PathLike))
+    nifti = is_file and str(file).lower().endswith((".nii", ".nii.gz"))
+    if dims == 2:
+        return ".nii" if nifti else ".png"
+    if not is_file:
         return "RAS"
-    if str(file).lower().endswith((".nii", ".nii.gz")):
-        affine = nibabel.load(file).affine
-    else:
-        affine = np.asarray(mt.LoadImage(image_only=True)(file).affine)
+    affine = nibabel.load(file).affine if nifti else np.asarray(mt.LoadImage(image_only=True)(file).affine)
     return "".join(nibabel.aff2axcodes(affine))
 
 
 def _loaded(own: OwnSteps, dims: int, channels: int, stored: str) -> Axes:
-    """How a small file comes out of the bundle's first steps."""
+    """The axes in which a small file comes out of the bundle's first steps."""
     count = max(1, channels // own.repeats)
-    code = torch.randperm(60, generator=torch.Generator().manual_seed(0)).view(3, 4, 5)[: None if dims == 3 else 1]
-    code = code.view(3, 4, 5) if dims == 3 else code.view(4, 5)
+    code = torch.randperm(60, generator=torch.Generator().manual_seed(0)).view(3, 4, 5)
+    code = code if dims == 3 else code[0]
     causes = []
     with tempfile.TemporaryDirectory() as folder:
         for files in _probes(Path(folder), code.numpy().astype(np.uint8), count, stored):
@@ -393,13 +384,10 @@ def _loaded(own: OwnSteps, dims: int, channels: int, stored: str) -> Axes:
             raise LoRKDError(
                 f"{own.source} can't load a file of {count} channels like the data's: {causes[0]}. It can't be followed"
             )
-    if image.ndim == dims + 1:
-        for order in itertools.permutations(range(dims)):
-            for flipped in itertools.chain.from_iterable(
-                itertools.combinations(range(dims), n) for n in range(dims + 1)
-            ):
-                if torch.equal(image[0].long(), code.permute(order).flip(flipped)):
-                    return Axes(order, flipped)
+    flips = [flipped for n in range(dims + 1) for flipped in itertools.combinations(range(dims), n)]
+    for order, flipped in itertools.product(itertools.permutations(range(dims)), flips):
+        if image.ndim == dims + 1 and torch.equal(image[0].long(), code.permute(order).flip(flipped)):
+            return Axes(order, flipped)
     raise LoRKDError(
         f"{own.source}: its first steps ({', '.join(map(_name, own.opening))}) make an image of shape "
         f"{tuple(image.shape)} of {tuple(code.shape)} voxels in {count} channels, which can't be followed"
@@ -408,29 +396,25 @@ def _loaded(own: OwnSteps, dims: int, channels: int, stored: str) -> Axes:
 
 def _probes(folder: Path, code: np.ndarray, count: int, stored: str) -> Iterator[Any]:
     """Files that hold ``code`` in the student's axes, in the forms that a data list may name them."""
-    if stored == ".png":
-        if count in (1, 3):
-            Image.fromarray(code if count == 1 else np.stack([code] * 3, -1)).save(folder / "a.png")
-            yield str(folder / "a.png")
-        else:
-            for i in range(count):
-                Image.fromarray(code).save(folder / f"a{i}.png")
-            yield [str(folder / f"a{i}.png") for i in range(count)]
-        return
-    volume = nibabel.Nifti1Image(code, np.eye(4))
-    if stored != ".nii":
+    is_png, affine = stored == ".png", np.eye(4)
+    if stored not in (".png", ".nii"):
         ras, turn = map(nibabel.orientations.axcodes2ornt, ("RAS", stored))
-        volume = volume.as_reoriented(nibabel.orientations.ornt_transform(ras, turn))
-    if count == 1:
-        nibabel.save(volume, folder / "a.nii.gz")
-        yield str(folder / "a.nii.gz")
-        return
-    for i in range(count):
-        nibabel.save(volume, folder / f"a{i}.nii.gz")
-    yield [str(folder / f"a{i}.nii.gz") for i in range(count)]
-    stacked = np.stack([np.asarray(volume.dataobj)] * count, -1)
-    nibabel.save(nibabel.Nifti1Image(stacked, volume.affine), folder / "a.nii.gz")
-    yield str(folder / "a.nii.gz")
+        volume = nibabel.Nifti1Image(code, affine).as_reoriented(nibabel.orientations.ornt_transform(ras, turn))
+        code, affine = np.asarray(volume.dataobj), volume.affine
+
+    def save(name: str, array: np.ndarray) -> str:
+        path = folder / f"{name}{'.png' if is_png else '.nii.gz'}"
+        if is_png:
+            Image.fromarray(array).save(path)
+        else:
+            nibabel.save(nibabel.Nifti1Image(array, affine), path)
+        return str(path)
+
+    one_picture = is_png and count in (1, 3)
+    if count > 1 and not one_picture:
+        yield [save(f"a{i}", code) for i in range(count)]
+    if one_picture or not is_png:
+        yield save("a", code if count == 1 else np.stack([code] * count, -1))
 
 
 def _value_words(
