@@ -14,7 +14,10 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-__all__ = ["IS_DICOM", "SERIES_FAULT", "is_dicom", "is_series", "picture_reader", "series_fault"]
+__all__ = ["IS_DICOM", "SERIES_FAULT", "VOLUMES", "is_dicom", "is_series", "picture_reader", "series_fault"]
+
+VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
+"""Suffixes of files that are taken for volumes."""
 
 IS_DICOM = (
     "lambda path: monai.utils.optional_import('os')[0].path.isfile(path) and not path.endswith('DICOMDIR') and ("
@@ -22,7 +25,7 @@ IS_DICOM = (
 )
 """A file is DICOM by its name, or by the letters after its first 128 bytes. DICOMDIR is a table of contents."""
 
-# Where a slice lies, from its header: ITK stacks the files of a series and takes the distance of the first two for all.
+# The position of a slice, from its header: ITK stacks the files of a series and takes the first distance for all.
 _POSITION = (
     "(lambda io, file: (io.SetFileName(file), io.ReadImageInformation(), [io.GetOrigin(axis) for axis in range(3)])"
     "[-1])(itk.GDCMImageIO.New(), file)"
@@ -34,15 +37,20 @@ _UNEVEN = (
     "steps.max() > 1.5 * np.median(steps) else '')(*(lambda found: (set(map(tuple, found.round(3))), np.linalg.norm("
     f"np.diff(found, axis=0), axis=1)))(np.array([{_POSITION} for file in files])))"
 )
+_VOLUME_BESIDE = (
+    "next((f'{folder!r} holds DICOM slices and the volume {name!r}; keep one of them, or give each a folder of its "
+    "own' for name in sorted(monai.utils.optional_import('os')[0].listdir(folder)) if series and name[0] != '.' and "
+    f"name.lower().endswith({VOLUMES})), '')"
+)
 SERIES_FAULT = (
     "lambda folder: (lambda itk, names: (names.SetUseSeriesDetails(True), names.AddSeriesRestriction('0008|0021'), "
     "names.SetDirectory(folder), (lambda series: f'{folder!r} holds {len(series)} DICOM series, expected one; put each "
     "into a folder of its own: ' + ', '.join(f'{len(files)} files from {files[0]}' for files in series) if len(series) "
-    f"> 1 else next((fault for files in series if len(files) > 1 for fault in [{_UNEVEN}]), ''))("
+    f"> 1 else {_VOLUME_BESIDE} or next((fault for files in series if len(files) > 1 for fault in [{_UNEVEN}]), ''))("
     "[list(names.GetFileNames(uid)) for uid in names.GetSeriesUIDs()]))[-1])(*(lambda itk: (itk, "
     "itk.GDCMSeriesFileNames.New()))(monai.utils.optional_import('itk')[0]))"
 )
-"""What is wrong with a folder of DICOM files that is to be one volume: MONAI, asked as here, reads the first series."""
+"""What is wrong with a folder of DICOM files that is to be one volume. MONAI reads only the first series in it."""
 
 # What a picture must not be: each fault with its words.
 _FAULTS = {

@@ -21,14 +21,14 @@ from monai.transforms import Compose, LoadImage, LoadImaged
 from PIL import Image
 
 from lorkd_monai.errors import LoRKDError, root_cause
-from lorkd_monai.transforms.dicom import is_dicom, series_fault
+from lorkd_monai.transforms.dicom import VOLUMES, is_dicom, series_fault
 from lorkd_monai.transforms.gate import affine_fault, refusal
 
 __all__ = ["PICTURES", "SUFFIXES", "ImageFacts", "ItemLoader", "describe_image", "wrap_array"]
 
 SUFFIXES = {
     2: (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"),
-    3: (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"),
+    3: VOLUMES,
 }
 """Suffixes of files that are taken for images, by spatial dimensions; DICOM files are recognised by `is_dicom`."""
 PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")

@@ -332,6 +332,9 @@ def test_dicom_series_are_found_by_content_and_several_in_one_folder_are_refused
     write_series(tmp_path / "b" / "mixed", ".dcm", ["8", "9"])
     with pytest.raises(SystemExit, match="error: .*mixed' holds 2 DICOM series, expected one; .* 10 files from .*8-0"):
         run_here(config, dataset_dir=str(tmp_path / "b"), **places)
+    (tmp_path / "a" / "1.2.1" / "volume.nii").touch()
+    with pytest.raises(SystemExit, match="error: .*1.2.1' holds DICOM slices and the volume 'volume.nii'; keep one"):
+        run_here(config, dataset_dir=str(tmp_path / "a"), **places, overwrite=True)
     assert len(list((tmp_path / "out").iterdir())) == 3
     with pytest.raises(LoRKDError, match="mixed' holds 2 DICOM series"):
         describe_image(str(tmp_path / "b" / "mixed"))

@@ -145,6 +145,18 @@ def test_a_series_with_a_missing_or_a_doubled_slice_and_one_slice_alone_are_refu
         describe_image(str(missing))
 
 
+def test_a_volume_beside_the_slices_of_a_series_is_refused(tmp_path):
+    folder = write_series(tmp_path / "both", RNG.integers(0, 1000, (6, 12, 9)).astype(np.int16))
+    (folder / "._a.nii").touch()
+    assert describe_image(str(folder)).spatial_dims == 3
+    (folder / "a.nii.gz").touch()
+    words = r"/both' holds DICOM slices and the volume 'a.nii.gz'; keep one of them, or give each a folder of its own"
+    with pytest.raises(LoRKDError, match=words):
+        describe_image(str(folder))
+    with pytest.raises(LoRKDError, match=words):
+        ItemLoader(preprocessing(TASK, "segmentation", 3, 1, 16), 3)({"image": str(folder)})
+
+
 def test_several_files_are_the_channels_of_one_image(tmp_path):
     paths = []
     for number in range(2):
