@@ -1,15 +1,15 @@
-"""A task, its kind of work, and the size of its images."""
+"""A task, and the work that networks do: its kind, the images they take, the tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from lorkd_monai.checks import is_whole
+from lorkd_monai.checks import check_whole, is_whole
 from lorkd_monai.errors import LoRKDError
 
-__all__ = ["TaskSpec", "check_kind", "image_sides", "score_of"]
+__all__ = ["TaskSpec", "Work", "check_kind", "image_sides", "score_of"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,59 @@ class TaskSpec:
     def num_classes(self) -> int:
         """Number of classes, background included."""
         return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a network is for: the kind of work, the images that it takes, and its tasks.
+
+    Args:
+        kind: ``"classification"`` or ``"segmentation"``.
+        spatial_dims: 2 or 3.
+        in_channels: channels of the network's input.
+        image_size: size of its images, or of its patches and windows, in voxels: one number for all sides, or one each.
+        tasks: by name, in the order of their classes.
+
+    Raises:
+        LoRKDError: a value does not fit.
+
+    Example::
+
+        >>> breast = TaskSpec("breast", 0, {0: "benign", 1: "malignant"})
+        >>> Work("classification", 2, 3, 32, {"breast": breast}).image_size
+        (32, 32)
+    """
+
+    kind: str
+    spatial_dims: int
+    in_channels: int
+    image_size: tuple[int, ...]
+    tasks: dict[str, TaskSpec]
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind, self.spatial_dims)
+        check_whole("in_channels", self.in_channels)
+        object.__setattr__(self, "image_size", image_sides(self.image_size, self.spatial_dims))  # an int, as in configs
+
+    def only(self, *names: str) -> Work:
+        """The same work for some of the tasks."""
+        return replace(self, tasks={name: self.tasks[name] for name in names})
+
+    @property
+    def task(self) -> TaskSpec:
+        """The task of an expert.
+
+        Raises:
+            LoRKDError: there are several, or none.
+        """
+        if len(self.tasks) != 1:
+            raise LoRKDError(f"expected the work of one task, got {len(self.tasks)}: {', '.join(self.tasks)}")
+        return next(iter(self.tasks.values()))
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """One input: 1 × C × H × W [× D]."""
+        return (1, self.in_channels, *self.image_size)
 
 
 def check_kind(kind: str, spatial_dims: int) -> None:

@@ -22,8 +22,7 @@ import torch
 from lorkd_monai.apps.deploy.runtime.shared_weights import ExpertPool
 from lorkd_monai.bundle import load_expert, write_expert_bundle
 from lorkd_monai.bundle.formats import build_network
-from lorkd_monai.tasks import TaskSpec
-from lorkd_monai.transforms import postprocessing, preprocessing
+from lorkd_monai.tasks import TaskSpec, Work
 
 
 def write(folder: Path, number: int, classes: int) -> None:
@@ -33,10 +32,8 @@ def write(folder: Path, number: int, classes: int) -> None:
     task = TaskSpec(f"task{number}", 0, {i: f"class {i}" for i in range(classes)}, modality="CT")
     torch.manual_seed(number)
     write_expert_bundle(
-        folder / f"task{number}_segmentation", network=build_network(config), network_config=config, task=task,
-        kind="segmentation", spatial_dims=3, in_channels=1, image_size=32, preprocessing=preprocessing(
-            task, "segmentation", 3, 1, 32), postprocessing=postprocessing(task, "segmentation", 3), metrics={},
-        parent={}, formats=["pt"], check=False,
+        folder / f"task{number}_segmentation", network=build_network(config), network_config=config,
+        work=Work("segmentation", 3, 1, (32, 32, 32), {task.name: task}), formats=["pt"], check=False,
     )  # fmt: skip
 
 

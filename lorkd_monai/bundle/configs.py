@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lorkd_monai.bundle.inert import check_task_name
 from lorkd_monai.bundle.listed import LISTED, OTHER_CLASSES, STEMS, augment_steps, no_items, or_arrays
+from lorkd_monai.tasks import Work
 from lorkd_monai.transforms.dicom import IS_DICOM, SERIES_FAULT
 from lorkd_monai.transforms.loading import PICTURES, SUFFIXES
+from lorkd_monai.transforms.preprocessing import postprocessing as standard_postprocessing
+from lorkd_monai.transforms.preprocessing import preprocessing as standard_preprocessing
 
-__all__ = ["LOGGING", "evaluate_config", "inference_config", "multi_gpu_config", "train_config"]
+__all__ = [
+    "LOGGING",
+    "Pipeline",
+    "evaluate_config",
+    "inference_config",
+    "multi_gpu_config",
+    "pipeline_of",
+    "train_config",
+]
 
 LOGGING = """[loggers]
 keys=root
@@ -143,6 +155,36 @@ def _unread_keys(config: Sequence[str]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """What an expert does with an image before and after its network, as configs of stock MONAI classes.
+
+    Attributes:
+        preprocessing: for the key ``image``; refers to no other id.
+        postprocessing: for the key ``pred``; may refer to ``@preprocessing`` and ``@output_dir``.
+        training: the preprocessing of fine-tuning, for the keys ``image`` and ``label``.
+        inferer: one pass, or sliding windows.
+    """
+
+    preprocessing: list[dict]
+    postprocessing: list[dict]
+    training: list[dict]
+    inferer: dict[str, Any]
+
+
+def pipeline_of(work: Work) -> Pipeline:
+    """The pipeline of an expert as it was in the decomposition's training.
+
+    Args:
+        work: of one task.
+    """
+    given = (work.task, work.kind, work.spatial_dims, work.in_channels, work.image_size)
+    before = standard_preprocessing(*given)
+    training = before if work.kind == "classification" else standard_preprocessing(*given, keys=("image", "label"))
+    after = standard_postprocessing(work.task, work.kind, work.spatial_dims)
+    return Pipeline(before, after, training, default_inferer(work.kind, work.image_size))
+
+
 def _compose(steps: Sequence[dict | str]) -> dict[str, Any]:
     return {"_target_": "Compose", "transforms": copy.deepcopy(steps)}
 
@@ -178,14 +220,7 @@ def _loader(path: str = "@ckpt_path", network: str = "@network") -> dict[str, An
     }
 
 
-def inference_config(
-    kind: str,
-    spatial_dims: int,
-    network_config: dict,
-    preprocessing: list[dict],
-    postprocessing: list[dict],
-    inferer: dict,
-) -> dict[str, Any]:
+def inference_config(work: Work, pipeline: Pipeline, network_config: dict) -> dict[str, Any]:
     """Return inference.json.
 
     ``--dataset_dir`` is one image (in 3D also a folder of DICOM slices) or a folder of images, ``--images "['a.png']"``
@@ -193,10 +228,11 @@ def inference_config(
     ``--overwrite true``. Classification writes predictions.csv: file, the probability of each
     class, the class index.
     """
+    kind = work.kind
     handlers = [_loader(network="@network_def"), {"_target_": "StatsHandler", "iteration_log": False}]
     problem = "$@problem and sys.exit('error: ' + @problem)"
     run = [_PLAIN_REFUSALS, _NO_PATHS, _NO_WEIGHTS, _NO_IMAGES, problem, _LEFT_OUT]
-    postprocessing = copy.deepcopy(postprocessing)
+    postprocessing = copy.deepcopy(pipeline.postprocessing)
     outputs: dict[str, Any] = {"outputs": []}
     saver = next(filter(None, map(_saver, postprocessing)), None)
     if saver is not None:
@@ -231,9 +267,9 @@ def inference_config(
         "output_dir": "$str(@bundle_root) + '/eval'",
         "overwrite": False,
         "ckpt_path": "$str(@bundle_root) + '/models/model.pt'",
-        "suffixes": list(SUFFIXES[spatial_dims]),
+        "suffixes": list(SUFFIXES[work.spatial_dims]),
         "is_dicom": f"${IS_DICOM}",
-        "images": _IMAGES[spatial_dims],
+        "images": _IMAGES[work.spatial_dims],
         "paths": "$[str(pathlib.Path(monai.utils.ensure_tuple(image)[0]).expanduser()) for image in @images]",
         **outputs,
         "series_fault": f"${SERIES_FAULT}",
@@ -242,14 +278,14 @@ def inference_config(
         "device": DEVICE,
         "network_def": copy.deepcopy(network_config),
         "network": "$@network_def.to(@device)",
-        "preprocessing": _compose(preprocessing),
+        "preprocessing": _compose(pipeline.preprocessing),
         "dataset": {
             "_target_": "Dataset",
             "data": "$[{'image': path} for path in @images]",
             "transform": "@preprocessing",
         },
         "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
-        "inferer": copy.deepcopy(inferer),
+        "inferer": copy.deepcopy(pipeline.inferer),
         "postprocessing": _compose(postprocessing),
         "handlers": handlers,
         "evaluator": {
@@ -314,23 +350,17 @@ def _loss(kind: str, network_config: dict) -> tuple[dict[str, Any], str]:
 
 
 def train_config(
-    task_name: str,
-    kind: str,
-    num_classes: int,
-    network_config: dict,
-    preprocessing: list[dict],
-    inferer: dict,
-    image_size: Sequence[int],
-    augmentation: Mapping[str, Any] | None = None,
+    work: Work, pipeline: Pipeline, network_config: dict, augmentation: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return train.json, which goes on training this expert on the items {"image", "label"} of a data list.
 
-    ``preprocessing`` prepares both keys. The list has the form that decompositions are trained on, or the Decathlon's,
+    The list has the form that decompositions are trained on, or the Decathlon's,
     with ``training`` and ``validation``; items of another ``task``, and those without a label, are left out. The best
     weights go to ``--ckpt_dir`` as model.pt. ``augmentation`` holds the decomposition's ``rotate`` and ``flip_axes``;
     what it does not say is not done.
     """
-    check_task_name(task_name)
+    check_task_name(work.task.name)
+    kind, preprocessing, inferer = work.kind, pipeline.training, pipeline.inferer
     loss, loss_function = _loss(kind, network_config)
     segmentation = kind == "segmentation"
     augmentation = augmentation or {}
@@ -343,7 +373,7 @@ def train_config(
         }
 
     if not segmentation:  # no mask is kept in an .npz file
-        preprocessing = or_arrays(preprocessing, len(image_size))
+        preprocessing = or_arrays(preprocessing, work.spatial_dims)
     trained: list[Any] = copy.deepcopy(preprocessing)
     if segmentation:
         # Images keep their own size: patches of the network's training size make a batch.
@@ -358,11 +388,11 @@ def train_config(
             "num_samples": 2,
         }
         trained += [pad, crop]
-    trained += augment_steps(["image", "label"] if segmentation else ["image"], image_size)
+    trained += augment_steps(["image", "label"] if segmentation else ["image"], work.image_size)
     config: dict[str, Any] = {
         "imports": [f"$import {name}" for name in ("difflib", "json", "logging", "os", "re", "sys", "traceback")],
         "bundle_root": ".",
-        "task": task_name,
+        "task": work.task.name,
         "dataset_dir": "$str(@bundle_root) + '/data'",
         **LISTED,
         "ckpt_dir": "$str(@bundle_root) + '/models'",
@@ -427,7 +457,7 @@ def train_config(
             "dataset": dataset("validation"),
             "dataloader": {"_target_": "DataLoader", "dataset": "@validate#dataset", "batch_size": 1, "num_workers": 0},
             "inferer": copy.deepcopy(inferer),
-            "postprocessing": _compose(_label_steps(kind, num_classes)),
+            "postprocessing": _compose(_label_steps(kind, work.task.num_classes)),
             "handlers": [
                 {"_target_": "StatsHandler", "iteration_log": False},
                 {

@@ -14,20 +14,18 @@ from torch import nn
 
 from lorkd_monai.bundle.writer import check_formats, expert_folder, refuse_foreign, write_expert_bundle
 from lorkd_monai.checkpoints.weights import load_weights
-from lorkd_monai.data import DataList, TaskSpec
+from lorkd_monai.data import DataList
 from lorkd_monai.data.identity import differences, split_digests
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.networks.spec import cut_rank
-from lorkd_monai.transforms import postprocessing, preprocessing
+from lorkd_monai.tasks import TaskSpec, Work
 
-__all__ = ["describe_expert", "expert_folders", "export_experts", "network_info", "read_figures", "tasks_of_info"]
+__all__ = ["describe_expert", "expert_folders", "export_experts", "network_info", "read_figures", "work_of_info"]
 
 _STATISTICS = ("running_mean", "running_var")  # of norms: no parameters
 _log = logging.getLogger(__name__)
-
-_EVERY_EXPERT = ("kind", "spatial_dims", "in_channels", "image_size")
 
 
 def network_info(data: DataList, in_channels: int, image_size: int | Sequence[int]) -> dict[str, Any]:
@@ -49,28 +47,25 @@ def network_info(data: DataList, in_channels: int, image_size: int | Sequence[in
     }
 
 
-def tasks_of_info(info: Mapping[str, Any]) -> dict[str, TaskSpec]:
-    """The tasks that :func:`network_info` wrote down.
+def work_of_info(info: Mapping[str, Any]) -> Work:
+    """The work that :func:`network_info` wrote down.
 
     Raises:
         LoRKDError: ``info`` is not what it wrote.
     """
     try:
-        missing = [key for key in _EVERY_EXPERT if key not in info]
-        if missing:
-            raise KeyError(missing[0])
         tasks = {}
         for name, fields in info["tasks"].items():
             fields = {**fields, "labels": {int(k): v for k, v in fields["labels"].items()}}
             if fields.get("spacing") is not None:
                 fields["spacing"] = tuple(fields["spacing"])
             tasks[name] = TaskSpec(**fields)
+        return Work(info["kind"], info["spatial_dims"], info["in_channels"], info["image_size"], tasks)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise LoRKDError(
             f"the decomposition does not say what its tasks are ({type(e).__name__}: {e}): expected a checkpoint of "
             "`training`, or a network with info=network_info(…)"
         ) from e
-    return tasks
 
 
 def read_figures(path: str | Path, info: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +79,7 @@ def read_figures(path: str | Path, info: Mapping[str, Any]) -> dict[str, Any]:
         LoRKDError: no JSON object, or figures of tasks with other classes.
     """
     content = read_json(path)
-    specs = tasks_of_info(info)
+    specs = work_of_info(info).tasks
     now = {name: {"classes": list(task.labels.values())} for name, task in specs.items()}
     told = content.get("data", {}).get("tasks", {}) if "experts" in content else {}
     before = {name: {"classes": told[name]["classes"]} for name in now if name in told}
@@ -152,14 +147,14 @@ def export_experts(
         LoRKDError: an unknown task, a network without configuration or info, bundles that exist already, experts that
             can't be cut.
     """
-    info, specs = network.info, tasks_of_info(network.info)
+    info, work = network.info, work_of_info(network.info)
+    specs = work.tasks
     chosen = [network.tasks[network.task_index(t)] for t in tasks] if tasks is not None else network.tasks
     unknown = [name for name in chosen if name not in specs]
     if unknown:
         raise LoRKDError(
             f"the decomposition does not describe the task {unknown[0]!r}; it describes {', '.join(specs)}"
         )
-    kind, dims = info["kind"], info["spatial_dims"]
     if rank is not None:
         ranks = {name: cut_rank(network, name, rank) for name in chosen}
     folders = expert_folders(folder, chosen, info, overwrite)
@@ -177,13 +172,7 @@ def export_experts(
                 folders[name],
                 network=(networks[name] if networks and name in networks else network.extract(name, rank)).cpu().eval(),
                 network_config=config,
-                task=specs[name],
-                kind=kind,
-                spatial_dims=dims,
-                in_channels=info["in_channels"],
-                image_size=info["image_size"],
-                preprocessing=preprocessing(specs[name], kind, dims, info["in_channels"], info["image_size"]),
-                postprocessing=postprocessing(specs[name], kind, dims),
+                work=work.only(name),
                 metrics=(figures or {}).get(name, {}) if specs[name].score else {},
                 parent={**(parent or {}), **({} if rank is None else {"rank of this expert": ranks[name]})},
                 overwrite=overwrite,

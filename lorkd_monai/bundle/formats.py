@@ -22,7 +22,15 @@ from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.surgery.replace import parsed_network
 
-__all__ = ["FORMATS", "build_network", "onnx_is_installed", "save_formats", "torchscript_of", "weights_of"]
+__all__ = [
+    "FORMATS",
+    "build_network",
+    "onnx_is_installed",
+    "save_formats",
+    "save_torchscript",
+    "torchscript_of",
+    "weights_of",
+]
 
 FORMATS = ("pt", "safetensors", "ts", "onnx")
 TOLERANCE = 1e-4
@@ -156,19 +164,10 @@ def _drop_source_paths(path: Path) -> None:
                     shutil.copyfileobj(source, sink, 2**20)
 
 
-def save_formats(
-    models: Path,
-    network: nn.Module,
-    image: torch.Tensor,
-    formats: Sequence[str],
-    *,
-    metadata: Mapping[str, Any],
-    configs: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Write ``network`` (in eval mode, on the CPU) into the folder ``models`` as model.pt, model.ts, and so on.
+def save_formats(models: Path, network: nn.Module, image: torch.Tensor, formats: Sequence[str]) -> None:
+    """Write ``network`` (in eval mode, on the CPU) into the folder ``models``: model.pt, model.safetensors, model.onnx.
 
-    The TorchScript archive carries ``metadata`` and ``configs`` (by file name without .json) as extra files,
-    unchanged, as MONAI Deploy reads them; its root is the file's stem, so that it is written under its final name.
+    TorchScript is written by :func:`save_torchscript`.
     """
     models.mkdir(parents=True, exist_ok=True)
     weights = weights_of(network)
@@ -178,10 +177,21 @@ def save_formats(
 
         with atomic_file(models / "model.safetensors") as temporary:
             save_file(weights, temporary, metadata={"format": "pt"})
-    if "ts" in formats:
-        scripted, _ = torchscript_of(network, image)
-        extra = {f"{name}.json": json.dumps(config).encode() for name, config in configs.items()}
-        save_net_with_metadata(scripted, str(models / "model.ts"), False, meta_values=metadata, more_extra_files=extra)
-        _drop_source_paths(models / "model.ts")
     if "onnx" in formats:
         _save_onnx(network, models / "model.onnx", image)
+
+
+def save_torchscript(
+    models: Path, scripted: torch.jit.ScriptModule, metadata: Mapping[str, Any], configs: Mapping[str, Any]
+) -> None:
+    """Write model.ts into the folder ``models``.
+
+    The archive carries ``metadata`` and ``configs`` (by file name without .json) as extra files, unchanged, as MONAI
+    Deploy reads them; its root is the file's stem, so that it is written under its final name.
+    """
+    models.mkdir(parents=True, exist_ok=True)
+    extra = {f"{name}.json": json.dumps(config).encode() for name, config in configs.items()}
+    save_net_with_metadata(
+        scripted, str(models / "model.ts"), False, meta_values=dict(metadata), more_extra_files=extra
+    )
+    _drop_source_paths(models / "model.ts")

@@ -9,8 +9,10 @@ from importlib import metadata as installed
 from typing import Any
 
 import lorkd_monai
+from lorkd_monai.bundle.configs import Pipeline
 from lorkd_monai.bundle.inert import inert_text
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.tasks import Work
 
 __all__ = ["SCHEMA_URL", "VERSION", "build_metadata", "needed_packages", "strings_of"]
 
@@ -128,14 +130,8 @@ def _value_range(preprocessing: list[dict]) -> list[float]:
 
 
 def build_metadata(
-    *,
-    task: Any,
-    kind: str,
-    spatial_dims: int,
-    in_channels: int,
-    image_size: tuple[int, ...],
-    preprocessing: list[dict],
-    postprocessing: list[dict],
+    work: Work,
+    pipeline: Pipeline,
     network_config: dict,
     metrics: Mapping[str, Any],
     parent: Mapping[str, Any],
@@ -146,15 +142,18 @@ def build_metadata(
     All text that comes from the data list passes `inert_text`: MONAI's parser reads this file too. ``torchscript``
     tells whoever exports the weights again whether the network scripts or has to be traced.
     """
+    task, kind, spatial_dims, in_channels = work.task, work.kind, work.spatial_dims, work.in_channels
     classes = {str(i): inert_text(name) for i, name in sorted(task.labels.items())}
     readable = display_name(task.name, kind)
     modality = inert_text(task.modality) if task.modality else "unknown"
     dims = f"{spatial_dims}D"
     segmentation = kind == "segmentation"
     about = f"{modality} images" if modality != "unknown" else "images"
-    shape = [int(n) for n in image_size]
+    shape = [int(n) for n in work.image_size]
     is_ct = modality.strip().upper() == "CT"
-    packages = needed_packages(preprocessing, postprocessing, network_config, spatial_dims=spatial_dims)
+    packages = needed_packages(
+        pipeline.preprocessing, pipeline.postprocessing, network_config, spatial_dims=spatial_dims
+    )
     if spatial_dims == 3:
         packages = sorted({*packages, "itk"})  # reads what is no NIfTI, DICOM series above all
     return {
@@ -168,11 +167,11 @@ def build_metadata(
         "supported_apps": {},
         "name": readable,
         "task": f"{dims} {kind} of {about}: {task.name}",
-        **({"body_part": inert_text(task.body_part)} if getattr(task, "body_part", None) else {}),
+        **({"body_part": inert_text(task.body_part)} if task.body_part else {}),
         "description": f"A {dims} {kind} network for the one task '{task.name}', extracted as a plain MONAI network "
         "from a low-rank knowledge decomposition (LoRKD) of a foundation model."
         + ("" if metrics else " No figures were measured when it was written."),
-        "authors": inert_text(parent.get("authors") or ", ".join(getattr(task, "authors", None) or [NO_AUTHORS])),
+        "authors": inert_text(parent.get("authors") or ", ".join(task.authors or [NO_AUTHORS])),
         "copyright": inert_text(parent.get("copyright", "see LICENSE and docs/data_license.txt")),
         "data_source": inert_text(parent.get("data_source", "see docs/data_license.txt")),
         "data_type": "image files",
@@ -192,7 +191,7 @@ def build_metadata(
                     "num_channels": in_channels,
                     "spatial_shape": shape,
                     "dtype": "float32",
-                    "value_range": _value_range(preprocessing),
+                    "value_range": _value_range(pipeline.preprocessing),
                     "is_patch_data": segmentation,
                     "channel_def": _input_channels(in_channels),
                 }

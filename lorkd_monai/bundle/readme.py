@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lorkd_monai.bundle.configs import Pipeline
 from lorkd_monai.bundle.inert import markdown_text
+from lorkd_monai.tasks import TaskSpec, Work
 
 __all__ = ["SECTIONS", "data_license_text", "readme_text"]
 
@@ -153,11 +155,9 @@ python -m monai.bundle ckpt_export network_def --filepath $B/models/model.ts --c
 
 def readme_text(
     metadata: Mapping[str, Any],
-    *,
     folder_name: str,
-    task: Any,
-    kind: str,
-    preprocessing: list[dict],
+    work: Work,
+    pipeline: Pipeline,
     metrics: Mapping[str, Any],
     parent: Mapping[str, Any],
     measured: Mapping[str, Any],
@@ -169,13 +169,14 @@ def readme_text(
     ``parent["teacher"]`` may hold what `lorkd_monai.metrics.costs.measure` returns; what else ``parent`` holds is
     listed as it is.
     """
+    task = work.task
     teacher = parent["teacher"] if isinstance(parent.get("teacher"), Mapping) else {}
     teacher_facts = _facts(teacher, tuple(_COSTS))
     parent_facts = _facts(parent, ("teacher", "augmentation", "authors", "copyright", "data_source", "data_license"))
     classes = "\n".join(f"* {i}: {markdown_text(name)}" for i, name in sorted(task.labels.items()))
     data = [f"* modality: {markdown_text(task.modality or 'not given')}"]
-    data.append(f"* body part: {markdown_text(getattr(task, 'body_part', None) or 'not given')}")
-    if getattr(task, "note", None):
+    data.append(f"* body part: {markdown_text(task.body_part or 'not given')}")
+    if task.note:
         data.append(f"* note: {markdown_text(task.note)}")
     if parent.get("data_source"):
         data.append(f"* source: {markdown_text(parent['data_source'])}")
@@ -190,7 +191,7 @@ def readme_text(
 {markdown_text(metadata["authors"])}
 
 ### **Tags**
-{kind.capitalize()}, {markdown_text(metadata["task"].split()[0])}, {markdown_text(task.modality or "image")}, LoRKD
+{work.kind.capitalize()}, {markdown_text(metadata["task"].split()[0])}, {markdown_text(task.modality or "image")}, LoRKD
 
 ## **Model Description**
 {markdown_text(metadata["description"])}
@@ -213,13 +214,13 @@ The licence of the data: `docs/data_license.txt`.
 #### **Preprocessing**
 As `configs/inference.json` does it:
 
-{_preparation(preprocessing)}
+{_preparation(pipeline.preprocessing)}
 
 ## **Performance**
 {_performance(metrics)}
 
 ## **Usage**
-{_usage(folder_name, kind, formats, metadata.get("torchscript") == "trace")}
+{_usage(folder_name, work.kind, formats, metadata.get("torchscript") == "trace")}
 
 ## **System Configuration**
 A CPU is enough; a GPU is used where there is one. The tested packages:
@@ -243,12 +244,12 @@ pip install {pins}
 {references}"""
 
 
-def data_license(task: Any, parent: Mapping[str, Any]) -> str | None:
+def data_license(task: TaskSpec, parent: Mapping[str, Any]) -> str | None:
     """The licence of the training data: what ``parent`` says, else what the data list says of the task."""
-    return parent.get("data_license") or getattr(task, "licence", None)
+    return parent.get("data_license") or task.licence
 
 
-def data_license_text(task: Any, parent: Mapping[str, Any]) -> str:
+def data_license_text(task: TaskSpec, parent: Mapping[str, Any]) -> str:
     """Return docs/data_license.txt: what is known of the training data and its licence, and plainly what is not."""
     source = parent.get("data_source")
     licence = data_license(task, parent)
@@ -258,7 +259,7 @@ def data_license_text(task: Any, parent: Mapping[str, Any]) -> str:
         f"Source: {' '.join(str(source).split()) if source else 'not given by the data list'}",
         f"Licence: {' '.join(str(licence).split()) if licence else 'not given by the data list'}",
     ]
-    if getattr(task, "note", None):
+    if task.note:
         lines.append(f"Note: {' '.join(str(task.note).split())}")
     if not licence:
         lines += ["", NO_LICENSE]

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
-from lorkd_monai.bundle.configs import DEVICE, default_inferer
+from lorkd_monai.bundle.configs import DEVICE, Pipeline, default_inferer
 from lorkd_monai.bundle.inert import inert_text, markdown_text
 from lorkd_monai.bundle.metadata import build_metadata
+from lorkd_monai.tasks import TaskSpec, Work
 
 __all__ = ["teacher_files"]
 
 
 def teacher_files(
-    *,
-    kind: str,
-    spatial_dims: int,
-    in_channels: int,
-    image_size: tuple[int, ...],
+    work: Work,
     channels: Sequence[str],
     network_config: dict,
     preprocessing: list[dict],
     metrics: Mapping[str, Any],
     description: str | None,
-    tasks: Sequence[str],
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Return the content of metadata.json, of inference.json, and the text of docs/README.md.
 
     ``channels`` names the output channels, ``"<task>: <class>"``. An output of many tasks has no one softmax or
     argmax, so that inference.json holds the network and its input only.
     """
-    task = SimpleNamespace(name="multi_task", labels=dict(enumerate(channels)), modality=None)
+    tasks, kind, spatial_dims = list(work.tasks), work.kind, work.spatial_dims
+    together = TaskSpec("multi_task", 0, dict(enumerate(channels)))
+    pipeline = Pipeline(preprocessing, [], [], default_inferer(kind, work.image_size))
     metadata = build_metadata(
-        task=task, kind=kind, spatial_dims=spatial_dims, in_channels=in_channels, image_size=image_size,
-        preprocessing=preprocessing, postprocessing=[], network_config=network_config, metrics=metrics, parent={},
-    )  # fmt: skip
+        dataclasses.replace(work, tasks={together.name: together}), pipeline, network_config, metrics, parent={}
+    )
     metadata["name"] = f"Multi-task {kind} teacher"
     metadata["description"] = inert_text(
         description
@@ -55,7 +52,7 @@ def teacher_files(
         "network_def": copy.deepcopy(network_config),
         "network": "$@network_def.to(@device)",
         "preprocessing": {"_target_": "Compose", "transforms": copy.deepcopy(preprocessing)},
-        "inferer": default_inferer(kind, image_size),
+        "inferer": pipeline.inferer,
     }
     listed = "\n".join(f"* {i}: {markdown_text(name)}" for i, name in enumerate(channels))
     readme = f"""# {metadata["name"]}

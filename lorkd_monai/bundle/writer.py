@@ -19,23 +19,25 @@ import torch
 from torch import nn
 
 from lorkd_monai.bundle import configs as bundle_configs
+from lorkd_monai.bundle.configs import Pipeline
 from lorkd_monai.bundle.formats import (
     FORMATS,
     build_network,
     onnx_is_installed,
     save_formats,
+    save_torchscript,
     torchscript_of,
     weights_of,
 )
 from lorkd_monai.bundle.inert import check_task_name, inert_text
 from lorkd_monai.bundle.metadata import build_metadata
 from lorkd_monai.bundle.readme import data_license_text, readme_text
-from lorkd_monai.checks import check_whole, is_bundle_name
+from lorkd_monai.checks import is_bundle_name
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
 from lorkd_monai.locks import is_abandoned, mark_in_use
 from lorkd_monai.metrics.costs import measure
-from lorkd_monai.tasks import image_sides
+from lorkd_monai.tasks import Work
 
 __all__ = [
     "KINDS",
@@ -193,7 +195,7 @@ def _list_large_files(folder: Path) -> None:
         (folder / "large_files.yml").write_text("large_files:\n" + "".join(entries), encoding="utf-8")
 
 
-def _write_common(folder: Path, metadata: dict, inference: dict) -> None:
+def _write_common(folder: Path, metadata: dict, inference: dict, readme: str) -> None:
     (folder / "configs").mkdir()
     (folder / "docs").mkdir()
     licence = resources.files("lorkd_monai.bundle").joinpath("apache-2.0.txt").read_text(encoding="utf-8")
@@ -201,15 +203,7 @@ def _write_common(folder: Path, metadata: dict, inference: dict) -> None:
     _dump(metadata, folder / "configs" / "metadata.json")
     _dump(inference, folder / "configs" / "inference.json")
     (folder / "configs" / "logging.conf").write_text(bundle_configs.LOGGING, encoding="utf-8")
-
-
-def _check_arguments(kind: str, spatial_dims: int, in_channels: int, image_size: Any) -> tuple[int, ...]:
-    if kind not in KINDS:
-        raise LoRKDError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if spatial_dims not in (2, 3):
-        raise LoRKDError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}")
-    check_whole("in_channels", in_channels)
-    return image_sides(image_size, spatial_dims)
+    (folder / "docs" / "README.md").write_text(readme, encoding="utf-8")
 
 
 def check_formats(formats: Sequence[str] | None) -> tuple[str, ...]:
@@ -266,19 +260,12 @@ def write_expert_bundle(
     *,
     network: nn.Module,
     network_config: dict,
-    task: Any,
-    kind: str,
-    spatial_dims: int,
-    in_channels: int,
-    image_size: Sequence[int] | int,
-    preprocessing: list[dict],
-    postprocessing: list[dict],
-    metrics: Mapping[str, Any],
-    parent: Mapping[str, Any],
+    work: Work,
+    pipeline: Pipeline | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    parent: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     formats: Sequence[str] | None = None,
-    train_preprocessing: list[dict] | None = None,
-    inferer: dict | None = None,
     check: bool = True,
 ) -> Path:
     """Write the complete MONAI bundle of one extracted expert and return its folder.
@@ -290,30 +277,22 @@ def write_expert_bundle(
         folder: the bundle's own folder; its name ends in ``_classification`` or ``_segmentation``, see `expert_name`.
         network: the extracted network, a plain `nn.Module`.
         network_config: the MONAI config (``_target_`` and arguments) that builds a network of the same keys and shapes.
-        task: the task's `lorkd_monai.data.TaskSpec` (``name``, ``labels``, ``modality``, ``body_part``, ``note``;
-            ``licence`` and ``authors`` where ``parent`` does not say them).
-        kind: ``"classification"`` or ``"segmentation"``.
-        in_channels: channels of the network's input.
-        image_size: what the network was trained on, in voxels: the image's size, or the size of the windows.
-        preprocessing: stock-MONAI config dicts for the key ``image``; they may refer to no other id.
-        postprocessing: the same for ``pred``; may refer to ``@preprocessing`` and ``@output_dir``.
-        metrics: measured figures, ``{name: number or {"value", "low", "high", "n"}}``; may be empty.
+        work: the kind of work, the images that the network takes, and its one task.
+        pipeline: what is done before and after the network; None: `lorkd_monai.bundle.configs.pipeline_of`.
+        metrics: measured metrics, ``{name: number or {"value", "low", "high", "n"}}``.
         parent: facts on the decomposition, shown in the README; ``teacher`` may be a dict that also holds what
             `measure` returns; ``authors``, ``copyright``, ``data_source``, ``data_license`` go where they belong, and
             ``augmentation`` (``{"rotate": …, "flip_axes": …}``) into the fine-tuning.
         overwrite: replace an existing folder.
         formats: of ``"pt"``, ``"safetensors"``, ``"ts"``, ``"onnx"``; None writes all that is possible here and logs
             what is left out.
-        train_preprocessing: for the keys ``image`` and ``label``; None takes `lorkd_monai.transforms.preprocessing`
-            (for classification: ``preprocessing``, as a label needs none).
-        inferer: config dict; None is one pass, or sliding windows of ``image_size`` for segmentation.
         check: run `lorkd_monai.bundle.check_bundle` before the folder is moved into place.
 
     Raises:
         LoRKDError: an argument does not fit, the folder exists, or the written bundle fails its check.
     """
-    folder = Path(folder).absolute()
-    size = _check_arguments(kind, spatial_dims, in_channels, image_size)
+    folder, metrics, parent = Path(folder).absolute(), metrics or {}, parent or {}
+    task, kind = work.task, work.kind
     name = check_task_name(task.name)
     if not (is_bundle_name(folder.name) and folder.name.endswith(f"_{kind}")):
         raise LoRKDError(
@@ -323,38 +302,23 @@ def write_expert_bundle(
     if sorted(task.labels) != list(range(len(task.labels))):
         raise LoRKDError(f"the class ids of task {name!r} must be 0 to n-1, got {sorted(task.labels)}")
     formats = check_formats(formats)
-    weights = weights_of(network)
-    plain = build_network(network_config, weights)
-    image = torch.rand((1, in_channels, *size), generator=torch.Generator().manual_seed(0))
-    _check_output(network, plain, image, len(task.labels))
-    how = torchscript_of(plain, image)[1] if "ts" in formats else "script"
-    if train_preprocessing is None:
-        train_preprocessing = _label_preprocessing(task, kind, spatial_dims, in_channels, size, preprocessing)
-    inferer = inferer or bundle_configs.default_inferer(kind, size)
-    metadata = build_metadata(
-        task=task, kind=kind, spatial_dims=spatial_dims, in_channels=in_channels, image_size=size,
-        preprocessing=preprocessing, postprocessing=postprocessing, network_config=network_config,
-        metrics=metrics, parent=parent, torchscript=how,
-    )  # fmt: skip
-    inference = bundle_configs.inference_config(
-        kind, spatial_dims, network_config, preprocessing, postprocessing, inferer
-    )
-    train = bundle_configs.train_config(
-        name, kind, len(task.labels), network_config, train_preprocessing, inferer, size, parent.get("augmentation")
-    )
-    readme = readme_text(
-        metadata, folder_name=folder.name, task=task, kind=kind, preprocessing=preprocessing, metrics=metrics,
-        parent=parent, measured=measure(plain, image.shape), formats=formats,
-    )  # fmt: skip
+    plain, image = _rebuilt(network, network_config, work, task.num_classes)
+    scripted, how = torchscript_of(plain, image) if "ts" in formats else (None, "script")
+    pipeline = pipeline or bundle_configs.pipeline_of(work)
+    metadata = build_metadata(work, pipeline, network_config, metrics, parent, how)
+    inference = bundle_configs.inference_config(work, pipeline, network_config)
+    train = bundle_configs.train_config(work, pipeline, network_config, parent.get("augmentation"))
+    measured = measure(plain, image.shape)
+    readme = readme_text(metadata, folder.name, work, pipeline, metrics, parent, measured, formats)
     with bundle_folder(folder, overwrite) as temporary:
-        _write_common(temporary, metadata, inference)
+        _write_common(temporary, metadata, inference, readme)
         _dump(train, temporary / "configs" / "train.json")
         _dump(bundle_configs.evaluate_config(kind), temporary / "configs" / "evaluate.json")
         _dump(bundle_configs.multi_gpu_config(network_config), temporary / "configs" / "multi_gpu_train.json")
-        (temporary / "docs" / "README.md").write_text(readme, encoding="utf-8")
         (temporary / "docs" / "data_license.txt").write_text(data_license_text(task, parent), encoding="utf-8")
-        extra = {"inference": inference}
-        save_formats(temporary / "models", plain, image, formats, metadata=metadata, configs=extra)
+        if scripted is not None:
+            save_torchscript(temporary / "models", scripted, metadata, {"inference": inference})
+        save_formats(temporary / "models", plain, image, formats)
         _list_large_files(temporary)
         if check:
             from lorkd_monai.bundle.check.checker import check_bundle
@@ -366,14 +330,12 @@ def write_expert_bundle(
     return folder
 
 
-def _label_preprocessing(
-    task: Any, kind: str, spatial_dims: int, in_channels: int, size: tuple[int, ...], preprocessing: list[dict]
-) -> list[dict]:
-    if kind == "classification":
-        return preprocessing
-    from lorkd_monai.transforms.preprocessing import preprocessing as steps
-
-    return steps(task, kind, spatial_dims, in_channels, size, keys=("image", "label"))
+def _rebuilt(network: nn.Module, network_config: dict, work: Work, classes: int) -> tuple[nn.Module, torch.Tensor]:
+    """The network that the config builds, with the weights of the given one, and one input for it."""
+    plain = build_network(network_config, weights_of(network))
+    image = torch.rand(work.image_shape, generator=torch.Generator().manual_seed(0))
+    _check_output(network, plain, image, classes)
+    return plain, image
 
 
 def write_teacher_bundle(
@@ -381,11 +343,7 @@ def write_teacher_bundle(
     *,
     network: nn.Module,
     network_config: dict,
-    tasks: Sequence[Any],
-    kind: str,
-    spatial_dims: int,
-    in_channels: int,
-    image_size: Sequence[int] | int,
+    work: Work,
     preprocessing: list[dict] | None = None,
     metrics: Mapping[str, Any] | None = None,
     description: str | None = None,
@@ -402,21 +360,15 @@ def write_teacher_bundle(
     """
     from lorkd_monai.bundle.teacher_pages import teacher_files
 
-    size = _check_arguments(kind, spatial_dims, in_channels, image_size)
-    weights = weights_of(network)
-    plain = build_network(network_config, weights)
-    channels = [f"{check_task_name(task.name)}: {inert_text(text).strip()}" for task in tasks
-                for _, text in sorted(task.labels.items())]  # fmt: skip
-    image = torch.rand((1, in_channels, *size), generator=torch.Generator().manual_seed(0))
-    _check_output(network, plain, image, len(channels))
-    metadata, inference, readme = teacher_files(
-        kind=kind, spatial_dims=spatial_dims, in_channels=in_channels, image_size=size, channels=channels,
-        network_config=network_config, preprocessing=preprocessing or [], metrics=metrics or {},
-        description=description, tasks=[task.name for task in tasks],
-    )  # fmt: skip
+    channels = [
+        f"{check_task_name(name)}: {inert_text(text).strip()}"
+        for name, task in work.tasks.items()
+        for _, text in sorted(task.labels.items())
+    ]
+    plain, image = _rebuilt(network, network_config, work, len(channels))
+    files = teacher_files(work, channels, network_config, preprocessing or [], metrics or {}, description)
     with bundle_folder(folder, overwrite) as temporary:
-        _write_common(temporary, metadata, inference)
-        (temporary / "docs" / "README.md").write_text(readme, encoding="utf-8")
-        save_formats(temporary / "models", plain, image, ("pt",), metadata=metadata, configs={})
+        _write_common(temporary, *files)
+        save_formats(temporary / "models", plain, image, ("pt",))
         _list_large_files(temporary)
     return Path(folder).absolute()

@@ -33,7 +33,7 @@ from lorkd_monai.data.checks import (
 )
 from lorkd_monai.data.form import LIST_KEYS, SPLITS, faults
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.tasks import TaskSpec, check_kind
+from lorkd_monai.tasks import TaskSpec, Work, check_kind, image_sides
 from lorkd_monai.transforms.loading import ImageFacts, ItemLoader, describe_image
 from lorkd_monai.transforms.preprocessing import measured_intensity, preprocessing
 
@@ -81,6 +81,10 @@ class DataList:
     def scored(self) -> list[str]:
         """Names of the tasks whose figures count."""
         return [name for name, task in self.tasks.items() if task.score]
+
+    def work(self, in_channels: int, image_size: int | Sequence[int]) -> Work:
+        """The work of networks that take these images with so many channels, in this size (voxels)."""
+        return Work(self.kind, self.spatial_dims, in_channels, image_sides(image_size, self.spatial_dims), self.tasks)
 
     def split(self, name: str) -> list[dict[str, Any]]:
         """Return the items of ``"training"``, ``"validation"`` or ``"test"``."""

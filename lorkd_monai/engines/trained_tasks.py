@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lorkd_monai.bundle.export import tasks_of_info
+from lorkd_monai.bundle.export import work_of_info
 from lorkd_monai.data import DataList
 from lorkd_monai.data.identity import differences, task_identity
 from lorkd_monai.errors import LoRKDError
@@ -31,7 +31,7 @@ def as_trained(data: DataList, info: Mapping[str, Any], source: str, names: Iter
     """
     if "tasks" not in info:
         return data
-    known = tasks_of_info(info)
+    known = work_of_info(info).tasks
     differing = []
     for name in data.tasks if names is None else names:
         if name in known and name in data.tasks:

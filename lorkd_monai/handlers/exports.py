@@ -164,11 +164,7 @@ class TeacherExport:
             self.folder,
             network=self.network.network.cpu(),
             network_config=self.network.config,  # type: ignore[arg-type]  # it was made from one
-            tasks=list(self.data.tasks.values()),
-            kind=self.data.kind,
-            spatial_dims=self.data.spatial_dims,
-            in_channels=self.in_channels,
-            image_size=self.image_size,
+            work=self.data.work(self.in_channels, self.image_size),
             metrics={f"{task} {name}": entry for task, own in figures.items() for name, entry in own.items()},
             overwrite=self.overwrite,
         )

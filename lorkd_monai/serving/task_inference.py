@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
-from lorkd_monai.bundle.configs import default_inferer, inference_config
-from lorkd_monai.bundle.export import network_info, tasks_of_info
+from lorkd_monai.bundle.configs import inference_config, pipeline_of
+from lorkd_monai.bundle.export import network_info, work_of_info
 from lorkd_monai.bundle.inert import inert_text
 from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.data import DataList, TaskSpec
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.tasks import image_sides
-from lorkd_monai.transforms import postprocessing, preprocessing
 from lorkd_monai.transforms.gate import refusal
 
 __all__ = ["TaskInference"]
@@ -74,17 +72,9 @@ class TaskInference:
         else:
             self.network, served = _trained(checkpoint, task)
         self.network.switch_to(served)
-        info, spec = self.network.info, tasks_of_info(self.network.info)[served]
-        kind, dims, channels, size = info["kind"], info["spatial_dims"], info["in_channels"], info["image_size"]
-        self.kind, self.output_dir, self.classes = kind, Path(output_dir), list(spec.labels.values())
-        config = inference_config(
-            kind,
-            dims,
-            {},
-            preprocessing(spec, kind, dims, channels, size),
-            postprocessing(spec, kind, dims),
-            default_inferer(kind, image_sides(size, dims)),
-        )
+        work = work_of_info(self.network.info).only(served)
+        self.kind, self.output_dir, self.classes = work.kind, Path(output_dir), list(work.task.labels.values())
+        config = inference_config(work, pipeline_of(work), {})
         config.update(
             dataset_dir=str(dataset_dir),
             output_dir=str(output_dir),

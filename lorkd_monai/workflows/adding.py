@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lorkd_monai.bundle.export import tasks_of_info
+from lorkd_monai.bundle.export import work_of_info
 from lorkd_monai.checkpoints.packs import fingerprint
 from lorkd_monai.checkpoints.weights import (
     check_inert_config,
@@ -51,7 +51,7 @@ def _trained_spec(checkpoint: str | os.PathLike) -> dict[str, Any]:
             "checkpoint with --trained"
         )
     spec = read_decomposition_spec(load_weights(checkpoint), str(checkpoint))
-    tasks_of_info(spec.get("info") or {})  # raises where something is missing
+    work_of_info(spec.get("info") or {})  # raises where something is missing
     return spec
 
 

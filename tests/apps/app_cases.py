@@ -15,8 +15,7 @@ from PIL import Image
 
 from lorkd_monai.bundle import write_expert_bundle
 from lorkd_monai.bundle.formats import build_network
-from lorkd_monai.tasks import TaskSpec
-from lorkd_monai.transforms import postprocessing, preprocessing
+from lorkd_monai.tasks import TaskSpec, Work
 
 # name -> kind, dimensions, channels, modality, body part, classes. Two share one architecture.
 EXPERTS = {
@@ -41,11 +40,8 @@ def write_expert(folder: Path, name: str, seed: int = 0) -> Path:
         config.update(spatial_dims=dims, in_channels=channels, out_channels=len(names))
     torch.manual_seed(seed + len(name))
     return write_expert_bundle(
-        folder / f"{name}_{kind}", network=build_network(config), network_config=config, task=task, kind=kind,
-        spatial_dims=dims, in_channels=channels, image_size=[side] * dims,
-        preprocessing=preprocessing(task, kind, dims, channels, side),
-        postprocessing=postprocessing(task, kind, dims),
-        metrics={}, parent={}, formats=["pt"], check=False,
+        folder / f"{name}_{kind}", network=build_network(config), network_config=config,
+        work=Work(kind, dims, channels, (side,) * dims, {name: task}), formats=["pt"], check=False,
     )  # fmt: skip
 
 

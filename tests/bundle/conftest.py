@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from lorkd_monai.bundle import write_expert_bundle
+from lorkd_monai.bundle.configs import Pipeline, pipeline_of
 from lorkd_monai.bundle.formats import build_network
-from lorkd_monai.tasks import TaskSpec
+from lorkd_monai.tasks import TaskSpec, Work
 from lorkd_monai.transforms import postprocessing, preprocessing
 
 KINDS = ("2d_classification", "3d_classification", "2d_segmentation", "3d_segmentation")
@@ -32,7 +33,18 @@ class Case:
         return self.arguments["network"]
 
     def write(self, folder: Path, **changes: Any) -> Path:
-        return write_expert_bundle(folder, **{**self.arguments, **changes})
+        return write(folder, **{**self.arguments, **changes})
+
+
+def write(folder: Path, *, task: TaskSpec, kind: str, spatial_dims: int, in_channels: int, image_size: Any,
+          preprocessing: list[dict], postprocessing: list[dict], train_preprocessing: list[dict] | None = None,
+          inferer: dict | None = None, **others: Any) -> Path:  # fmt: skip
+    """`write_expert_bundle` with the parts of its work and pipeline one by one, so that a test changes one of them."""
+    work = Work(kind, spatial_dims, in_channels, image_size, {task.name: task})
+    pipeline = pipeline_of(work)
+    training = train_preprocessing or (preprocessing if kind == "classification" else pipeline.training)
+    pipeline = Pipeline(preprocessing, postprocessing, training, inferer or pipeline.inferer)
+    return write_expert_bundle(folder, work=work, pipeline=pipeline, **others)
 
 
 def network_config(kind: str, dims: int, channels: int, classes: int) -> dict[str, Any]:
@@ -76,7 +88,7 @@ def make_case(tmp_path_factory: pytest.TempPathFactory):
             arguments = arguments_of(kind_of_work)
             name = f"{arguments['task'].name}_{arguments['kind']}"
             folder = tmp_path_factory.mktemp(kind_of_work) / name
-            cases[kind_of_work] = Case(arguments, write_expert_bundle(folder, **arguments))
+            cases[kind_of_work] = Case(arguments, write(folder, **arguments))
         return cases[kind_of_work]
 
     return make

@@ -30,8 +30,8 @@ def data(tmp_path_factory):
 def teacher(data, tmp_path):
     config = {**SMALL_RESNET, "block_inplanes": [8, 8, 16, 16], "num_classes": sum(data.num_classes.values())}
     return write_teacher_bundle(
-        tmp_path / "teacher", network=build_network(config), network_config=config, tasks=list(data.tasks.values()),
-        kind="classification", spatial_dims=2, in_channels=3, image_size=16,
+        tmp_path / "teacher", network=build_network(config), network_config=config,
+        work=data.work(3, 16),
     )  # fmt: skip
 
 

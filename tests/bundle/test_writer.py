@@ -18,7 +18,7 @@ from lorkd_monai.bundle.formats import build_network, run_onnx, torchscript_of
 from lorkd_monai.bundle.writer import bundle_folder
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.locks import mark_in_use
-from lorkd_monai.tasks import TaskSpec
+from lorkd_monai.tasks import TaskSpec, Work
 
 KINDS = ("2d_classification", "3d_classification", "2d_segmentation", "3d_segmentation")
 WRITTEN = {
@@ -236,8 +236,11 @@ def test_a_swap_that_was_killed_is_undone(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "detection"}, "kind must be one of classification, segmentation, got 'detection'"),
-        ({"spatial_dims": 4}, "spatial_dims must be 2 or 3, got 4"),
+        (
+            {"kind": "detection"},
+            "expected kind 'classification' or 'segmentation' and spatial_dims 2 or 3, got 'detection'",
+        ),
+        ({"spatial_dims": 4}, "spatial_dims 2 or 3, got 'classification' and 4"),
         ({"in_channels": 0}, "in_channels must be a whole number of at least 1, got 0"),
         ({"image_size": [32]}, "image_size must be a whole number above 0, or 2 of them"),
         ({"formats": ("ts",)}, "formats must hold 'pt'"),
@@ -335,8 +338,8 @@ def test_teacher_bundle(tmp_path, monkeypatch):
     }
     network = build_network(config)
     folder = write_teacher_bundle(
-        tmp_path / "teacher", network=network, network_config=config, tasks=tasks, kind="segmentation", spatial_dims=2,
-        in_channels=1, image_size=16,
+        tmp_path / "teacher", network=network, network_config=config,
+        work=Work("segmentation", 2, 1, (16, 16), {task.name: task for task in tasks}),
     )  # fmt: skip
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
     names = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
@@ -346,8 +349,8 @@ def test_teacher_bundle(tmp_path, monkeypatch):
     assert all(torch.equal(value.cpu(), network.state_dict()[key]) for key, value in loaded.state_dict().items())
     with pytest.raises(LoRKDError, match="exists already"):
         write_teacher_bundle(
-            folder, network=network, network_config=config, tasks=tasks, kind="segmentation", spatial_dims=2,
-            in_channels=1, image_size=16,
+            folder, network=network, network_config=config,
+            work=Work("segmentation", 2, 1, (16, 16), {task.name: task for task in tasks}),
         )  # fmt: skip
 
 

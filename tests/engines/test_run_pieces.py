@@ -19,6 +19,7 @@ from lorkd_monai.data import TaskDataset, TaskSampler, load_data_list, make_phan
 from lorkd_monai.engines.evaluation import figures_table
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet, TaskChannels
+from lorkd_monai.tasks import Work
 from tests.small_networks import SMALL_RESNET
 
 
@@ -49,8 +50,8 @@ def write_teacher(data, tmp_path_factory):
         )  # fmt: skip
         config = {**SMALL_RESNET, "block_inplanes": [4, 4, 8, 12], "num_classes": network.fc.out_features}
         return write_teacher_bundle(
-            tmp_path_factory.mktemp("teachers") / "teacher", network=network, network_config=config, tasks=tasks,
-            kind="classification", spatial_dims=2, in_channels=3, image_size=16,
+            tmp_path_factory.mktemp("teachers") / "teacher", network=network, network_config=config,
+            work=Work("classification", 2, 3, (16, 16), {task.name: task for task in tasks}),
         )  # fmt: skip
 
     return write

@@ -229,8 +229,8 @@ def test_a_bundle_as_the_foundation_model(tmp_path: Path) -> None:
     data, settings = prepared(tmp_path / "data", "classification", 2)
     view = TaskChannels.build(settings.teacher_backbone, data.num_classes)
     bundle = write_teacher_bundle(
-        tmp_path / "bundle", network=view.network, network_config=view.config, tasks=list(data.tasks.values()),
-        kind="classification", spatial_dims=2, in_channels=1, image_size=16,
+        tmp_path / "bundle", network=view.network, network_config=view.config,
+        work=data.work(1, 16),
     )  # fmt: skip
     settings = settings.changed({"teacher_bundle": str(bundle)})
     runs = plan_runs(methods_named(["teacher", "mtl_kd"]), ["full"], [0])
