@@ -1,4 +1,4 @@
-"""Checks of arguments that several parts share: numbers, and paths and names.
+"""Checks of arguments that several parts share: numbers, paths and names.
 
 A command line reads ``2024`` as a number, and ``a,b`` as a tuple.
 """
@@ -34,7 +34,7 @@ def as_path(value: Any, name: str) -> Path:
     """The path that an argument gives.
 
     Raises:
-        LoRKDError: it is none.
+        LoRKDError: it is no path.
     """
     if not isinstance(value, (str, os.PathLike)) or not str(value):
         number = f"; write ./{value} for a file or folder of this name" if type(value) in (int, float) else ""
@@ -51,7 +51,7 @@ def as_names(value: Any) -> list[str] | None:
 
 
 def as_value(text: str) -> Any:
-    """What YAML makes of a text such as ``{a: folder/b}`` or ``[a, b]``; None where it makes nothing of it."""
+    """The value of a text such as ``{a: folder/b}`` or ``[a, b]`` in YAML; None where it is no YAML."""
     import yaml
 
     try:
@@ -71,20 +71,20 @@ def is_bundle_name(name: str) -> bool:
 
 
 def is_whole(value: Any, least: int = 1) -> bool:
-    """True for a whole number of at least ``least``; True and False are none."""
+    """True for a whole number of at least ``least``; False for booleans."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_real(value: Any) -> bool:
-    """True for a finite number; True and False are none."""
+    """True for a finite number; False for booleans."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no whole number of at least ``least``.
+    """Refuse a value that is no whole number of at least ``least``.
 
     Raises:
-        LoRKDError: it is none; ``name`` says which argument.
+        LoRKDError: it is not; the message begins with ``name``.
     """
     if not is_whole(value, least):
         raise LoRKDError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -1,4 +1,4 @@
-"""The one error that means "you can mend this", and how it is shown."""
+"""The one error that means "you can fix this", and how it is shown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["LoRKDError", "find_lorkd_error", "first_line", "root_cause", "show_e
 
 
 class LoRKDError(ValueError):
-    """Something the user gave does not fit. The message says what was expected, what came, and what to do."""
+    """Something that the user gave does not fit. The message has what was expected, what came, and what to do."""
 
 
 def find_lorkd_error(error: BaseException | None) -> LoRKDError | None:
@@ -29,13 +29,13 @@ def find_lorkd_error(error: BaseException | None) -> LoRKDError | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first words of an error, at most 300 characters; of one without words what Python shows of it."""
+    """Return the first line of an error's message, at most 300 characters; its ``repr`` where it has no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else repr(error)
 
 
 def root_cause(error: BaseException) -> str:
-    """Return one line for an error: its first cause, as MONAI's own errors are tracebacks of many lines.
+    """Return one line for an error, about its first cause: MONAI's own messages are tracebacks of many lines.
 
     Example::
 
@@ -60,9 +60,7 @@ def _print_plainly(kind: type[BaseException], error: BaseException, trace: Trace
 def show_errors_plainly() -> None:
     """Print an uncaught `LoRKDError` as one message ``error: …`` in place of a traceback; the exit code stays 1.
 
-    So is an uncaught error of a file that can't be read or written.
-
-    Called by the command line and by the ``initialize`` section of our bundles. Other errors keep their
-    traceback. With the environment variable ``LORKD_TRACEBACK=1`` ours keep theirs too.
+    The same holds for a file that can't be read or written. Other errors keep their traceback; with the environment
+    variable ``LORKD_TRACEBACK=1`` all do. The command line and the ``initialize`` section of our bundles call this.
     """
     sys.excepthook = _print_plainly

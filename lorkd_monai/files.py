@@ -1,4 +1,4 @@
-"""Files that a reader, or a run that starts again, finds in full or not at all; JSON objects."""
+"""Files that are written completely or not at all; reading JSON objects."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["atomic_file", "read_json", "remove_leftovers"]
 
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to, and move that file into place when the block has ended.
+    """Give a path beside ``path`` to write to; at the end of the block that file replaces ``path``.
 
-    Where the block raises, or the process is killed in it, ``path`` is what it was. The folder must exist.
+    If the block raises, or the process is killed in it, ``path`` is as it was. The folder must exist.
 
     Example::
 
-        with atomic_file("figures.json") as temporary:
+        with atomic_file("metrics.json") as temporary:
             temporary.write_text("{}")
     """
     path = Path(path)
@@ -41,10 +41,10 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Delete what killed processes left of writing ``path``; what a living one writes stays."""
+    """Delete the temporary files that killed processes left beside ``path``; those of living processes stay."""
     path = Path(path)
     beside = list(path.parent.iterdir()) if path.parent.is_dir() else []
-    # A process that was killed after the move left the lock of its temporary file alone.
+    # A process that was killed after the move left only the lock of its temporary file.
     found = {file.with_suffix("") if file.name.endswith(".tmp.lock") else file for file in beside}
     for leftover in found:
         ours = leftover.name.startswith(f".{path.name}.") and leftover.name.endswith(".tmp")

@@ -1,7 +1,7 @@
-"""Who is at work: locks of the operating system, which end with the process that holds them, however it ends.
+"""Locks of the operating system on folders and files: they end with the process that holds them, however it ends.
 
-A lock's file is deleted while the lock is still held. Who waited for it then finds that its file is gone, and
-`filelock` tries again with a new one: nobody deletes the file of another.
+A lock's file is deleted while the lock is still held. A process that waits for it then finds the file gone, and
+`filelock` tries again with a new one. So no process deletes the lock file of another.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _claims: dict[Path, FileLock] = {}
 def claim(folder: str | os.PathLike, advice: str) -> None:
     """Keep other processes out of a folder until it is released or this process ends; the folder is made.
 
-    Claims of one process add up: each has its `release`.
+    Claims of one process are counted: each needs its `release`.
 
     Args:
         folder: what to claim.
@@ -72,7 +72,7 @@ def claimed(folder: str | os.PathLike, advice: str) -> Iterator[None]:
 
 @contextmanager
 def mark_in_use(path: Path) -> Iterator[None]:
-    """Say for the length of a block that a living process makes this file or folder; wait while another one does."""
+    """Mark a file or folder as being made by a living process, for a block; wait while another process makes it."""
     with FileLock(_beside(path)):
         try:
             yield

@@ -100,7 +100,7 @@ def test_what_was_taken_and_left_out_is_printed(lorkd, tmp_path):
     assert out[-1] == str(tmp_path / "list" / "dataset.json")
     out = lorkd("data", "segmentation", decathlon(tmp_path, "Task09_Spleen", "CT"), tmp_path / "other",
                 "--fractions", "[0.75,0.25,0]")  # fmt: skip
-    assert "the list has no test images: experts are written without figures\n" in out
+    assert "the list has no test images: experts are written without metrics\n" in out
     assert "| spleen |  | 6 | 2 | 0 |\n| all | | 6 | 2 | 0 |" in out
 
 

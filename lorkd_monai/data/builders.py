@@ -152,13 +152,13 @@ def fetch_medmnist(
         names: such as ``"breastmnist"``, ``"pneumoniamnist_64"`` or, in 3D, ``"adrenalmnist3d"``.
         output: the folder for the files and ``dataset.json``.
         spatial_dims: 2 or 3.
-        base_url: where the files lie.
+        base_url: where the files are.
         md5: checksums of files, ``{name: md5}``, which are checked where given.
         facts: more about a task.
         overwrite: replace a list that is there; files that are there are kept.
 
     Raises:
-        LoRKDError: for a name that is none, or a download that fails.
+        LoRKDError: for a name that is not MedMNIST's, or a download that fails.
     """
     from monai.apps import download_url
 
@@ -186,7 +186,7 @@ def fetch_mednist(
 ) -> Path:
     """Download MedNIST through MONAI's own data set into ``output`` and write a list with one task, ``mednist``.
 
-    Its subjects are not published: one person may stand in two splits.
+    Its subjects are not published: one person may be in two splits.
 
     Raises:
         LoRKDError: where the download fails.
@@ -238,7 +238,7 @@ def task_folders(sources: Sources, spatial_dims: int | None = None, skipped: Ski
     """Return ``{task: path}`` of what a builder was given; with ``spatial_dims`` one folder may hold the task folders.
 
     Raises:
-        LoRKDError: for a path that is missing, a name that is none for a task, or a name that comes twice.
+        LoRKDError: for a missing path, a name that no task may have, or a name that comes twice.
     """
     if isinstance(sources, str) and sources.startswith("{") and not os.path.exists(sources):
         sources = read_mapping(sources)
@@ -298,7 +298,7 @@ def _listed(text: Any) -> Any:
 
 
 def _refuse_classes_below(folder: Path, found: Sequence[Row]) -> None:
-    """Refuse what looks like a folder of tasks that was given as one task: each class has the same sub-folders."""
+    """Refuse a folder of tasks that was given as one task: it looks like that if all classes have the same folders."""
     below: dict[str, set[str | None]] = {}
     for row in found:
         below.setdefault(row.label, set()).add(row.patient)
@@ -310,7 +310,7 @@ def _refuse_classes_below(folder: Path, found: Sequence[Row]) -> None:
         return
     names = ", ".join(folders[:3])
     raise LoRKDError(
-        f"{folder} must have a sub-folder of images for each class; found images of 0: all lie in the sub-folders "
+        f"{folder} must have a sub-folder of images for each class; found images of 0: all are in the sub-folders "
         f"{names} of {', '.join(sorted(below)[:3])}, which may be tasks with these classes. For tasks give '{folder}' "
         "without brackets; for one task say which images are of one patient, with --patients_csv or --patient_regex."
     )
@@ -322,7 +322,7 @@ def _tell_patients(task: str, found: Sequence[Row]) -> None:
         names = sorted(set(patients))
         shown = ", ".join(names[:3] + ["…"] * (len(names) > 3))
         _log.info(
-            f"task {task!r}: {len(patients)} images lie in sub-folders of their classes; each of the {len(names)} "
+            f"task {task!r}: {len(patients)} images are in sub-folders of their classes; each of the {len(names)} "
             f"({shown}) is taken for a patient"
         )
 

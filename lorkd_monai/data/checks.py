@@ -71,7 +71,7 @@ def unique_keys(problems: Problems) -> Callable[[list[tuple[str, Any]]], dict[st
         content: dict[str, Any] = {}
         for key, value in pairs:
             if key in content:
-                problems.append(f"the key {key!r} stands twice in one object")
+                problems.append(f"the key {key!r} is twice in one object")
             content[key] = value
         return content
 
@@ -81,7 +81,7 @@ def unique_keys(problems: Problems) -> Callable[[list[tuple[str, Any]]], dict[st
 def check_tasks(tasks: Any, problems: Problems, origin: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the entries of ``"tasks"`` that can be used, and note what is wrong with them.
 
-    ``origin`` is the list's own licence and authors, for the tasks that say none.
+    ``origin`` is the list's own licence and authors, for tasks without their own.
     """
     if not isinstance(tasks, dict) or not tasks:
         problems.append('"tasks" must be an object with at least one task, such as {"spleen": {"labels": {…}}}')
@@ -105,7 +105,7 @@ def check_tasks(tasks: Any, problems: Problems, origin: Mapping[str, Any]) -> di
 def read_origin(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``{"licence": text or None, "authors": list of texts or None}`` of a list or of one of its tasks.
 
-    One author may stand without a list; ``license`` is read as ``licence``.
+    One author may come without a list; ``license`` is read as ``licence``.
     """
     authors = content.get("authors")
     return {

@@ -75,7 +75,7 @@ def holds_tasks(root: Path, inside: Sequence[Path], spatial_dims: int) -> bool:
     tasks = ", ".join(f"{path.name}: {path}" for path in given)
     raise LoRKDError(
         f"{root} can be read in two ways: {outer} may be tasks with the classes {inner}, …, or classes whose images "
-        f"lie in sub-folders, one for each patient. For one task of the classes {outer} give '[{root}]'; for tasks "
+        f"are in sub-folders, one for each patient. For one task of the classes {outer} give '[{root}]'; for tasks "
         f"give '{{{tasks}}}'."
     )
 
@@ -200,7 +200,7 @@ def _refuse_twins(folder: Path, names: dict[str, list[Path]]) -> None:
 
 
 def _set_patients(rows: list[Row]) -> None:
-    """Take the first sub-folder that tells images apart for the patient: ``benign/images/P1/left`` is of P1."""
+    """Take the first sub-folder that differs between images as the patient: ``benign/images/P1/left`` is of P1."""
     trails = [row.patient.split("/") if row.patient else [] for row in rows]
     while trails and all(trails) and len({trail[0] for trail in trails}) == 1:
         trails = [trail[1:] for trail in trails]

@@ -41,7 +41,7 @@ __all__ = ["DataList", "counts_table", "load_data_list", "measure_spacing", "rem
 
 _log = logging.getLogger(__name__)
 
-# What a note says of a task whose images prove nothing: "for wiring, never for a score", "wiring only".
+# Notes of tasks whose images are only there to try things out: "for wiring, never for a score", "wiring only".
 _NO_SCORE = re.compile(r"wiring only|never (for )?a score|\bno score\b", re.IGNORECASE)
 _MEASURED = ("channels", "intensity", "spacing")  # on a task's images, where the list does not state them
 _MOST_HEADERS = 50  # images per task whose headers are read for the median spacing
@@ -53,10 +53,9 @@ class DataList:
 
     An item of ``training``, ``validation`` and ``test`` is ``{"image": …, "label": …, "task": name}``. An image is an
     absolute path (a list of paths: one file per channel) or an array H×W[×C] or H×W×D[×C]; a label is a class id or
-    the path of a mask, or None for a training image that has none. ``licence`` and ``authors`` are what the list says
-    of all its images; see `TaskSpec` for one task's. ``stated`` has what the list itself says of a task among channels,
-    intensity and spacing; the rest was measured on its images. ``npz`` has the file of each task whose images are
-    arrays.
+    the path of a mask, or None for a training image that has none. ``licence`` and ``authors`` are those of
+    all images; `TaskSpec` has a task's own. ``stated`` names which of channels, intensity and spacing the list gives
+    for a task; the others were measured on its images. ``npz`` has the file of each task whose images are arrays.
     """
 
     name: str
@@ -79,7 +78,7 @@ class DataList:
 
     @property
     def scored(self) -> list[str]:
-        """Names of the tasks whose figures count."""
+        """Names of the tasks whose metrics count."""
         return [name for name, task in self.tasks.items() if task.score]
 
     def work(self, in_channels: int, image_size: int | Sequence[int]) -> Work:
@@ -94,7 +93,7 @@ class DataList:
 
     @property
     def unlabelled(self) -> int:
-        """Number of training images without a label; they learn from the teacher alone."""
+        """Number of training images without a label; they learn only from the teacher."""
         return sum(item["label"] is None for item in self.training)
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -116,8 +115,8 @@ def load_data_list(
     """Read a multi-task data list and check all of it.
 
     Paths in the list are relative to its folder; absolute paths are taken as they are. The number of channels is
-    measured from each task's first image, and for 3D segmentation the spacing is the median of the training images,
-    where the list does not say them.
+    measured on each task's first image, and for 3D segmentation the spacing is the median of the training images,
+    where the list does not state them.
 
     Checked: the form; names of tasks (they become folder names); files that are missing; tasks that are unknown or
     have no images; labels outside the classes; one image file in two splits. Equal pixels in two splits are no
@@ -179,7 +178,7 @@ def load_data_list(
 
 
 def measure_spacing(data: DataList) -> DataList:
-    """Return the list with ``spacing`` set where a task has none: the median over its training images, each axis alone.
+    """Return the list with ``spacing`` set where a task has none: the median over its training images, by axis.
 
     Headers of at most 50 images, spread over the list, are read. Lengths are in mm, axes in the order of RAS.
 
@@ -317,7 +316,7 @@ def remarks(data: DataList) -> list[str]:
                 )
     for split, one, whole in (
         ("validation", "it does not count in the choice of the best epoch", "the weights of the last epoch are kept"),
-        ("test", "its expert is written without figures", "experts are written without figures"),
+        ("test", "its expert is written without metrics", "experts are written without metrics"),
     ):
         present = {item["task"] for item in data.split(split)}
         if not present:

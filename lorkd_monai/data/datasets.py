@@ -201,7 +201,9 @@ class TaskDataset(Dataset):
             self._look(images, [self.items[index]["image"] for index, _ in members], name)
             for (index, _), image in zip(members, images, strict=True):
                 yield index, {"image": _compact(image), "label": _class_tensor(self.items[index])}
-        for start in range(0, len(single), 8):  # few at a time: no more are made in vain when the memory is full
+        for start in range(
+            0, len(single), 8
+        ):  # few at a time: when the memory is full, the rest are not prepared for nothing
             few = single[start : start + 8]
             yield from zip(few, pool.map(self._load, few), strict=True)
 

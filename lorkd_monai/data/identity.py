@@ -1,4 +1,4 @@
-"""What a data list is, whatever it is called: its tasks, its splits, and the files behind an image."""
+"""What identifies a data list, whatever its name: its tasks, its splits, and the files of its images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorkd_monai.transforms import default_intensity
 
 __all__ = ["data_identity", "differences", "digest_of", "file_stamps", "split_digests", "task_identity"]
 
-# What stands before the name of the data in a header of its own.
+# What precedes the name of the data file in a header file.
 _DATA_FILE = {".mhd": r"ElementDataFile\s*=", ".nhdr": r"data ?file:"}
 _HEADER_BYTES = 2**16
 
@@ -27,7 +27,7 @@ _HEADER_BYTES = 2**16
 def digest_of(data: DataList) -> str:
     """A digest of which images are in which split, in their order, with their labels, and of the classes.
 
-    Images in files stand for their paths within the data list's folder: another copy of the folder is the same data.
+    An image file counts by its path within the data list's folder: a copy of the folder is the same data.
     """
     digest = hashlib.sha256()
     for name, task in data.tasks.items():
@@ -38,7 +38,7 @@ def digest_of(data: DataList) -> str:
 
 
 def split_digests(data: DataList) -> dict[str, str]:
-    """A digest of the images and labels of each split, made as `digest_of` the whole list; class names stay out."""
+    """A digest of the images and labels of each split, as in `digest_of` but without the names of classes."""
     digests = {split: hashlib.sha256() for split in SPLITS}
     for split, digest in digests.items():
         _add_split(digest, data, split)
@@ -92,9 +92,9 @@ def data_identity(data: DataList) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two descriptions, in words; what one of them lacks is None.
+    """What differs between two descriptions, in words; a value that one of them lacks is None.
 
-    A description in ``now`` that ``before`` lacks counts as the same: it was not written down then.
+    A description in ``now`` that ``before`` lacks counts as the same: it was not recorded then.
     """
     found = []
     for key in {**before, **now}:
@@ -117,8 +117,8 @@ def file_stamps(value: Any) -> list[list[Any]]:
     """Name, size and times of every file that an image or a mask is read from; they change where its content does.
 
     Args:
-        value: a path, several of them (one for each channel), or what is no path at all. A folder stands for all of its
-            files, and a header (.mhd, .nhdr, .hdr, .img) for its data too.
+        value: a path, several of them (one for each channel), or something else, which has no files. A folder means
+            all of its files, and a header (.mhd, .nhdr, .hdr, .img) its data too.
     """
     files = sorted({file for path in _paths(value) for file in _files_of(path)})
     return [[str(file), (s := file.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns] for file in files]

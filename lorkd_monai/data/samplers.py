@@ -1,4 +1,4 @@
-"""Drawing samples of many tasks so that small tasks do not drown, the same in every process and after a resume."""
+"""Drawing samples of many tasks, with a fair part for small tasks; the same in every process and after a resume."""
 
 from __future__ import annotations
 
@@ -139,15 +139,15 @@ class TaskBatchSampler(Sampler):
     A norm, and the gradient of an expert, then see a good number of images of a task at once, and routing has fewer
     segments. All pieces are full, so that no sample weighs more than another in a mean over its batch, the losses' and
     the norms' (the objective averages over samples), and no short rest of a task makes a step of its own. For this,
-    tasks share out whole pieces in place of draws: in each epoch each gets its share (see `TaskSampler`) rounded down
+    tasks share whole pieces in place of draws: in each epoch each gets its share (see `TaskSampler`) rounded down
     or up at random, so that over the epochs the shares are exact, also where a task has less than one piece an epoch.
     An epoch has as many batches as one of mixed batches with the last left out.
 
-    The tasks of a batch differ, but where one task alone has more pieces than the epoch has batches. Where there are
+    The tasks of a batch differ, unless one task has more pieces than the epoch has batches. Where there are
     fewer tasks than ``tasks_per_batch``, a batch holds all of them. Everything is a function of (seed, epoch).
 
     Args:
-        sampler: says what is drawn, and the rank and world size; each process gets as many batches.
+        sampler: gives the draws, the rank and the world size; each process gets as many batches.
         batch_size: most samples in a batch; fewer where ``tasks_per_batch`` does not divide it.
         tasks_per_batch: most tasks in a batch.
 
@@ -187,7 +187,7 @@ class TaskBatchSampler(Sampler):
         drawn = sampler.draw(rng, (left * self._piece).tolist())
         pieces = [iter(rng.permutation(own).reshape(-1, self._piece)) for own in drawn]
         for number in range(batches):
-            # A task with a piece for each batch to come gets one into this, so the rest can always be shared out.
+            # A task with a piece for each batch to come gets one into this batch, so the rest always fit.
             chosen = _share_out(left, self._pieces, rng)
             left -= chosen
             items = [next(pieces[task]) for task in np.repeat(np.arange(len(chosen)), chosen)]
@@ -197,14 +197,14 @@ class TaskBatchSampler(Sampler):
 
 
 def _share_out(weights: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
-    """Return whole numbers of the sum ``total``, each its share of it rounded down or up: on average the share itself.
+    """Return whole numbers that add up to ``total``: each is its share rounded down or up, on average the share itself.
 
-    This is systematic sampling: the shares lie end to end, in an order drawn at random, under a comb of step 1.
+    This is systematic sampling: the shares are laid end to end in random order, and cut at steps of 1.
     """
     order = rng.permutation(np.flatnonzero(weights))
     ends = np.cumsum(weights[order]) * total / weights.sum()
     ends[-1] = total
-    # A coarse start of the comb keeps ends apart from its teeth by far more than rounding moves them.
+    # A coarse random start keeps ends and cuts apart by far more than rounding moves them.
     marks = np.floor(ends + rng.integers(2**20) / 2**20)
     numbers = np.zeros(len(weights), dtype=np.int64)
     numbers[order] = np.diff(marks, prepend=0.0)

@@ -1,4 +1,4 @@
-"""Splitting images into training, validation and test so that no patient stands in two of them."""
+"""Splitting images into training, validation and test so that no patient is in two of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Row:
 def read_patients(
     rows: Sequence[Row], patients_csv: str | os.PathLike | None = None, patient_regex: str | None = None
 ) -> list[str]:
-    """Return each row's patient: from a CSV file, from its file name, or (with neither) what it says, or itself.
+    """Return each row's patient: from a CSV file, from its file name, or else its own or the image itself.
 
     Args:
         rows: the images.
@@ -86,7 +86,7 @@ def assign_splits(
 
     Each patient, in random order and those with most images first, goes to the split that lacks the largest part of
     its share of the patient's tasks and classes, so that a split is not left empty where there are enough patients.
-    A patient that stands in a split already stays there.
+    A patient who is in a split already stays there.
 
     Args:
         rows: the images; their ``split`` is set in place.
@@ -95,7 +95,7 @@ def assign_splits(
         seed: of the order.
 
     Raises:
-        LoRKDError: for fractions that do not fit, or a patient whose images stand in two splits already.
+        LoRKDError: for fractions that do not fit, or a patient whose images are in two splits already.
     """
     numbers = isinstance(fractions, Sequence) and all(type(share) in (int, float) for share in fractions)
     if not numbers or len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] == 0:
@@ -109,7 +109,7 @@ def assign_splits(
     kept = {patient: {row.split for row in own if row.split is not None} for patient, own in members.items()}
     for patient, splits in kept.items():
         if len(splits) > 1:
-            raise LoRKDError(f"{patient} stands in {' and '.join(sorted(splits))} of the splits that were there.")
+            raise LoRKDError(f"{patient} is in {' and '.join(sorted(splits))} of the splits that were there.")
     stays = {patient: SPLITS.index(next(iter(splits))) for patient, splits in kept.items() if splits}
     for row, part in zip(rows, share_patients([_group(row) for row in rows], patients, fractions, seed, stays)):
         row.split = SPLITS[part]

@@ -1,4 +1,4 @@
-"""Making a data list and writing it: never half of one, and never over another unless told to."""
+"""Making a data list and writing it: completely or not at all, and over another one only if asked to."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def new_list(output: str | os.PathLike, kind: str, spatial_dims: int, overwrite:
     """Give an empty list to fill and write, in a `new_folder`; what was left out is logged in any case.
 
     Raises:
-        LoRKDError: for a kind, spatial_dims or path that is none, or as `new_folder`.
+        LoRKDError: for an unknown kind or spatial_dims, no path, or as `new_folder`.
     """
     check_kind(kind, spatial_dims)
     folder = as_path(output, "output")

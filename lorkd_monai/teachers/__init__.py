@@ -1,1 +1,1 @@
-"""The frozen foundation model: found, loaded, shown what it was trained on, remembered."""
+"""The frozen foundation model: find and load it, give it the images that it was trained on, keep its answers."""

@@ -1,4 +1,4 @@
-"""Teachers whose answers are kept, on disk or in memory, so that they are not asked the same thing twice."""
+"""Teachers whose answers are kept, on disk or in memory, so that each is computed once."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ class RememberedTeacher(_Remembering):
 
 
 class CachedTeacher(_Remembering):
-    """A `Teacher` that remembers, on disk, what it said.
+    """A `Teacher` whose answers are kept on disk.
 
-    An answer is filed under a hash of the teacher (its weights, its layers, where its classes stand), of the versions
+    An answer is filed under a hash of the teacher (its weights, layers and channels of classes), of the versions
     of MONAI and of this package, of the task's name, and of the image's own values as they reach the teacher: after all
-    transforms, so that another spacing, intensity or augmentation is another image. What is given back is what the
-    teacher gave, bit for bit.
+    transforms, so that another spacing, intensity or augmentation is another image. What is given back is bit-identical
+    to what the teacher gave.
 
     A random augmentation would never show the same image twice. ``views`` says in how many fixed ways each image is
     shown, one after the other from epoch to epoch: 1 as it is, without augmentation; with n, the image itself and

@@ -19,11 +19,11 @@ def channels_by_name(
     labels: Mapping[str, Mapping[int, str]],
     activation: str = "softmax",
 ) -> dict[str, list[Channel] | None]:
-    """Where each class of each task stands among the channels of a teacher, found by the classes' names.
+    """The channel of each class of each task in a teacher's output, found by the classes' names.
 
     A class is looked for as ``"<task>: <class>"`` first, then as ``"<class>"``; upper and lower case, spaces and
-    underscores make no difference. A class "background" that the teacher does not keep for this task is, for a softmax
-    teacher, everything that is none of the task's other classes; for a sigmoid teacher, unknown.
+    underscores make no difference. A class "background" that the teacher does not have for this task is, for a softmax
+    teacher, all channels of none of the task's other classes; for a sigmoid teacher, unknown.
 
     Args:
         channel_def: channel -> class name, as in the metadata of a MONAI bundle (``{"0": "background", …}``).
@@ -54,7 +54,7 @@ def channels_by_name(
             continue
         problems += [
             f"{task}: {names[i]!r} "
-            + (f"stands for several channels {matches[i]}" if matches[i] else "is no class of the teacher")
+            + (f"is the name of several channels {matches[i]}" if matches[i] else "is no class of the teacher")
             for i in foreground
             if len(matches[i]) != 1
         ]
@@ -82,7 +82,7 @@ def channels_by_name(
 
 
 def plain_name(name: str) -> str:
-    """A class name without what makes no difference: case, spaces, underscores."""
+    """A class name without case, spaces and underscores, which make no difference."""
     return re.sub(r"[\s_]+", "", name).casefold()
 
 

@@ -41,8 +41,8 @@ def find_teacher(
 ) -> Teacher | CachedTeacher | None:
     """The teacher of a decomposition from a MONAI bundle folder, or from a checkpoint and its network's config.
 
-    Only the tasks with images in ``split`` are looked up: the teacher needs to know nothing of the others. What it is
-    given of them is said in one line of the log.
+    Only the tasks with images in ``split`` are looked up: the teacher need not know the others. One line of the
+    log says what the teacher is given.
 
     Args:
         teacher_bundle: the folder; or a weights file of ``backbone``, whose output must then hold the classes of all
@@ -57,7 +57,7 @@ def find_teacher(
         split: what it is to teach or to be measured on.
         in_channels, image_size: of the student's images, where they are known: the teacher's are checked against them.
         from_files: it is for a `DecompositionTrainer` with a `TaskDataset`, which shows it the values of the volumes'
-            files. Else they are made of the student's, and the teacher is refused where these do not do.
+            files. Else these are computed from the student's images, and a teacher that this does not suit is refused.
 
     Raises:
         LoRKDError: there is no such folder or file, or it does not fit.
@@ -105,7 +105,7 @@ def start_from_teacher(network: LoRKDNet, teacher: Teacher | CachedTeacher | Non
             ``"auto"``: that, where there is a teacher whose layers have the names of at least half of the student's.
 
     Raises:
-        LoRKDError: ``"teacher"``, and there is none or nothing of it fits.
+        LoRKDError: ``"teacher"``, and there is none or none of its weights fit.
     """
     if init == "random" or (init == "auto" and teacher is None):
         return

@@ -2,11 +2,11 @@
 
 Student and teacher see one augmented sample. The student's images are the data's values v, brought to 0..1 by the
 task's range: x = (v - low) / (high - low), cut off outside. A teacher from elsewhere wants other numbers. So v is made
-of x again, and goes through the very transforms of the teacher's bundle; see `teacher_steps` for which these are.
+of x again, and goes through the transforms of the teacher's bundle; see `teachers/steps.py` for which these are.
 
-What the student's range cuts off, the teacher doesn't see then either, and a transform that takes figures of an image
-(its mean, its largest value) takes those of the student's patch. In training on volumes it is otherwise: each one's
-values come from its file, whole and uncut (`TaskDataset.show_to`).
+The teacher then doesn't see what the student's range cuts off, and a transform that uses statistics of an image (its
+mean, its largest value) gets those of the student's patch. In training on volumes, each volume's values come from its
+file, whole and not cut off (`TaskDataset.show_to`).
 """
 
 from __future__ import annotations
@@ -76,15 +76,15 @@ class StudentImages:
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What becomes of the student's images on their way to the teacher, and of the answer on its way back.
+    """What is done to the student's images on their way to the teacher, and to the answer on its way back.
 
     Args:
         steps: transforms of one image C×… of the data's values, one after the other.
         ranges: of each task, in the order of the tasks, the data's values that the student sees as 0 and 1.
         axes: of the teacher's images; None: the student's.
         from_files: it wants volumes that come with the values of their files, see `TaskDataset.show_to`.
-        words: says what it is, in a word or a hash: answers are kept under it.
-        told: the same for the reader of a log.
+        words: identifies it, by a word or a hash: answers are kept under it.
+        told: describes it, for a log.
     """
 
     steps: Sequence[Callable[[Tensor], Tensor]] = ()

@@ -1,8 +1,8 @@
-"""Following the preprocessing of a teacher's bundle: its transforms are built by MONAI, tried, and executed.
+"""Following the preprocessing of a teacher's bundle: MONAI builds its transforms, which are tried and then used.
 
-Which transforms load and turn an image is executed on a small file, whose voxels are looked up afterwards. Those that
-change values are executed on the images themselves (`TeacherView`). Those that change the size are not: the teacher
-sees the student's voxels. Every other one must leave a small image as it is; else the teacher is refused.
+Transforms that load and turn an image are run on a small file, whose voxels are looked up afterwards. Those that change
+values are run on the images themselves (`TeacherView`). Those that change the size are not run: the teacher sees the
+student's voxels. Every other one must leave a small image as it is; else the teacher is refused.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class OwnSteps:
 
     @property
     def loads(self) -> bool:
-        """Whether it reads files; else images come to it from elsewhere, in axes that nothing tells."""
+        """Whether it reads files; else images come to it from elsewhere, in unknown axes."""
         return any(isinstance(step, (mt.LoadImage, mt.LoadImaged)) for step in self.opening)
 
 
@@ -109,7 +109,7 @@ def find_steps(folder: Path, parsers: Sequence[tuple[Path, ConfigParser]], stric
         if strict and own.several:
             raise LoRKDError(
                 f"{source} takes several images at once ({', '.join(own.several)}), and the student's come one by one. "
-                "Where a list of files for each image holds the same, in this order, say --teacher_intensity yourself"
+                "Where a list of files for each image holds the same, in this order, give --teacher_intensity yourself"
             )
         if strict and own.unknown:
             raise _cannot(source, own.unknown[0])
@@ -187,7 +187,7 @@ def _sorted(steps: Sequence[Any], source: str) -> OwnSteps:
 
 
 def _applied(step: Any, key: str | None, image: Tensor) -> Any:
-    # As loaded images are: a step of the whole item may look at what came with one.
+    # As loaded images are: a step that takes the whole item may look at the metadata.
     return step(image) if key is None else step({key: MetaTensor(image)})[key]
 
 
@@ -246,12 +246,12 @@ def teacher_view(
         _check_percentiles(steps, source, [task for task, r in ranges.items() if r is None], channels, dims)
     if intensity == "auto":
         if own.cropped and not all(alone[own.cropped[1] :]):
-            raise _cannot(source, f"{own.cropped[0]} before it takes figures of the image that is left")
+            raise _cannot(source, f"{own.cropped[0]} before it uses statistics of the image that is left")
         for task in ct if not from_files else ():
             if dims == 2 and known[task][0] >= 0:
                 continue  # pictures of 8 or 16 bits, which are not cut
             _check_cut(steps, source, task, known[task], pointwise, channels)
-    # Volumes of CT come whole, and of what is scaled by percentiles nothing is known beforehand.
+    # Volumes of CT come uncut; of values that are scaled by percentiles nothing is known beforehand.
     shown = [_CT if from_files and task in ct else own for task, own in ranges.items()]
     told = [_axes_words(axes, dims), _value_words(steps, shown, pointwise, channels, dims)]
     told += [f"intensities as said ({intensity})"] if intensity != "auto" else []
@@ -267,7 +267,7 @@ def teacher_view(
 def _try(
     named: Sequence[tuple[str, Callable]], source: str, channels: int, dims: int, known: Mapping[str, Range]
 ) -> list[bool]:
-    """Run the steps on a small image of each task; return for each step whether a value depends on itself alone."""
+    """Run the steps on a small image of each task; return for each step whether it acts on each value separately."""
     alone = [True] * len(named)
     for low, high in known.values():
         image = _sample(low, high, channels, dims)
@@ -305,7 +305,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_percentiles(steps: Sequence[Callable], source: str, tasks: Sequence[str], channels: int, dims: int) -> None:
-    """Images that are scaled one by one do for steps to which neither a factor nor a constant makes a difference."""
+    """Refuse images that are scaled one by one, unless a factor and a constant make no difference to the steps."""
     image = _sample(0.0, 1.0, channels, dims)  # with zeros, which some steps leave out
     if not _same(run(steps, image.clone()), run(steps, image * 40 - 7)):
         raise LoRKDError(
@@ -324,7 +324,7 @@ def _check_cut(steps: Sequence[Callable], source: str, task: str, own: Range, po
     if lost <= _MOST:
         return
     low, high = _CT
-    if pointwise:  # what the teacher cuts off itself, the student may, too
+    if pointwise:  # what the teacher cuts off itself, the student may cut off too
         below = values[(full - full[:, :1])[0].flatten() == 0]
         above = values[(full - full[:, -1:])[0].flatten() == 0]
         low, high = float(below.max()), float(above.min())
@@ -423,7 +423,7 @@ def _value_words(
     if not steps:
         return "values 0..1 as the student's"
     if not pointwise or None in own:
-        return "values by the figures of each image"
+        return "values by the statistics of each image"
     ramps = [torch.linspace(*r, 257).view(1, -1, *[1] * (dims - 1)).repeat(channels, *[1] * dims) for r in own]
     shown = torch.cat([run(steps, ramp) for ramp in ramps])
     return f"values {float(shown.min()):.4g}..{float(shown.max()):.4g}"

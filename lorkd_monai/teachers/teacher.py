@@ -1,4 +1,4 @@
-"""The frozen teacher: a network that knows the classes of several tasks, and where they stand in its output."""
+"""The frozen teacher: a network with the classes of several tasks, and their channels in its output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Teacher(nn.Module):
 
     Args:
         network: the teacher's network; it is used, not copied, and its parameters stop requiring gradients.
-        channels: task -> where each of its classes stands in the network's output, in the order of the task's classes.
+        channels: task -> the channels of its classes in the network's output, in the order of the task's classes.
             An entry is a channel; or several (the background of a teacher with more classes: its logit is the
             logsumexp over them, so that the softmax over the task's channels gives the sum of their probabilities);
             or None, for a sigmoid teacher that does not know this class. None in place of the list, or no entry for a
@@ -39,7 +39,7 @@ class Teacher(nn.Module):
         activation: ``"softmax"`` or ``"sigmoid"``: what the teacher's logits go through.
         in_channels: image channels that the network takes; None: those of its first convolution.
         head: name of the last layer, where it can't be found; only needed for features.
-        intensity: what becomes of the student's images on their way to the network, and of the answer on its way back;
+        intensity: what is done to the student's images on their way to the network, and to the answer on its way back;
             None: nothing.
 
     Raises:
@@ -129,8 +129,8 @@ class Teacher(nn.Module):
 
         Returns:
             B × C_max × …, C_max being the most classes of a task: -inf past a sample's own classes and in a class
-            that a sigmoid teacher does not know. All NaN in the samples without logits (see :meth:`has_logits`), so
-            that the losses leave them out, and nothing can take them for an answer.
+            that a sigmoid teacher does not know. All NaN in the samples without logits (see :meth:`has_logits`): the
+            losses leave them out, and they cannot be mistaken for an answer.
 
         Raises:
             LoRKDError: a task out of range, image channels that don't fit, or an output with too few channels.
@@ -247,7 +247,7 @@ def _main_features(found: list[tuple[nn.Module, Tensor]]) -> Tensor:
 
 
 def check_channels(wanted: int, came: int, dims: int, name: str = "the teacher") -> None:
-    """Refuse images whose channels a teacher can't take: grey ones do for 2D colours, and colours for grey.
+    """Refuse images whose channels a teacher can't take: in 2D it takes grey for colours, and colours for grey.
 
     Raises:
         LoRKDError: other channels are missing or too many; they are not filled with copies of the image.

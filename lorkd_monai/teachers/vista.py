@@ -21,14 +21,14 @@ _BACKGROUND = 0  # VISTA3D has no prompt for it
 class ClassPrompted(nn.Module):
     """A VISTA3D network with its class prompts fixed: B×1×H×W×D images to B×K×H×W×D logits, one for each class.
 
-    The image is encoded once for all classes. Logits go through a sigmoid, each by itself.
+    The image is encoded once for all classes. The activation is a sigmoid, for each class separately.
 
     Args:
         network: ``monai.networks.nets.vista3d132()`` or another `VISTA3D`. Its point prompts are not used.
         classes: the K class indices, as published with the network's weights.
 
     Raises:
-        LoRKDError: another network, no classes, a class that stands twice, or one that the network has no embedding of.
+        LoRKDError: another network, no classes, a class that comes twice, or one that the network has no embedding of.
     """
 
     def __init__(self, network: nn.Module, classes: Sequence[int]) -> None:
@@ -52,7 +52,7 @@ class ClassPrompted(nn.Module):
 def vista_prompts(tasks: Mapping[str, Any], names: Mapping[int, str] | None = None) -> dict[str, list[int | None]]:
     """The class prompt of every class of every task.
 
-    A task of the data list may say it: ``"vista3d_class": {"1": 3}``, class id -> index in VISTA3D. Else the names of
+    A task of the data list may state it: ``"vista3d_class": {"1": 3}``, class id -> index in VISTA3D. Else the names of
     the classes are looked up among the published ones. The background has none: it is what no prompt finds.
 
     Args:
@@ -101,7 +101,7 @@ def vista_teacher(
         network: the network with its weights.
         tasks, names: see :func:`vista_prompts`.
         only: the tasks to prompt for; the teacher then has no logits for the others. None: all.
-        options: further ones of `Teacher`, such as ``intensity``.
+        options: other arguments of `Teacher`, such as ``intensity``.
 
     Raises:
         LoRKDError: see :func:`vista_prompts` and :class:`ClassPrompted`.

@@ -1,4 +1,4 @@
-"""Random changes of a whole batch at once, the same again for the same seed and iteration."""
+"""Random changes of a whole batch at once, the same for the same seed and iteration."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["BatchAugment"]
 class BatchAugment:
     """Rotate, scale, shift and flip images together with their masks, and change contrast, brightness and noise.
 
-    What is drawn depends on ``seed`` and the ``iteration`` of the call alone, so a resumed training sees what it
-    would have seen. Each sample of a batch is changed in its own way. Images are float B×C×H×W[×D] in 0..1 and stay
+    The changes depend only on ``seed`` and the ``iteration`` of the call, so a resumed training sees the same as one
+    without a break. Each sample of a batch is changed in its own way. Images are float B×C×H×W[×D] in 0..1 and stay
     in 0..1; masks are B×1×H×W[×D] and take the nearest voxel. What comes in from outside the image is 0. A mask of -1
     only, of an image without a label, stays so.
 
@@ -32,7 +32,7 @@ class BatchAugment:
         contrast: largest change of the contrast about the image's mean.
         brightness: largest change of all values.
         noise: standard deviation of Gaussian noise; drawing it costs as much as all the rest.
-        probability: of the geometric change, and by itself of the change of intensity, for each sample.
+        probability: of the geometric change of a sample, and independently of its change of intensity.
         seed: any whole number of at least 0.
 
     Raises:

@@ -1,8 +1,8 @@
-"""DICOM files as hospitals have them: which files they are, and how one becomes a picture.
+"""DICOM files as hospitals have them: which files are DICOM, and how one becomes a picture.
 
 A picture is what a viewer shows: pydicom applies the modality LUT or rescale and the VOI LUT or window, MONOCHROME1 is
-inverted, YBR and palettes become RGB. All of it is an expression, for the configs of expert bundles, which have MONAI
-and pydicom alone (2.4 or 3); training evaluates the same text.
+inverted, YBR and palettes become RGB. All of it is expressions for the configs of expert bundles, which
+need only MONAI and pydicom (2.4 or 3); training evaluates the same text.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _CHECK = f"(lambda fault: torch._check_value(not fault, lambda: f'refused: {{pat
 _PALETTE = (
     "(lambda x: (x[..., :3] >> 8 * (x.itemsize - 1)).astype('uint8'))(lut.apply_color_lut(dicom.pixel_array, dicom))"
 )
-# pydicom 3 gives RGB for these by itself.
+# pydicom 3 converts these to RGB itself.
 _COLOURS = (
     "(lut.convert_color_space(dicom.pixel_array, kind, 'RGB') if not new and kind[:8] == 'YBR_FULL' else "
     "dicom.pixel_array)"

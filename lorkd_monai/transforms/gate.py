@@ -1,10 +1,10 @@
 """The gate: what an image and a mask must be, in training and in use.
 
-Each rule is an expression that stands in the preprocessing configs: training runs them, and an expert bundle carries
-them, so that both refuse the same files. They use MONAI, torch and numpy alone.
+Each rule is an expression in the preprocessing configs. Training runs these, and an expert bundle contains them, so
+that both refuse the same files. They use only MONAI, torch and numpy.
 
 A fault is a ``ValueError("refused: FILE …")`` that says what is wrong and what to do. MONAI wraps it in errors of its
-own; `refusal` finds it again. What is odd and may be right is a warning ``look at FILE: …``.
+own; `refusal` finds it again. Something odd that may be right is a warning ``look at FILE: …``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["affine_fault", "compiled", "gate", "odd", "refusal", "scaled", "upri
 
 # In the expressions, x is a plain tensor C×H×W[×D], m what is known of it (``meta``) and a its affine.
 _NAME = "str(m.get('filename_or_obj', 'the image'))"
-_MODE = "str(m.get('mode'))"  # PIL's, which tells a file's depth
+_MODE = "str(m.get('mode'))"  # PIL's, which gives a file's depth
 # The further pictures of an MPO are previews of the first. Pillow 13 mixes up the pixels of a TIFF that lies on its
 # side.
 _PICTURE_FAULT = (
@@ -38,9 +38,9 @@ _REFUSED = (
     "lambda: 'refused: ' + str(image.filename) + fault))})()"
 )
 _AFFINE = (
-    "(': its affine holds NaN or infinity; mend its header' if not a.isfinite().all() else "
+    "(': its affine holds NaN or infinity; fix its header' if not a.isfinite().all() else "
     "': its affine has a spacing of 0 mm, or axes in one plane (spacing ' + str(a[:3, :3].norm(dim=0).tolist()) + "
-    "'); mend its header' if not a[:3, :3].det().abs() > 1e-6 * a[:3, :3].norm(dim=0).prod() else '')"
+    "'); fix its header' if not a[:3, :3].det().abs() > 1e-6 * a[:3, :3].norm(dim=0).prod() else '')"
 )
 
 
@@ -50,7 +50,7 @@ def compiled(rule: str) -> Callable[..., Any]:
 
 
 def refusal(error: BaseException) -> str | None:
-    """Return what the gate said of a file, from an error that it led to; None where it was something else."""
+    """Return the gate's message about a file from an error that it caused; None for other errors."""
     found = re.search("ValueError: refused: (.*)", "".join(traceback.format_exception(error)))
     return None if found is None else found[1]
 
@@ -72,8 +72,8 @@ def gate(
     """Return the config of the step that checks an image, and its mask where there are ``num_classes``, C×H×W[×D].
 
     Checked are the axes, the number of channels, the affine (3D) and the values; that a mask has one channel of class
-    ids 0 to ``num_classes`` - 1; that it lies where its image lies. It gets the image's affine, which may differ by
-    rounding, and what rounding left of whole numbers is rounded. A grey 2D mask saved in colours is one channel.
+    ids 0 to ``num_classes`` - 1; that it is where its image is. It gets the image's affine, as the two may differ by
+    rounding, and its values are rounded to whole numbers. A grey 2D mask saved in colours is one channel.
 
     Args:
         spatial_dims: 2 or 3.
@@ -111,21 +111,21 @@ def odd(limits: Sequence[float] | None) -> str:
 
 
 def scaled(limits: Sequence[float] | None) -> dict[str, Any]:
-    """Return the config of the step that follows the scaling to 0..1 and names an image that is `odd` after it.
+    """Return the config of the step that follows the scaling to 0..1 and warns of an image that is `odd` after it.
 
-    Without ``limits`` it mends what the percentiles could not scale, as they coincide (MONAI then does not scale at
-    all): such a channel is scaled from its least to its greatest value, one of a single value is 0.
+    Without ``limits`` it also scales channels whose percentiles are equal, which MONAI does not scale at all: from
+    their least to their greatest value. A channel of a single value becomes 0.
     """
     warn = f"monai.utils.optional_import('warnings')[0].warn('look at ' + {_NAME} + ': ' + odd)"
     look = f"(lambda low, high, mean: (lambda odd: odd and {warn})({odd(limits)}) or d)(x.min(), x.max(), x.mean())"
     if limits is not None:
         return {"_target_": "Lambda", "func": f"$lambda d: {_of('image', look)}"}
-    mend = (
+    fixed = (
         "(lambda low, high: (lambda good: d if bool(good.all()) else dict(d, image=torch.where(good, d['image'], "
         "(d['image'] - low) / (high - low).clamp(min=1e-30))))((low == 0) & ((high - 1).abs() < 0.001)))"
         "(*[f(dim=tuple(range(1, x.ndim)), keepdim=True) for f in (x.amin, x.amax)])"
     )
-    return {"_target_": "Lambda", "func": f"$lambda d: (lambda d: {_of('image', look)})({_of('image', mend)})"}
+    return {"_target_": "Lambda", "func": f"$lambda d: (lambda d: {_of('image', look)})({_of('image', fixed)})"}
 
 
 def _image_faults(spatial_dims: int, channels: Sequence[int], full: float | None) -> list[str]:
@@ -207,7 +207,7 @@ def _axes(spatial_dims: int) -> list[str]:
     ]
     if spatial_dims == 2:
         return faults
-    # MONAI puts another affine in place of one that is none, and drops imaginary parts: the file itself has them.
+    # MONAI replaces an affine that is not valid and drops imaginary parts: both are looked up in the file itself.
     stored = f"monai.utils.optional_import('nibabel')[0].load({_NAME})"
     nifti = f"{_NAME}.lower().endswith(('.nii', '.nii.gz'))"
     return [

@@ -1,4 +1,4 @@
-"""Reading one item: from a file through MONAI's readers, or from an array that was a slice of an ``.npz`` file."""
+"""Reading one item: from a file with MONAI's readers, or from an array of an ``.npz`` file."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _NIFTI_SUFFIXES = (".nii", ".nii.gz")
 class ImageFacts:
     """What can be known of an image without its preprocessing; ``spacing`` is in mm along the axes of RAS.
 
-    ``values`` are the least and the greatest one of a 2D image (or of all in an ``.npz`` file) whose type of number
-    does not tell the range, None for unsigned 8 and 16 bits; ``floats`` says which of the others it is.
+    ``values`` are the least and the greatest value of a 2D image (or of all in an ``.npz`` file) whose data type does
+    not give the range; None for unsigned 8 and 16 bits. ``floats``: these are floats.
     """
 
     spatial_dims: int
@@ -179,7 +179,7 @@ class ItemLoader:
 
 @contextmanager
 def quiet_readers() -> Iterator[None]:
-    """Keep MONAI from saying, for each `LoadImaged` that is made, that a GPU decoder of DICOM is not installed."""
+    """Silence MONAI's note, for each new `LoadImaged`, that a GPU decoder of DICOM is not installed."""
     logger = logging.getLogger("monai.data.nvimgcodec_pydicom_plugin")
     before, logger.disabled = logger.disabled, True
     try:
@@ -225,7 +225,7 @@ def _describe_dicom(path: str) -> ImageFacts:
     if int(header.get("NumberOfFrames") or 1) > 1:
         return _describe_loaded(path)
     grey = str(header.get("PhotometricInterpretation", "MONOCHROME2")).startswith("MONOCHROME")
-    # A picture is brought to the range of its task, whatever its own depth.
+    # A picture is scaled to the range of its task, whatever its own depth.
     return ImageFacts(2, 1 if grey else 3, 8, None)
 
 

@@ -44,7 +44,7 @@ def _step(target: str, keys: str | list[str], **arguments: Any) -> dict[str, Any
 
 
 def default_intensity(task: TaskSpec, spatial_dims: int) -> dict[str, Any]:
-    """Return what ``task.intensity`` says, or the default of its kind.
+    """Return ``task.intensity``, or the default of its kind.
 
     2D: grey values 0 to 255. 3D: `CT_WINDOW` in HU where the task's modality is CT, else the `PERCENTILES` of each
     image. A data list sets ``{"range": [0, 65535]}`` by itself where a task's 2D images have 16 bits, and
@@ -184,7 +184,7 @@ def postprocessing(
         output_ext: suffix of the files written.
 
     Raises:
-        LoRKDError: for a kind that is none, more than 256 classes, or a reference that is none.
+        LoRKDError: for an unknown kind, more than 256 classes, or a text that is no reference.
     """
     check_kind(kind, spatial_dims)
     for reference in (output_dir, preprocessing):
@@ -233,7 +233,7 @@ def saving_handlers(kind: str, output_dir: str = "@output_dir") -> list[dict[str
 
 
 def _channels(task: TaskSpec, spatial_dims: int, in_channels: int) -> list[int]:
-    """Numbers of channels that an image of a task may have: grey and colours stand for each other in 2D."""
+    """Numbers of channels that an image of a task may have; in 2D both grey and colours do."""
     if spatial_dims == 2 and in_channels in (1, 3) and task.channels in (None, 1, 3):
         return [1, 3]
     return [1, in_channels] if task.channels is None else [task.channels]

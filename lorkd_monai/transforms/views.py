@@ -1,4 +1,4 @@
-"""Showing each image in a fixed number of ways, the same again in every epoch and every run."""
+"""A fixed number of views of each image, the same in every epoch and every run."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def augment_together(augment: Callable, channels: int) -> Callable:
 def fixed_view(augment: Callable, image: Tensor, label: Tensor | None, view: int) -> tuple[Tensor, Tensor | None]:
     """One of the fixed views of each sample of a batch.
 
-    View 0 is the sample itself. What any other one is depends on the sample's own values and the view's number alone,
-    not on the batch or the moment, so that what was learnt about it can be looked up later.
+    View 0 is the sample itself. Any other view depends only on the sample's own values and the view's number, not on
+    the batch or the iteration, so that the teacher's answer to it can be looked up later.
 
     Args:
         augment: ``augment(image, mask or None, iteration)``, see `BatchAugment`.

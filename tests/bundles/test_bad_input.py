@@ -97,7 +97,7 @@ def test_lists_without_test_images(bundle_run, data, tmp_path):
     for run_id in ("pretraining", "training"):
         done = bundle_run(run_id, data, out, max_epochs=1)
         assert done.code == 0, done.out[-2000:] + done.err[-2000:]
-        assert "the list has no test images: experts are written without figures" in done.out
+        assert "the list has no test images: experts are written without metrics" in done.out
     expert = out / "experts" / "ct_classification"
     assert "No figures were measured when this bundle was written" in (expert / "docs" / "README.md").read_text()
     metadata = json.loads((expert / "configs" / "metadata.json").read_text())

@@ -125,7 +125,7 @@ def test_splits_that_are_there_are_kept(tmp_path):
     data = load_data_list(from_class_folders([tmp_path / "task"], tmp_path / "out"), "classification", 2)
     for split, word in zip(SPLITS, ("train", "val", "test"), strict=True):
         assert len(data.split(split)) == 6 and all(f"/{word}/" in image for image in files_of(data, split))
-    with pytest.raises(LoRKDError, match="patient 0 stands in test and training and validation"):
+    with pytest.raises(LoRKDError, match="patient 0 is in test and training and validation"):
         from_class_folders([tmp_path / "task"], tmp_path / "out2", patient_regex=r"(\d)\.png")
 
 
@@ -502,7 +502,7 @@ def test_images_below_classes_belong_to_patients(tmp_path, caplog):
     assert data.tasks["lungs"].labels == {0: "ill", 1: "well"} and sum(map(len, images.values())) == 36
     patients = [{path.split("/")[-3] for path in images[split]} for split in SPLITS]
     assert sum(map(len, patients)) == 6  # each in one split only, both classes together
-    assert "36 images lie in sub-folders" in caplog.text and "each of the 6 (P0, P1, P2, …)" in caplog.text
+    assert "36 images are in sub-folders" in caplog.text and "each of the 6 (P0, P1, P2, …)" in caplog.text
     by_name = from_class_folders([tmp_path / "lungs"], tmp_path / "out2", patient_regex=r"^(\d)")
     assert len({path[-5] for path in lists_images(by_name)[0]["training"]}) == 1
 
@@ -599,7 +599,7 @@ def test_what_is_left_out_is_told(tmp_path, caplog):
         f"skipped 1: files outside the class folders ({root / 'readme.md'})",
         "| breast | benign | 6 | 0 | 0 |",
         "| breast | malignant | 6 | 0 | 0 |",
-        "the list has no test images: experts are written without figures",
+        "the list has no test images: experts are written without metrics",
     ):
         assert line in caplog.text
 

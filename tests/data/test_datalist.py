@@ -101,7 +101,7 @@ def test_no_such_file(tmp_path):
 def test_broken_json(folder):
     refused(folder, '{"tasks": {', "not valid JSON", "line 1")
     refused(folder, "[]", "must be a JSON object")
-    refused(folder, '{"tasks": {"a": {}, "a": {}}}', "'a' stands twice")
+    refused(folder, '{"tasks": {"a": {}, "a": {}}}', "'a' is twice")
 
 
 def test_empty_lists(folder):

@@ -189,7 +189,7 @@ def test_what_could_not_be_matched_is_listed():
         channels_by_name({0: "background", 1: "liver"}, {"organs": {0: "background", 1: "liver", 2: "tumour"}})
     with pytest.raises(LoRKDError, match=r"no class of any task.*background, liver.*heart: background, heart"):
         channels_by_name({0: "background", 1: "liver"}, {"heart": {0: "background", 1: "heart"}})
-    with pytest.raises(LoRKDError, match="'liver' stands for several channels"):
+    with pytest.raises(LoRKDError, match="'liver' is the name of several channels"):
         channels_by_name({0: "Liver", 1: "LIVER"}, {"t": {0: "liver"}})
 
 

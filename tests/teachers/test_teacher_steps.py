@@ -335,7 +335,7 @@ REFUSED = {
     ),
     "statistics of a crop": (
         [LOAD, FIRST, RAS, step("CropForegroundd", source_key="image"), ZSCORE],
-        "CropForegroundd before it takes figures",
+        "CropForegroundd before it uses statistics",
     ),
     "files of another form": (
         [LOAD, step("EnsureChannelFirstd", channel_dim=5), RAS, CT],

@@ -270,7 +270,7 @@ def test_affines_that_are_none_are_refused(tmp_path, affine, words):
     image.header.set_qform(None, code=0)
     path = str(tmp_path / "a.nii.gz")
     nibabel.save(image, path)
-    with pytest.raises(LoRKDError, match=rf"a\.nii\.gz: its affine .*{words}.*mend its header"):
+    with pytest.raises(LoRKDError, match=rf"a\.nii\.gz: its affine .*{words}.*fix its header"):
         read(3, {"image": path}, make_task(spacing=(1.0, 1.0, 1.0)))
     with pytest.raises(LoRKDError, match=rf"a\.nii\.gz: its affine .*{words}"):
         describe_image(path)
