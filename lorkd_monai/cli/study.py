@@ -61,7 +61,8 @@ def study(
             of them (OUTPUT/fold_0, …): measured on the fold, validated on the next one, trained on the others. The
             test images take no part.
         fold: numbers of the folds to do, separated by commas; all by default.
-        patients_csv: file with the columns image and patient; a patient's images are all in one fold.
+        patients_csv: file with the columns image and patient: a patient's images are all in one fold, and the bootstrap
+            of the intervals draws patients in place of images.
         patient_regex: or a regular expression that finds the patient in the file name.
         changes: settings of all runs, such as --epochs 20 --ema 0.98.
     """
@@ -98,8 +99,8 @@ def study(
     if folds is not None:
         check_folds(folds, numbers)
         numbers = numbers or list(range(folds))
-    elif any(value is not None for value in (fold, patients_csv, patient_regex)):
-        raise LoRKDError("fold, patients_csv and patient_regex are for a cross-validation: give the number of --folds")
+    elif fold is not None:
+        raise LoRKDError("fold is for a cross-validation: give the number of --folds")
     if plan_only:
         if dataset_dir is not None:
             _data(dataset_dir, kind, spatial_dims, folds)
@@ -112,13 +113,13 @@ def study(
         raise LoRKDError("dataset_dir: expected the folder of a data list; phantoms are taken with --quick only")
     folder = _phantoms(place / "phantoms", kind, spatial_dims) if dataset_dir is None else dataset_dir
     data, where = _data(folder, kind, spatial_dims, folds), device or default_device()
+    table = None if patients_csv is None else as_path(patients_csv, "patients_csv")
+    data = with_patients(data, ["test"] if folds is None else ["training", "validation"], table, patient_regex)
     if held_out:
         held_out = data.scored if held_out == ["all"] else held_out
         for part in run_transfer(place, data, common, runs, held_out, where, _say):
             _say("\n" + study_tables(part, common.resamples))
     elif folds is not None:
-        table = None if patients_csv is None else as_path(patients_csv, "patients_csv")
-        data = with_patients(data, ["training", "validation"], table, patient_regex)
         of_image = folds_of(data, folds)
         parts = {number: fold_of(data, of_image, folds, number) for number in numbers}
         folders = run_folds(place, parts, common, runs, where, keep_weights, _say)

@@ -23,6 +23,7 @@ from lorkd_monai.engines.trainer import TaskEvaluator, show_volumes
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.metrics import case_scores, classification_figures, segmentation_figures
+from lorkd_monai.metrics.bootstrap import Clusters
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.tasks import score_of
 from lorkd_monai.teachers.find import _knows, find_teacher
@@ -112,15 +113,24 @@ def collect_predictions(
     }
 
 
-def figures_of_predictions(predictions: Predictions, data: DataList, resamples: int = 1000) -> Figures:
-    """The figures of what `collect_predictions` gave; see `evaluate_tasks`."""
+def figures_of_predictions(
+    predictions: Predictions,
+    data: DataList,
+    resamples: int = 1000,
+    clusters: Mapping[str, Clusters] | None = None,
+) -> Figures:
+    """The figures of what `collect_predictions` gave; see `evaluate_tasks`.
+
+    With ``clusters`` (task -> the patients of its images) the intervals resample patients.
+    """
     figures = {}
     for name, kept in predictions.items():
+        own = (clusters or {}).get(name)
         if data.kind == "classification":
-            figures[name] = classification_figures(kept["probability"], kept["label"], resamples)
+            figures[name] = classification_figures(kept["probability"], kept["label"], resamples, clusters=own)
         else:
             classes = [text for index, text in sorted(data.tasks[name].labels.items()) if index]
-            figures[name] = segmentation_figures(kept, classes, resamples)
+            figures[name] = segmentation_figures(kept, classes, resamples, clusters=own)
     return figures
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.metrics.bootstrap import figures
+from lorkd_monai.metrics.bootstrap import Clusters, figures
 
 __all__ = ["area_under_roc", "balanced_accuracy", "classification_figures"]
 
@@ -21,14 +21,14 @@ def balanced_accuracy(predicted: Tensor, label: Tensor, num_classes: int, weight
         weights: R × N: how often each sample counts; None: once.
 
     Returns:
-        R values in 0..1, one for each row of ``weights``.
+        R values in 0..1, one for each row of ``weights``; NaN for a row of zeros.
     """
     weights = torch.ones(1, len(label), dtype=torch.float64) if weights is None else weights
     classes = torch.nn.functional.one_hot(label.long(), num_classes).to(weights)
     total = weights @ classes
     right = weights @ (classes * (predicted == label).to(weights)[:, None])
     present = total > 0
-    return (right / total.clamp_min(1)).mul(present).sum(1) / present.sum(1).clamp_min(1)
+    return (right / total.clamp_min(1)).mul(present).sum(1) / present.sum(1)
 
 
 def area_under_roc(score: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -54,7 +54,7 @@ def area_under_roc(score: Tensor, positive: Tensor, weights: Tensor | None = Non
 
 
 def classification_figures(
-    probability: Tensor, label: Tensor, resamples: int = 1000, seed: int = 0
+    probability: Tensor, label: Tensor, resamples: int = 1000, seed: int = 0, clusters: Clusters | None = None
 ) -> dict[str, dict[str, float]]:
     """Figures of one task on N images: balanced accuracy, accuracy, AUROC (mean of one class against the rest).
 
@@ -63,6 +63,7 @@ def classification_figures(
         label: N class numbers.
         resamples: bootstrap resamples of the images for the intervals.
         seed: of the resampling.
+        clusters: the patients, who are resampled in place of the images.
 
     Returns:
         ``{name: {"value", "low", "high", "n"}}``, the interval being the central 95 % of the resamples. AUROC is left
@@ -88,6 +89,6 @@ def classification_figures(
         statistics["auroc"] = lambda w: torch.stack(
             [area_under_roc(probability[:, c], label == c, w) for c in chosen]
         ).nanmean(0)
-    found = figures(statistics, count, resamples, seed)
+    found = figures(statistics, count, resamples, seed, clusters)
     largest = label.bincount(minlength=classes).max().item()
     return {**found, "majority_rate": {"value": largest / count, "n": count}}

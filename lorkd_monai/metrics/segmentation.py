@@ -10,7 +10,7 @@ from monai.networks.utils import one_hot
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.metrics.bootstrap import figures
+from lorkd_monai.metrics.bootstrap import Clusters, figures
 
 __all__ = ["case_scores", "segmentation_figures"]
 
@@ -61,7 +61,11 @@ def case_scores(
 
 
 def segmentation_figures(
-    scores: Mapping[str, Tensor], classes: Sequence[str], resamples: int = 1000, seed: int = 0
+    scores: Mapping[str, Tensor],
+    classes: Sequence[str],
+    resamples: int = 1000,
+    seed: int = 0,
+    clusters: Clusters | None = None,
 ) -> dict[str, dict[str, float]]:
     """Figures of one task over N cases.
 
@@ -70,6 +74,7 @@ def segmentation_figures(
         classes: names of the foreground classes.
         resamples: bootstrap resamples of the cases for the intervals.
         seed: of the resampling.
+        clusters: the patients, who are resampled in place of the cases.
 
     Returns:
         ``{name: {"value", "low", "high", "n"}}`` for each score: the mean over cases of the mean over classes, and,
@@ -86,7 +91,7 @@ def segmentation_figures(
             columns |= {f"{name} {text}": values[:, c] for c, text in enumerate(classes)}
         columns = {key: column for key, column in columns.items() if not column.isnan().all()}
         means = {key: lambda w, c=column: _weighted_mean(w, c) for key, column in columns.items()}
-        found |= figures(means, len(values), resamples, seed)
+        found |= figures(means, len(values), resamples, seed, clusters)
         for key, column in columns.items():
             found[key]["n"] = int((~column.isnan()).sum())
     return found

@@ -72,6 +72,7 @@ class Content:
     intro: str = ""
     summary: list[tuple[str, list[str]]] = field(default_factory=list)
     score: str = "score"
+    unit: str = "images"
     facts: list[tuple[str, str]] = field(default_factory=list)
     tasks: Table | None = None
     comparison: dict[str, list[Point]] = field(default_factory=dict)

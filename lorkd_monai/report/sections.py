@@ -84,8 +84,9 @@ class Sections:
                 png = figures.dots(content.differences[setting], f"difference in mean {content.score}", zero=True)
                 pictures.append(self._drawn(f"differences {setting}", "differences with their intervals", png))
             text = (
-                "Dots are means, lines 95 % bootstrap intervals over the test images, ticks single seeds. A difference "
-                "is paired image by image; where its line does not cross 0, the test images tell the two apart."
+                f"Dots are means, lines 95 % bootstrap intervals over the test {content.unit}, ticks single seeds. "
+                "Differences are paired: both methods have the same resamples. Where a line does not cross 0, the "
+                "difference is significant."
             )
             table = content.comparison_tables.get(setting)
             title = f"Comparison: {setting}" if setting else "Comparison"

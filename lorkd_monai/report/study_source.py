@@ -42,7 +42,7 @@ def content_of_study(folder: str | os.PathLike, resamples: int = 2000) -> Conten
     rows = summarise(folder, resamples)
     first = rows[0].runs[0]
     score = first["score"].replace("_", " ")
-    content = Content(f"Does decomposition pay? {first['data']['name']}", score=score)
+    content = Content(f"Does decomposition pay? {first['data']['name']}", score=score, unit=rows[0].unit)
     best = _best_lorkd(rows)
     differences = compare(folder, difference_pairs(rows), resamples)
     content.intro = _INTRO

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from lorkd_monai.files import read_json
 from lorkd_monai.locks import mark_in_use
 from lorkd_monai.study.files import FORMAT, RunFile, write_json
 from lorkd_monai.study.methods import Method
+from lorkd_monai.study.patients import patient_numbers
 from lorkd_monai.study.settings import StudySettings
 
 __all__ = ["agree_on_settings", "check_finished"]
@@ -32,13 +35,14 @@ def agree_on_settings(
     Raises:
         LoRKDError: the folder holds a study of other data or with other settings, or is none.
     """
-    path = folder / "study.json"
+    path, patients = folder / "study.json", patient_numbers(data)
     now: dict[str, Any] = {
         "format": FORMAT,
         "data": {
             "name": data.name, "kind": data.kind, "spatial_dims": data.spatial_dims, "images": data.counts(),
             "digest": digest_of(data),
             "tasks": {name: task_identity(task, data.spatial_dims) for name, task in data.tasks.items()},
+            **({"patients of the test images": _digest(patients)} if patients else {}),
         },
         "settings": common.as_data(),
         **({"more": dict(more)} if more else {}),
@@ -59,6 +63,10 @@ def agree_on_settings(
             f"{folder} holds a study with other data or settings: {'; '.join(differing)}. Give them again, or another "
             "folder"
         )
+
+
+def _digest(patients: Mapping[str, list[int]]) -> str:
+    return hashlib.sha256(json.dumps(patients).encode()).hexdigest()[:16]
 
 
 def check_finished(file: RunFile, method: Method, common: StudySettings) -> None:

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from lorkd_monai.data import DataList
 from lorkd_monai.data.splitting import Row, read_patients
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.metrics.bootstrap import Clusters
 
-__all__ = ["patients_of", "with_patients"]
+__all__ = ["clusters_of", "patient_numbers", "patients_of", "with_patients"]
 
 
 def with_patients(
@@ -47,5 +49,51 @@ def with_patients(
 
 
 def patients_of(items: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The patient of each item; one without a patient is one by itself."""
-    return [item.get("patient", f"image {i}") for i, item in enumerate(items)]
+    """The patient of each item; an image without one is a patient by itself, by the name of its file."""
+
+    def by_itself(i: int, image: Any) -> str:
+        if isinstance(image, np.ndarray):
+            return f"image {i}"
+        return str(image[0] if isinstance(image, list) else image)
+
+    return [item.get("patient") or by_itself(i, item["image"]) for i, item in enumerate(items)]
+
+
+def patient_numbers(data: DataList) -> dict[str, list[int]]:
+    """Task -> a number for the patient of each of its test images; nothing where the list knows no patients.
+
+    Numbers in place of names: a run's file goes where the names of patients may not.
+    """
+    if not any("patient" in item for item in data.test):
+        return {}
+    numbers: dict[str, int] = {}
+    found: dict[str, list[int]] = {}
+    for item, patient in zip(data.test, patients_of(data.test), strict=True):
+        found.setdefault(item["task"], []).append(numbers.setdefault(patient, len(numbers)))
+    return found
+
+
+def clusters_of(patients: Mapping[str, Sequence[int]]) -> dict[str, Clusters]:
+    """What the bootstrap draws in each task: the patients of all the tasks that share some with it, directly or not.
+
+    Args:
+        patients: as `patient_numbers` gives them.
+
+    Example::
+
+        >>> one = clusters_of({"a": [0, 0, 1], "b": [1, 2], "c": [3]})
+        >>> one["a"].count, one["b"].of_image.tolist(), one["c"].count
+        (3, [1, 2], 1)
+    """
+    groups: list[list[str]] = []
+    for name, own in patients.items():
+        sharing = [group for group in groups if any(set(own) & set(patients[other]) for other in group)]
+        groups = [group for group in groups if group not in sharing] + [[*sum(sharing, []), name]]
+    clusters = {}
+    for group in groups:
+        places = {patient: i for i, patient in enumerate(dict.fromkeys(p for name in group for p in patients[name]))}
+        most, first = max(len(patients[name]) for name in group), min(map(list(patients).index, group))
+        for name in group:
+            of_image = torch.tensor([places[patient] for patient in patients[name]])
+            clusters[name] = Clusters(of_image, len(places), most, first)
+    return clusters

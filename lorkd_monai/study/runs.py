@@ -21,6 +21,7 @@ from lorkd_monai.study.examples import example_arrays
 from lorkd_monai.study.files import RunFile
 from lorkd_monai.study.methods import Method, label_share_of
 from lorkd_monai.study.models import members_of, teacher_of, teacher_view
+from lorkd_monai.study.patients import clusters_of, patient_numbers
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Students, Trained
 from lorkd_monai.study.subsets import Part, choose_labelled, only_tasks
@@ -122,7 +123,8 @@ class Workbench:
         predictions = collect_predictions(
             network, evaluation_loader(self.test, self.data), self.data, self.device, inferer
         )
-        figures = figures_of_predictions(predictions, self.data, settings.resamples)
+        patients = patient_numbers(self.data)
+        figures = figures_of_predictions(predictions, self.data, settings.resamples, clusters_of(patients))
         evaluation = time.perf_counter() - clock
         arrays = {
             f"{self.data.tasks[name].index}_{key}": value.numpy()
@@ -156,6 +158,7 @@ class Workbench:
             "memory": memory,
             "settings": settings.as_data(),
             **notes,
+            **({"patients": patients} if patients else {}),
             "data": self._data_facts(),
             "command": measures.command(),
             "versions": measures.versions(),

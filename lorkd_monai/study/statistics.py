@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from lorkd_monai.checks import check_whole
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.metrics.bootstrap import CHUNK, weight_chunks
+from lorkd_monai.metrics.bootstrap import CHUNK, Clusters, weight_chunks
 from lorkd_monai.metrics.classification import balanced_accuracy
 from lorkd_monai.study.files import RunFile, read_runs
+from lorkd_monai.study.patients import clusters_of
 
 __all__ = ["Difference", "Summary", "compare", "other_means", "scores_under", "summarise"]
 
@@ -44,6 +46,11 @@ class Summary:
     tasks: dict[str, tuple[float, float | None]]
     task_intervals: dict[str, tuple[float, float]]
     runs: tuple[dict[str, Any], ...] = dataclasses.field(repr=False)
+
+    @property
+    def unit(self) -> str:
+        """What the bootstrap draws: ``"patients"`` where the runs know whose the test images are, else ``"images"``."""
+        return "patients" if "patients" in self.runs[0] else "images"
 
 
 @dataclass(frozen=True)
@@ -75,70 +82,16 @@ def scores_under(arrays: Mapping[str, np.ndarray], kind: str, weights: Tensor, t
     """
     if kind == "classification":
         label = torch.as_tensor(arrays[f"{task}_label"]).long()
-        probability = torch.as_tensor(arrays[f"{task}_probability"])
-        _check_count(len(label), weights)
-        return balanced_accuracy(probability.argmax(1), label, probability.shape[1], weights)
-    dice = torch.as_tensor(arrays[f"{task}_dice"]).double().nanmean(1)
-    _check_count(len(dice), weights)
-    known = ~dice.isnan()
-    kept = weights[:, known]
-    return kept @ dice[known] / kept.sum(1)
-
-
-def _check_count(count: int, weights: Tensor) -> None:
+        count, probability = len(label), torch.as_tensor(arrays[f"{task}_probability"])
+    else:
+        dice = torch.as_tensor(arrays[f"{task}_dice"]).double().nanmean(1)
+        count, known = len(dice), ~dice.isnan()
     if count != weights.shape[1]:
         raise LoRKDError(f"runs of one study differ in their test images: {count} and {weights.shape[1]}")
-
-
-class _Scores:
-    """Scores of runs under the same resamples of the test images, task by task."""
-
-    def __init__(self, resamples: int) -> None:
-        self.resamples = resamples
-        self._weights: dict[int, Tensor] = {}
-        self._labels: dict[int, np.ndarray | None] = {}
-        self._known: dict[str, dict[str, Tensor]] = {}
-
-    def of(self, run: RunFile, content: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Task -> the score as it is (first), then under each resample."""
-        key = str(run.json)
-        if key not in self._known:
-            arrays, data = run.read_arrays(), content["data"]
-            found = {}
-            for number, (name, task) in enumerate(data["tasks"].items()):
-                count = self._count(arrays, number)
-                if task["scored"] and count:
-                    self._check_labels(run, number, arrays.get(f"{number}_label"))
-                    scores = torch.cat(
-                        [scores_under(arrays, data["kind"], rows, number) for rows in self._rows(number, count)]
-                    )
-                    if scores[0].isfinite():
-                        found[name] = scores
-            if not found:
-                raise LoRKDError(f"{run.json} has no score of any task")
-            self._known[key] = found
-        return self._known[key]
-
-    def _check_labels(self, run: RunFile, number: int, labels: np.ndarray | None) -> None:
-        """Test images in another order could not be paired."""
-        known = self._labels.setdefault(number, labels)
-        if labels is not None and not np.array_equal(known, labels):
-            raise LoRKDError(f"{run.json} was measured on other test images, or in another order, than the other runs")
-
-    @staticmethod
-    def _count(arrays: Mapping[str, np.ndarray], number: int) -> int:
-        found = [arrays[key] for key in (f"{number}_label", f"{number}_dice") if key in arrays]
-        return len(found[0]) if found else 0
-
-    def _rows(self, number: int, count: int) -> Iterable[Tensor]:
-        """Weights of each image once, then of the resamples; those of many images are drawn again for each run."""
-        once = torch.ones(1, count, dtype=torch.float64)
-        if count * self.resamples > CHUNK:
-            return itertools.chain([once], weight_chunks(count, self.resamples, seed=number))
-        if number not in self._weights:
-            # Tasks have different images: each is resampled by itself.
-            self._weights[number] = torch.cat([once, *weight_chunks(count, self.resamples, seed=number)])
-        return [self._weights[number]]
+    if kind == "classification":
+        return balanced_accuracy(probability.argmax(1), label, probability.shape[1], weights)
+    kept = weights[:, known]
+    return kept @ dice[known] / kept.sum(1)
 
 
 def _sd(values: Sequence[float]) -> float | None:
@@ -155,9 +108,10 @@ def _interval(values: Tensor, comparisons: int = 1) -> tuple[float, float]:
 
 
 class _Study:
-    """The finished runs of a folder, read once."""
+    """The finished runs of a folder, and their scores under the same resamples of the test images."""
 
     def __init__(self, folder: str | os.PathLike, resamples: int) -> None:
+        self.resamples = resamples
         self.runs: dict[tuple[str, str], dict[int, tuple[RunFile, dict[str, Any]]]] = {}
         teachers: dict[str, dict[int, tuple[RunFile, dict[str, Any]]]] = {}
         for run in read_runs(folder):
@@ -168,15 +122,57 @@ class _Study:
                 teachers.setdefault(run.method, place)
         if not self.runs:
             raise LoRKDError(f"no finished runs in {folder}: expected the folder of `lorkd study`")
-        # The teacher sees all labels in every setting: it stands beside the students of each.
+        # The teacher sees all labels in every setting: it is compared with the students of each.
         for setting in {setting for setting, _ in self.runs}:
             for method, place in teachers.items():
                 self.runs.setdefault((setting, method), place)
-        self.scores = _Scores(resamples)
+        self._scores: dict[Path, dict[str, Tensor]] = {}
+        self._weights: dict[int, Tensor] = {}
+        self._labels: dict[int, np.ndarray | None] = {}
+        self._patients: dict[str, list[int]] | None = None
+
+    def scores(self, run: RunFile, content: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Task -> the score as it is (first), then under each resample."""
+        if run.json not in self._scores:
+            arrays, data, patients = run.read_arrays(), content["data"], content.get("patients", {})
+            if self._patients is None:
+                self._patients = patients
+            if patients != self._patients:
+                raise LoRKDError(f"{run.json} tells other patients of the test images than the other runs")
+            clusters, found = clusters_of(patients), {}
+            for number, (name, task) in enumerate(data["tasks"].items()):
+                count = len(arrays.get(f"{number}_label", arrays.get(f"{number}_dice", ())))
+                if not (task["scored"] and count):
+                    continue
+                labels = arrays.get(f"{number}_label")
+                if labels is not None and not np.array_equal(self._labels.setdefault(number, labels), labels):
+                    raise LoRKDError(
+                        f"{run.json} was measured on other test images, or in another order, than the other runs"
+                    )
+                rows = self._rows(number, count, clusters.get(name))
+                scores = torch.cat([scores_under(arrays, data["kind"], some, number) for some in rows])
+                if scores[0].isfinite():
+                    found[name] = scores
+            if not found:
+                raise LoRKDError(f"{run.json} has no score of any task")
+            self._scores[run.json] = found
+        return self._scores[run.json]
+
+    def _rows(self, number: int, count: int, clusters: Clusters | None) -> Iterable[Tensor]:
+        """Weights of each image once, then of the resamples; those of many images are drawn again for each run."""
+        if number in self._weights:
+            return [self._weights[number]]
+        # Tasks with patients of their own, or with images of nobody known, are resampled by themselves.
+        drawn = weight_chunks(count, self.resamples, number if clusters is None else clusters.group, clusters)
+        rows = itertools.chain([torch.ones(1, count, dtype=torch.float64)], drawn)
+        if count * self.resamples > CHUNK:
+            return rows
+        self._weights[number] = torch.cat(list(rows))
+        return [self._weights[number]]
 
     def mean_scores(self, setting: str, method: str, seeds: Sequence[int]) -> dict[str, Tensor]:
         """Task -> scores (as it is, then resampled), averaged over seeds."""
-        found = [self.scores.of(*self.runs[setting, method][seed]) for seed in seeds]
+        found = [self.scores(*self.runs[setting, method][seed]) for seed in seeds]
         common = [task for task in found[0] if all(task in one for one in found)]
         return {task: torch.stack([one[task] for one in found]).mean(0) for task in common}
 
@@ -184,9 +180,9 @@ class _Study:
 def summarise(folder: str | os.PathLike, resamples: int = 2000) -> list[Summary]:
     """Every method of a study in every setting, the best mean of a setting first.
 
-    The interval resamples the test images of each task and averages over seeds: it says how much the figure hangs on
-    the choice of test images, ``sd`` how much on the seed (weights, draws, and in settings of few labels which images
-    have them).
+    The interval resamples the test images of each task, or their patients where the runs know them, and averages over
+    seeds: it says how much the mean depends on the choice of test images; ``sd`` says how much it depends on the seed
+    (weights, draws, and in settings of few labels which images have them).
 
     Raises:
         LoRKDError: there are no finished runs, or a file that can't be read.
@@ -196,10 +192,10 @@ def summarise(folder: str | os.PathLike, resamples: int = 2000) -> list[Summary]
     for (setting, method), place in study.runs.items():
         seeds = tuple(sorted(place))
         by_task = study.mean_scores(setting, method, seeds)
-        means = [float(np.mean([s[0] for s in study.scores.of(*place[seed]).values()])) for seed in seeds]
+        means = [float(np.mean([s[0] for s in study.scores(*place[seed]).values()])) for seed in seeds]
         tasks = {}
         for task in by_task:
-            values = [float(study.scores.of(*place[seed])[task][0]) for seed in seeds]
+            values = [float(study.scores(*place[seed])[task][0]) for seed in seeds]
             tasks[task] = (float(np.mean(values)), _sd(values))
         low, high = _interval(torch.stack(list(by_task.values())).mean(0)[1:])
         rows.append(
@@ -231,12 +227,12 @@ def compare(
     resamples: int = 2000,
     comparisons: int = 1,
 ) -> list[Difference]:
-    """Differences between methods, paired by test image and averaged over the seeds that both have.
+    """Differences between methods, paired by test image (or patient) and averaged over the seeds that both have.
 
     Args:
         folder: of the study.
         pairs: (first, second) method names, in every setting that has both; or which of all pairs to take.
-        resamples: of the test images.
+        resamples: of the test images or patients.
         comparisons: how many differences a conclusion rests on: intervals of level 1 - 0.05 / comparisons (Bonferroni),
             so that chance alone makes any of them leave out 0 in at most one case of twenty.
 

@@ -89,7 +89,8 @@ def study_tables(folder: str | os.PathLike, resamples: int = 2000) -> str:
     parts = []
     for setting in dict.fromkeys(row.setting for row in rows):
         own = [row for row in rows if row.setting == setting]
-        parts.append(f"### {setting}\n\nMean {score} on the test images.\n\n{main_table(own)}")
+        said = f"Mean {score} on the test images; intervals: bootstrap over {own[0].unit}."
+        parts.append(f"### {setting}\n\n{said}\n\n{main_table(own)}")
     differences = compare(folder, difference_pairs(rows), resamples)
     if differences:
         parts.append(f"### Differences\n\n{difference_table(differences)}")
