@@ -22,9 +22,8 @@ from lorkd_monai.checks import as_path, as_value
 from lorkd_monai.data.checks import NPZ_ARRAYS, check_task_name, read_origin
 from lorkd_monai.data.class_folders import class_images, holds_tasks, visible_folders
 from lorkd_monai.data.form import SPLITS
-from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
-from lorkd_monai.data.writing import new_folder, new_list, relative_path
+from lorkd_monai.data.writing import Skipped, new_folder, new_list, relative_path
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.transforms.loading import SUFFIXES
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorkd_monai.data.form import SPLITS
-from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.data.splitting import Row
+from lorkd_monai.data.writing import Skipped
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.locks import LOCK_FILE
 from lorkd_monai.transforms.dicom import is_dicom, is_series

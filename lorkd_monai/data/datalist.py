@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,11 +99,8 @@ class DataList:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return the number of images of each task in each split."""
-        counts = {name: dict.fromkeys(SPLITS, 0) for name in self.tasks}
-        for split in SPLITS:
-            for item in getattr(self, split):
-                counts[item["task"]][split] += 1
-        return counts
+        found = {split: Counter(item["task"] for item in self.split(split)) for split in SPLITS}
+        return {name: {split: found[split][name] for split in SPLITS} for name in self.tasks}
 
 
 def load_data_list(
@@ -334,10 +332,8 @@ def _label_counts(data: DataList) -> dict[str, dict[str, dict[str, int]]]:
         counts[name] = {label: dict.fromkeys(SPLITS, 0) for label in classes}
     for split in SPLITS:
         for item in data.split(split):
-            own, label = counts[item["task"]], item["label"]
-            if label is None:
-                row = own.setdefault("(no label)", dict.fromkeys(SPLITS, 0))
-            else:
-                row = own[data.tasks[item["task"]].labels[label] if data.kind == "classification" else ""]
-            row[split] += 1
+            own, name = counts[item["task"]], "(no label)"
+            if item["label"] is not None:
+                name = data.tasks[item["task"]].labels[item["label"]] if data.kind == "classification" else ""
+            own.setdefault(name, dict.fromkeys(SPLITS, 0))[split] += 1
     return counts

@@ -12,9 +12,8 @@ from typing import Any
 
 from lorkd_monai.data.builders import Sources, task_folders
 from lorkd_monai.data.form import SPLITS
-from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
-from lorkd_monai.data.writing import new_list
+from lorkd_monai.data.writing import Skipped, new_list
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["from_segmentation_folders"]

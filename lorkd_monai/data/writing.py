@@ -15,7 +15,6 @@ from typing import Any
 from lorkd_monai.checks import as_path
 from lorkd_monai.data.datalist import counts_table, load_data_list
 from lorkd_monai.data.form import SPLITS
-from lorkd_monai.data.skipped import Skipped
 from lorkd_monai.data.splitting import Row
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
@@ -24,7 +23,25 @@ from lorkd_monai.tasks import check_kind
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["NewList", "new_folder", "new_list", "relative_path", "write_data_list"]
+__all__ = ["NewList", "Skipped", "new_folder", "new_list", "relative_path", "write_data_list"]
+
+
+class Skipped:
+    """What a builder of lists left out: paths by the reason."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, list[str]] = {}
+
+    def add(self, reason: str, path: str | Path) -> None:
+        """Note one file or folder."""
+        self.paths.setdefault(reason, []).append(str(path))
+
+    def tell(self) -> None:
+        """Log one line for each reason, with a count and examples; once."""
+        for reason, paths in self.paths.items():
+            more = ", …" if len(paths) > 3 else ""
+            _log.warning("skipped %d: %s (%s%s)", len(paths), reason, ", ".join(paths[:3]), more)
+        self.paths.clear()
 
 
 @dataclass

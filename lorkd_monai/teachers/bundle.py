@@ -73,11 +73,12 @@ def load_teacher(
     if weights is None:
         raise LoRKDError(f"the teacher bundle {folder} has no weights: expected models/{' or models/'.join(_WEIGHTS)}")
     fit_weights(network, load_weights(weights), str(weights))
-    formats = _data_format(folder)
+    formats = _data_format(parser)
     labels = {name: getattr(task, "labels", task) for name, task in tasks.items()}
     counts = {name: len(classes) for name, classes in labels.items()}
     names = _class_names(formats)
-    channels_in, dims = _input_channels(formats) or channels_of(network), _dims_of(network)
+    channels_in = _input_channels(formats) or channels_of(network)
+    dims = next((len(m.kernel_size) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), 3)
     if student.channels is not None and channels_in is not None:
         _check_image(channels_in, student.channels, dims, formats, f"the teacher {folder.name}")
     view = None
@@ -160,8 +161,8 @@ def bundle_network(folder: str | os.PathLike) -> tuple[nn.Module, int | None]:
     Raises:
         LoRKDError: no bundle, or no network in it that can be built.
     """
-    folder = Path(folder)
-    return _build(*_read_config(folder)), _input_channels(_data_format(folder))
+    parser, file = _read_config(Path(folder))
+    return _build(parser, file), _input_channels(_data_format(parser))
 
 
 def _build(parser: ConfigParser, file: Path) -> nn.Module:
@@ -198,12 +199,6 @@ def _check_image(wanted: int, came: int, dims: int, formats: Mapping, name: str)
         )
 
 
-def _dims_of(network: nn.Module) -> int:
-    """2 or 3: of the network's first convolution."""
-    kinds = {nn.Conv2d: 2, nn.Conv3d: 3}
-    return next((dims for m in network.modules() for kind, dims in kinds.items() if isinstance(m, kind)), 3)
-
-
 def _activation_of(parser: ConfigParser) -> str:
     """``"sigmoid"`` where a step of the postprocessing says ``sigmoid: true``."""
     steps = parser.config.get("postprocessing")
@@ -211,14 +206,8 @@ def _activation_of(parser: ConfigParser) -> str:
     return "sigmoid" if any(isinstance(s, Mapping) and s.get("sigmoid") is True for s in steps) else "softmax"
 
 
-def _data_format(folder: Path) -> Mapping:
-    file = folder / "configs" / "metadata.json"
-    if not file.is_file():
-        return {}
-    try:
-        formats = ConfigParser.load_config_file(str(file)).get("network_data_format")
-    except Exception as e:
-        raise LoRKDError(f"{file} can't be read: {root_cause(e)}") from e
+def _data_format(parser: ConfigParser) -> Mapping:
+    formats = parser.get("_meta_", {}).get("network_data_format")
     return formats if isinstance(formats, Mapping) else {}
 
 

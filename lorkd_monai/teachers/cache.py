@@ -28,11 +28,19 @@ __all__ = ["CachedTeacher", "RememberedTeacher"]
 class _Remembering(nn.Module):
     """A teacher that keeps answers in memory, up to a number of bytes."""
 
-    def __init__(self, teacher: Teacher, memory: int) -> None:
+    def __init__(self, teacher: Teacher, memory: int = 2**30) -> None:
         super().__init__()
         self.teacher = teacher
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._left = memory
+
+    def __getattr__(self, item: str) -> Any:
+        try:
+            return super().__getattr__(item)
+        except AttributeError:
+            if item in ("activation", "channels", "in_channels", "intensity", "network", "num_classes", "tasks"):
+                return getattr(super().__getattr__("teacher"), item)
+            raise
 
     def train(self, mode: bool = True) -> _Remembering:
         """Stay in evaluation mode."""
@@ -59,10 +67,6 @@ class RememberedTeacher(_Remembering):
         teacher: the teacher.
         memory: most bytes of answers that are kept.
     """
-
-    def __init__(self, teacher: Teacher, memory: int = 2**30) -> None:
-        super().__init__(teacher, memory)
-        self.activation = teacher.activation
 
     @torch.no_grad()
     def forward(self, x: Tensor, task: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -121,14 +125,6 @@ class CachedTeacher(_Remembering):
         self.asked = self.answered_from_disk = 0
         self._mark = fingerprint(teacher)
         self.eval()
-
-    def __getattr__(self, item: str) -> Any:
-        try:
-            return super().__getattr__(item)
-        except AttributeError:
-            if item in ("activation", "channels", "in_channels", "intensity", "network", "num_classes", "tasks"):
-                return getattr(super().__getattr__("teacher"), item)
-            raise
 
     def features_of(self, x: Tensor, task: Tensor | int | Sequence[int] = 0) -> Tensor:
         """As the teacher's; not kept."""

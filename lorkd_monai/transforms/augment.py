@@ -70,12 +70,8 @@ class BatchAugment:
             raise LoRKDError(f"probability must be in 0..1, got {probability!r}.")
         if any(axis not in range(spatial_dims) for axis in flip_axes):
             raise LoRKDError(f"flip_axes must be axes in 0..{spatial_dims - 1}, got {tuple(flip_axes)}.")
-        self.spatial_dims, self.flip_axes, self.probability, self.seed = (
-            spatial_dims,
-            tuple(flip_axes),
-            probability,
-            seed,
-        )
+        self.spatial_dims, self.flip_axes = spatial_dims, tuple(flip_axes)
+        self.probability, self.seed = probability, seed
         self.rotate, self.scale, self.translate = math.radians(rotate), scale, translate
         self.contrast, self.brightness, self.noise = contrast, brightness, noise
 
