@@ -14,7 +14,7 @@ from torch import nn
 from lorkd_monai.checkpoints.weights import fit_weights, load_weights
 from lorkd_monai.errors import LoRKDError, root_cause
 from lorkd_monai.networks.surgery.replace import build_backbone, parsed_network
-from lorkd_monai.teachers.channels import channels_by_name, plain_name
+from lorkd_monai.teachers.channels import channels_by_name, labels_of, plain_name
 from lorkd_monai.teachers.features import FeatureTeacher
 from lorkd_monai.teachers.intensity import StudentImages
 from lorkd_monai.teachers.steps import find_steps, teacher_view
@@ -74,7 +74,7 @@ def load_teacher(
         raise LoRKDError(f"the teacher bundle {folder} has no weights: expected models/{' or models/'.join(_WEIGHTS)}")
     fit_weights(network, load_weights(weights), str(weights))
     formats = _data_format(parser)
-    labels = {name: getattr(task, "labels", task) for name, task in tasks.items()}
+    labels = labels_of(tasks)
     counts = {name: len(classes) for name, classes in labels.items()}
     names = _class_names(formats)
     channels_in = _input_channels(formats) or channels_of(network)
@@ -126,7 +126,7 @@ def teacher_from_checkpoint(
     """
     network, _ = build_backbone(network_config, 1)
     fit_weights(network, load_weights(checkpoint), str(checkpoint))
-    labels = {name: getattr(task, "labels", task) for name, task in tasks.items()}
+    labels = labels_of(tasks)
     if channels is None:
         if not channel_def:
             raise LoRKDError("the teacher's classes are not known: give channel_def, or the channels of each task")

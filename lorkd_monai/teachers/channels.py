@@ -9,7 +9,7 @@ from typing import Any
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.teachers.teacher import Channel
 
-__all__ = ["channels_by_name", "plain_name"]
+__all__ = ["channels_by_name", "labels_of", "plain_name"]
 
 _BACKGROUND = "background"
 
@@ -79,6 +79,11 @@ def channels_by_name(
         wanted = "; ".join(f"{t}: {', '.join(map(str, c.values()))}" for t, c in labels.items())
         raise LoRKDError(f"the teacher knows no class of any task. Its classes are: {shown}. The tasks' are: {wanted}")
     return found
+
+
+def labels_of(tasks: Mapping[str, Any]) -> dict[str, Mapping[int, str]]:
+    """The class names of each task by id: of objects with ``labels`` (`TaskSpec`), or the names themselves."""
+    return {name: getattr(task, "labels", task) for name, task in tasks.items()}
 
 
 def plain_name(name: str) -> str:

@@ -10,7 +10,7 @@ from monai.networks.nets import VISTA3D
 from torch import Tensor, nn
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.teachers.channels import channels_by_name
+from lorkd_monai.teachers.channels import channels_by_name, labels_of
 from lorkd_monai.teachers.teacher import Teacher
 
 __all__ = ["ClassPrompted", "vista_prompts", "vista_teacher"]
@@ -62,7 +62,7 @@ def vista_prompts(tasks: Mapping[str, Any], names: Mapping[int, str] | None = No
     Raises:
         LoRKDError: a class without a prompt, in a task that has others.
     """
-    labels: dict[str, Any] = {task: getattr(spec, "labels", spec) for task, spec in tasks.items()}
+    labels = labels_of(tasks)
     said: dict[str, Any] = {task: getattr(spec, "vista3d_class", None) for task, spec in tasks.items()}
     open_tasks = {task: labels[task] for task in tasks if not said[task]}
     if open_tasks and not names:
@@ -118,5 +118,5 @@ def vista_teacher(
         task: None if own is None else [None if c is None else classes.index(c) for c in own]
         for task, own in prompts.items()
     }
-    counts = {task: len(getattr(spec, "labels", spec)) for task, spec in tasks.items()}
+    counts = {task: len(classes) for task, classes in labels_of(tasks).items()}
     return Teacher(ClassPrompted(network, classes), channels, counts, "sigmoid", in_channels=1, **options)

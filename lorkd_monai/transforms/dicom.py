@@ -14,7 +14,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-__all__ = ["IS_DICOM", "SERIES_FAULT", "VOLUMES", "is_dicom", "is_series", "picture_reader", "series_fault"]
+__all__ = ["IS_DICOM", "SERIES_FAULT", "VOLUMES", "compiled", "is_dicom", "is_series", "picture_reader", "series_fault"]
 
 VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 """Suffixes of files that are taken for volumes."""
@@ -112,8 +112,13 @@ def picture_reader(convert: str, limits: Sequence[float] | None, own_depth: bool
     )
 
 
-_is_dicom = ConfigParser({"rule": f"${IS_DICOM}"}).get_parsed_content("rule")
-series_fault = ConfigParser({"rule": f"${SERIES_FAULT}"}).get_parsed_content("rule")
+def compiled(rule: Any) -> Any:
+    """Return what MONAI makes of an expression, or another value, of a config."""
+    return ConfigParser({"rule": rule}).get_parsed_content("rule")
+
+
+_is_dicom = compiled(f"${IS_DICOM}")
+series_fault = compiled(f"${SERIES_FAULT}")
 
 
 def is_dicom(path: str | os.PathLike[Any]) -> bool:

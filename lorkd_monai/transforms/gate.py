@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from monai.bundle import ConfigParser
+from lorkd_monai.transforms.dicom import IS_DICOM, compiled
 
-from lorkd_monai.transforms.dicom import IS_DICOM
-
-__all__ = ["affine_fault", "compiled", "gate", "odd", "refusal", "scaled", "upright"]
+__all__ = ["affine_fault", "gate", "odd", "refusal", "scaled", "upright"]
 
 # In the expressions, x is a plain tensor C×H×W[×D], m what is known of it (``meta``) and a its affine.
 _NAME = "str(m.get('filename_or_obj', 'the image'))"
@@ -42,11 +40,6 @@ _AFFINE = (
     "': its affine has a spacing of 0 mm, or axes in one plane (spacing ' + str(a[:3, :3].norm(dim=0).tolist()) + "
     "'); fix its header' if not a[:3, :3].det().abs() > 1e-6 * a[:3, :3].norm(dim=0).prod() else '')"
 )
-
-
-def compiled(rule: str) -> Callable[..., Any]:
-    """Return the function that MONAI makes of an expression of a config."""
-    return ConfigParser({"rule": rule}).get_parsed_content("rule")
 
 
 def refusal(error: BaseException) -> str | None:

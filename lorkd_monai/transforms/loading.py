@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImage, LoadImaged
 from PIL import Image
 
 from lorkd_monai.errors import LoRKDError, root_cause
-from lorkd_monai.transforms.dicom import VOLUMES, is_dicom, series_fault
+from lorkd_monai.transforms.dicom import VOLUMES, compiled, is_dicom, series_fault
 from lorkd_monai.transforms.gate import affine_fault, refusal
 
 __all__ = ["PICTURES", "SUFFIXES", "ImageFacts", "ItemLoader", "describe_image", "wrap_array"]
@@ -139,13 +138,12 @@ class ItemLoader:
         channels: int | None = None,
         source: str = "an array",
     ) -> None:
-        parser = ConfigParser({"transforms": list(configs)})
         with quiet_readers():
-            transforms = parser.get_parsed_content("transforms")
+            transforms = compiled(list(configs))
         self.spatial_dims, self.channels, self.source = spatial_dims, channels, source
         self.files = Compose([t for t in transforms if isinstance(t, LoadImaged)])
         self.rest = Compose([t for t in transforms if not isinstance(t, LoadImaged)])
-        self._reader = ConfigParser({"reader": configs[0].get("reader")}).get_parsed_content("reader")
+        self._reader = compiled(configs[0].get("reader"))
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Return the item with its tensors. Raises a `LoRKDError` that names the file where that fails."""

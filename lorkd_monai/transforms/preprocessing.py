@@ -161,62 +161,49 @@ def preprocessing(
     return steps
 
 
-def postprocessing(
-    task: TaskSpec,
-    kind: str,
-    spatial_dims: int,
-    output_dir: str = "@output_dir",
-    preprocessing: str = "@preprocessing",
-    output_ext: str | None = None,
-) -> list[dict[str, Any]]:
+def postprocessing(task: TaskSpec, kind: str, spatial_dims: int) -> list[dict[str, Any]]:
     """Return the configs of the transforms that turn the key ``"pred"`` (logits, C×…) into the answer.
 
     Classification: probabilities by softmax (saved by `saving_handlers`). Segmentation: the geometry of the input
-    comes back (`Invertd` undoes the preprocessing on the logits), then argmax, uint8, and a file in ``output_dir``:
-    ``.png`` with the rows and columns of the input for 2D, ``.nii.gz`` with its affine and shape for 3D.
+    comes back (`Invertd` undoes the preprocessing on the logits), then argmax, uint8, and a file in the folder of the
+    config id ``output_dir``: ``.png`` with the rows and columns of the input for 2D, ``.nii.gz`` with its affine and
+    shape for 3D. The config must have the preprocessing under the id ``preprocessing``.
 
     Args:
         task: a segmentation task must have at most 256 classes.
         kind: ``"classification"`` or ``"segmentation"``.
         spatial_dims: 2 or 3.
-        output_dir: reference to the config id that holds the output folder.
-        preprocessing: reference to the config id of the preprocessing.
-        output_ext: suffix of the files written.
 
     Raises:
-        LoRKDError: for an unknown kind, more than 256 classes, or a text that is no reference.
+        LoRKDError: for an unknown kind, or more than 256 classes.
     """
     check_kind(kind, spatial_dims)
-    for reference in (output_dir, preprocessing):
-        if not reference.startswith("@"):
-            raise LoRKDError(f"expected a reference to a config id such as '@output_dir', got {reference!r}.")
     if kind == "classification":
         return [_step("Activationsd", "pred", softmax=True)]
     if task.num_classes > 256:
         raise LoRKDError(f"task {task.name!r} has {task.num_classes} classes; masks are uint8 and hold at most 256.")
-    extension = output_ext or (".png" if spatial_dims == 2 else ".nii.gz")
-    if extension not in (".png", ".nii.gz", ".nii", ".nrrd", ".mha"):
-        raise LoRKDError(f"output_ext must be one of .png .nii.gz .nii .nrrd .mha, got {extension!r}.")
     save = _step(
-        "SaveImaged", "pred", output_dir=output_dir, output_postfix="seg", output_ext=extension,
-        output_dtype="$np.uint8", resample=False, separate_folder=False,
+        "SaveImaged", "pred", output_dir="@output_dir", output_postfix="seg",
+        output_ext=".png" if spatial_dims == 2 else ".nii.gz", output_dtype="$np.uint8", resample=False,
+        separate_folder=False,
     )  # fmt: skip
     if spatial_dims == 2:
         # SaveImaged turns rows into columns unless the writer is told not to, and only set_options reaches the writer.
         options = {"write_kwargs": {"reverse_indexing": False}}
         save = {"_target_": "monai.transforms.SaveImaged.set_options", "self": save, **options}
     return [
-        _step("Invertd", "pred", transform=preprocessing, orig_keys="image", nearest_interp=False, to_tensor=True),
+        _step("Invertd", "pred", transform="@preprocessing", orig_keys="image", nearest_interp=False, to_tensor=True),
         _step("AsDiscreted", "pred", argmax=True),
         _step("CastToTyped", "pred", dtype="$torch.uint8"),
         save,
     ]
 
 
-def saving_handlers(kind: str, output_dir: str = "@output_dir") -> list[dict[str, Any]]:
+def saving_handlers(kind: str) -> list[dict[str, Any]]:
     """Return the handler configs of an evaluator that write what no transform writes.
 
-    Classification: ``predictions.csv`` in ``output_dir``, a line of file name and probabilities for each image.
+    Classification: ``predictions.csv`` in the folder of the config id ``output_dir``, with a line of file name and
+    probabilities for each image.
     Segmentation needs none: its `postprocessing` ends in a transform that saves.
     """
     if kind != "classification":
@@ -224,7 +211,7 @@ def saving_handlers(kind: str, output_dir: str = "@output_dir") -> list[dict[str
     return [
         {
             "_target_": "ClassificationSaver",
-            "output_dir": output_dir,
+            "output_dir": "@output_dir",
             "filename": "predictions.csv",
             "batch_transform": "$lambda batch: [item['image'].meta for item in batch]",
             "output_transform": "$monai.handlers.from_engine(['pred'])",
