@@ -30,6 +30,8 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
 }
 _drawn = matplotlib.rc_context(_STYLE)
 
@@ -68,8 +70,7 @@ def dots(points: Sequence[Point], axis: str, zero: bool = False, width: float = 
     axes.set_yticks(range(len(points)), [_plain(point.label) for point in reversed(points)])
     axes.set_ylim(-0.7, len(points) - 0.3)
     axes.set_xlabel(_plain(axis))
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
+    axes.grid(axis="x", color="#dddddd")
     if zero:
         axes.axvline(0, color="#555555", linewidth=1)
     return _png(figure)
@@ -86,8 +87,7 @@ def scatter(points: Sequence[tuple[str, str, float, float]], axis: str) -> bytes
     axes.set_xscale("log")
     axes.set_xlabel("parameters of all that was trained")
     axes.set_ylabel(_plain(axis))
-    axes.grid(color="#eeeeee", linewidth=0.6)
-    axes.set_axisbelow(True)
+    axes.grid(color="#eeeeee")
     figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False, handlelength=0.8)
     figure.set_size_inches(5, 3.2 + 0.16 * math.ceil(len(points) / 2))
     return _png(figure)
@@ -98,25 +98,25 @@ def curves(lines: Sequence[Curve], axis: str, logarithmic: bool = False) -> byte
     """Lines over what all of them go across."""
     figure, axes = _figure(4, 3 + 0.14 * math.ceil(len(lines) / 2))
     for number, line in enumerate(lines):
-        style = {"linestyle": ("-", "--", ":")[number // len(_COLOURS) % 3], "linewidth": 1.4}
-        marker = {"marker": "o", "markersize": 3} if len(line.values) < 3 else {}
-        axes.plot(
-            line.epochs,
-            line.values,
-            color=_COLOURS[number % len(_COLOURS)],
-            label=_plain(line.label),
-            **style,
-            **marker,
-        )
+        colour, style = _COLOURS[number % len(_COLOURS)], ("-", "--", ":")[number // len(_COLOURS) % 3]
+        marker = "o" if len(line.values) < 3 else None
+        axes.plot(line.epochs, line.values, color=colour, label=_plain(line.label), linestyle=style, linewidth=1.4,
+                  marker=marker, markersize=3)  # fmt: skip
     axes.set_xlabel(lines[0].across)
     axes.set_ylabel(_plain(axis))
     if logarithmic:
         axes.set_yscale("log")
-    axes.grid(color="#eeeeee", linewidth=0.6)
-    axes.set_axisbelow(True)
+    axes.grid(color="#eeeeee")
     if len(lines) > 1:
         figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     return _png(figure)
+
+
+def _names(axes: matplotlib.axes.Axes, matrix: Matrix, across: float | None, down: float) -> None:
+    """The names of columns and rows, in font sizes (None: the default)."""
+    columns, rows = ([_plain(name) for name in names] for names in (matrix.columns, matrix.rows))
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=across)
+    axes.set_yticks(range(len(rows)), rows, fontsize=down)
 
 
 @_drawn
@@ -127,22 +127,13 @@ def heat_map(matrix: Matrix) -> bytes:
     figure, axes = _figure(max(3.2, 1.2 + beside + 0.45 * columns), max(2.4, 0.8 + 0.7 * below + 0.3 * rows))
     colours = "RdBu_r" if matrix.diverging else "viridis"
     image = axes.imshow(matrix.values, cmap=colours, vmin=matrix.low, vmax=matrix.high, aspect="auto")
-    axes.set_xticks(
-        range(columns), [_plain(n) for n in matrix.columns], rotation=40, ha="right", rotation_mode="anchor"
-    )
-    axes.set_yticks(range(rows), [_plain(n) for n in matrix.rows], fontsize=8 if rows < 16 else 6)
+    _names(axes, matrix, None, 8 if rows < 16 else 6)
     axes.set_title(_plain(matrix.title))
-    if rows * columns <= 150:
-        middle = (matrix.low + matrix.high) / 2
-        for i in range(rows):
-            for j in range(columns):
-                value = matrix.values[i, j]
-                if not np.isfinite(value):
-                    continue
-                share = (value - matrix.low) / max(matrix.high - matrix.low, 1e-12)
-                light = 0.25 < share < 0.75 if matrix.diverging else value > middle
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7,
-                          color="black" if light else "white")  # fmt: skip
+    for (i, j), value in np.ndenumerate(matrix.values if rows * columns <= 150 else np.empty((0, 0))):
+        if np.isfinite(value):
+            share = (value - matrix.low) / max(matrix.high - matrix.low, 1e-12)
+            light = 0.25 < share < 0.75 if matrix.diverging else value > (matrix.low + matrix.high) / 2
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if light else "white")
     for side in axes.spines.values():
         side.set_visible(False)
     figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
@@ -156,18 +147,13 @@ def confusion(matrix: Matrix) -> bytes:
     beside = 0.065 * max(map(len, matrix.rows))
     figure, axes = _figure(1.0 + beside + 0.52 * rows, 0.9 + 0.7 * beside + 0.45 * rows)
     axes.imshow(matrix.values, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(
-        range(rows), [_plain(n) for n in matrix.columns], rotation=40, ha="right", rotation_mode="anchor", fontsize=8
-    )
-    axes.set_yticks(range(rows), [_plain(n) for n in matrix.rows], fontsize=8)
+    _names(axes, matrix, 8, 8)
     axes.set_xlabel("called", fontsize=8)
     axes.set_ylabel("is", fontsize=8)
     axes.set_title(_plain(matrix.title), fontsize=9)
-    counts = matrix.values if matrix.counts is None else matrix.counts
-    for i in range(rows):
-        for j in range(rows):
-            axes.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=8,
-                      color="white" if matrix.values[i, j] > 0.55 else "black")  # fmt: skip
+    for (i, j), count in np.ndenumerate(matrix.values if matrix.counts is None else matrix.counts):
+        colour = "white" if matrix.values[i, j] > 0.55 else "black"
+        axes.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=8, color=colour)
     return _png(figure)
 
 

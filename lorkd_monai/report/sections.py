@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorkd_monai.report import figures
@@ -42,8 +43,9 @@ class Sections:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
+        self._sections: list[Section] = []
 
-    def _drawn(self, name: str, text: str, png: bytes) -> Picture:
+    def _picture(self, name: str, text: str, png: bytes) -> Picture:
         # Names of tasks and methods come from files: only harmless letters get into a file's name.
         stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:60] or "figure"
         file, number = f"{stem}.png", 1
@@ -53,161 +55,134 @@ class Sections:
         self.files[file] = png
         return Picture(file, text, "data:image/png;base64," + base64.b64encode(png).decode())
 
+    def _add(
+        self,
+        title: str,
+        text: str = "",
+        drawn: Sequence[tuple[str, str, bytes]] = (),
+        tables: Sequence[Table | None] = (),
+        points: Sequence[str] = (),
+        small: bool = True,
+    ) -> None:
+        """Add a section that has something to show; ``drawn`` has name, alternative text and PNG of each picture."""
+        pictures = tuple(self._picture(*one) for one in drawn)
+        shown = tuple(table for table in tables if table is not None)
+        if pictures or shown or points:
+            self._sections.append(Section(title, text, pictures, shown, tuple(points), small))
+
     def of(self, content: Content) -> list[Section]:
         """The sections that have something to show."""
-        parts = [
-            self._decomposed(content),
-            *self._comparison(content),
-            self._size(content),
-            *self._curves(content),
-            self._conflict(content),
-            self._spectra(content),
-            self._transfer(content),
-            self._pictures(content),
-            Section("What it costs", tables=(content.costs,)) if content.costs else None,
-            self._provenance(content),
-        ]
-        return [part for part in parts if part is not None]
-
-    def _decomposed(self, content: Content) -> Section | None:
-        tables = [Table(["", ""], [[key, value] for key, value in content.facts])] if content.facts else []
-        tables += [content.tasks] if content.tasks else []
-        return Section("What was decomposed", tables=tuple(tables)) if tables else None
-
-    def _comparison(self, content: Content) -> list[Section]:
-        sections = []
-        for setting, points in content.comparison.items():
-            name = f"comparison {setting}"
-            axis = f"mean {content.score} over tasks"
-            pictures = [self._drawn(name, f"{axis} of each method", figures.dots(points, axis))]
-            if content.differences.get(setting):
-                png = figures.dots(content.differences[setting], f"difference in mean {content.score}", zero=True)
-                pictures.append(self._drawn(f"differences {setting}", "differences with their intervals", png))
-            text = (
-                f"Dots are means, lines 95 % bootstrap intervals over the test {content.unit}, ticks single seeds. "
-                "Differences are paired: both methods have the same resamples. Where a line does not cross 0, the "
-                "difference is significant."
-            )
-            table = content.comparison_tables.get(setting)
-            title = f"Comparison: {setting}" if setting else "Comparison"
-            sections.append(Section(title, text, tuple(pictures), (table,) if table else ()))
-            tasks = content.by_task.get(setting, {})
-            if len(tasks) > 1:
-                small = tuple(
-                    self._drawn(
-                        f"{name} {task}",
-                        f"{content.score} of {task}",
-                        figures.dots(own, f"{task}: {content.score}", width=4),
-                    )
-                    for task, own in tasks.items()
-                )
-                sections.append(Section(f"{title}, task by task", pictures=small, small=True))
-        return sections
-
-    def _size(self, content: Content) -> Section | None:
-        pictures = tuple(
-            self._drawn(f"size {setting}", "score against parameters", figures.scatter(points, f"mean {content.score}"))
-            for setting, points in content.against_size.items()
+        self._sections = []
+        score, draw = content.score, figures
+        self._add("What was decomposed", tables=[_facts(content.facts), content.tasks])
+        for setting in content.comparison:
+            self._comparison(content, setting)
+        self._add(
+            "Accuracy against parameters",
+            "Each number is a method; parameters are those of everything that was trained for all tasks together.",
+            [
+                (f"size {setting}", "score against parameters", draw.scatter(points, f"mean {score}"))
+                for setting, points in content.against_size.items()
+            ],
         )
-        text = "Each number is a method; parameters are those of everything that was trained for all tasks together."
-        return Section("Accuracy against parameters", text, pictures, small=True) if pictures else None
-
-    def _curves(self, content: Content) -> list[Section]:
-        sections = []
-        if content.validation:
-            pictures = tuple(
-                self._drawn(
-                    f"validation {task}",
-                    f"validation score of {task}",
-                    figures.curves(lines, f"{task}: {content.score}"),
-                )
+        self._add(
+            "Learning curves",
+            "Scores on the validation images, which choose the epoch; averaged over seeds.",
+            [
+                (f"validation {task}", f"validation score of {task}", draw.curves(lines, f"{task}: {score}"))
                 for task, lines in content.validation.items()
-            )
-            text = "Scores on the validation images, which choose the epoch; averaged over seeds."
-            sections.append(Section("Learning curves", text, pictures, small=True))
-        if content.losses:
-            pictures = tuple(
-                self._drawn(f"loss {title}", f"loss: {title}", figures.curves(lines, title))
-                for title, lines in content.losses.items()
-            )
-            by_epoch = all(line.across == "epoch" for lines in content.losses.values() for line in lines)
-            text = "Means over the epoch's batches." if by_epoch else "Of each batch."
-            sections.append(Section("Loss, term by term", text, pictures, small=True))
-        return sections
-
-    def _conflict(self, content: Content) -> Section | None:
-        if not content.conflicts:
-            return None
-        pictures = [
-            self._drawn(f"conflict {m.title}", f"cosines between gradients, {m.title}", figures.heat_map(m))
+            ],
+        )
+        by_epoch = all(line.across == "epoch" for lines in content.losses.values() for line in lines)
+        self._add(
+            "Loss, term by term",
+            "Means over the epoch's batches." if by_epoch else "Of each batch.",
+            [(f"loss {title}", f"loss: {title}", draw.curves(lines, title)) for title, lines in content.losses.items()],
+        )
+        conflicts = [
+            (f"conflict {m.title}", f"cosines between gradients, {m.title}", draw.heat_map(m))
             for m in content.conflicts
         ]
         if content.conflict_layers:
-            png = figures.curves(content.conflict_layers, "mean cosine over pairs of tasks")
-            pictures.append(self._drawn("conflict by layer", "mean cosine by layer", png))
-        text = (
+            png = draw.curves(content.conflict_layers, "mean cosine over pairs of tasks")
+            conflicts.append(("conflict by layer", "mean cosine by layer", png))
+        self._add(
+            "Do the tasks pull at each other?",
             "Cosines between the tasks' gradients on the weights that they share, at the end of the training. Below 0, "
             "a step for one task undoes one for the other; around 0, they leave each other alone. mtl has no experts; "
-            "with experts, a task has weights of its own beside the shared ones."
+            "with experts, a task has weights of its own beside the shared ones.",
+            conflicts,
         )
-        return Section("Do the tasks pull at each other?", text, tuple(pictures), small=True)
-
-    def _spectra(self, content: Content) -> Section | None:
-        pictures = [self._drawn(f"change {m.title}", m.title, figures.heat_map(m)) for m in content.changes]
-        pictures += [
-            self._drawn(
-                f"spectrum {task}", f"singular values of the expert of {task}",
-                figures.curves(lines, f"{task}: singular value of ΔW", logarithmic=True),
-            )
-            for task, lines in content.spectra.items()
-        ]  # fmt: skip
-        text = (
+        self._add(
+            "What each expert adds",
             "Each expert changes the shared weights W0 of a layer by a ΔW of low rank. Its size is the Frobenius norm "
             "beside that of W0; its directions are the largest singular values that hold 90 % of the squared norm. A "
-            "curve that falls early says that a smaller rank would do."
+            "curve that falls early says that a smaller rank would do.",
+            [(f"change {m.title}", m.title, draw.heat_map(m)) for m in content.changes]
+            + [
+                (
+                    f"spectrum {task}",
+                    f"singular values of the expert of {task}",
+                    draw.curves(lines, f"{task}: singular value of ΔW", logarithmic=True),
+                )
+                for task, lines in content.spectra.items()
+            ],
         )
-        return Section("What each expert adds", text, tuple(pictures), small=True) if pictures else None
-
-    def _transfer(self, content: Content) -> Section | None:
-        if not content.transfer:
-            return None
-        pictures = tuple(
-            self._drawn(
-                f"transfer {task}",
-                f"transfer to {task}",
-                figures.dots(points, f"{task}: {content.score}", width=4),
-            )
-            for task, points in content.transfer.items()
-        )
-        text = (
+        self._add(
+            "Transfer to a task that none has seen",
             "Each task in turn was held out: teacher and decomposition were trained on the others, then a student from "
-            "scratch, the nearest expert and the teacher on the held-out task alone, with a part of its images."
+            "scratch, the nearest expert and the teacher on the held-out task alone, with a part of its images.",
+            [
+                (f"transfer {task}", f"transfer to {task}", draw.dots(points, f"{task}: {score}", width=4))
+                for task, points in content.transfer.items()
+            ],
+            [content.transfer_table],
         )
-        tables = (content.transfer_table,) if content.transfer_table else ()
-        return Section("Transfer to a task that none has seen", text, pictures, tables, small=True)
-
-    def _pictures(self, content: Content) -> Section | None:
-        if content.confusions:
-            pictures = tuple(
-                self._drawn(f"confusion {m.title}", f"confusion matrix, {m.title}", figures.confusion(m))
-                for m in content.confusions
-            )
-            text = "Numbers of test images: each row is what they are, each column what they were called."
-            return Section("Confusion matrices", text, pictures, small=True)
-        if content.segmentations:
-            pictures = tuple(
-                self._drawn(f"example {task} {e.title}", f"{task}, {e.title}", figures.segmentation(e, task))
+        self._add(
+            "Confusion matrices",
+            "Numbers of test images: each row is what they are, each column what they were called.",
+            [(f"confusion {m.title}", f"confusion matrix, {m.title}", draw.confusion(m)) for m in content.confusions],
+        )
+        self._add(
+            "Segmentations",
+            "Test images with the contours of the label (orange, solid) and of the prediction (blue, dashed).",
+            [
+                (f"example {task} {e.title}", f"{task}, {e.title}", draw.segmentation(e, task))
                 for task, examples in content.segmentations.items()
                 for e in examples
-            )
-            text = "Test images with the contours of the label (orange, solid) and of the prediction (blue, dashed)."
-            return Section("Segmentations", text, pictures, small=True)
-        return None
-
-    def _provenance(self, content: Content) -> Section | None:
-        if not (content.provenance or content.missing):
-            return None
-        rows = [[key, value] for key, value in content.provenance]
-        return Section(
-            "How it was made", tables=(Table(["", ""], rows),) if rows else (), points=tuple(content.missing)
+            ],
         )
+        self._add("What it costs", tables=[content.costs])
+        self._add("How it was made", tables=[_facts(content.provenance)], points=content.missing)
+        return self._sections
+
+    def _comparison(self, content: Content, setting: str) -> None:
+        score, name = content.score, f"comparison {setting}"
+        axis = f"mean {score} over tasks"
+        drawn = [(name, f"{axis} of each method", figures.dots(content.comparison[setting], axis))]
+        if content.differences.get(setting):
+            png = figures.dots(content.differences[setting], f"difference in mean {score}", zero=True)
+            drawn.append((f"differences {setting}", "differences with their intervals", png))
+        title = f"Comparison: {setting}" if setting else "Comparison"
+        self._add(
+            title,
+            f"Dots are means, lines 95 % bootstrap intervals over the test {content.unit}, ticks single seeds. "
+            "Differences are paired: both methods have the same resamples. Where a line does not cross 0, the "
+            "difference is significant.",
+            drawn,
+            [content.comparison_tables.get(setting)],
+            small=False,
+        )
+        tasks = content.by_task.get(setting, {})
+        if len(tasks) > 1:
+            self._add(
+                f"{title}, task by task",
+                drawn=[
+                    (f"{name} {task}", f"{score} of {task}", figures.dots(points, f"{task}: {score}", width=4))
+                    for task, points in tasks.items()
+                ],
+            )
+
+
+def _facts(pairs: Sequence[tuple[str, str]]) -> Table | None:
+    return Table(["", ""], [list(pair) for pair in pairs]) if pairs else None

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from lorkd_monai.report.content import Content, Curve, Matrix, Point, Segmentation, Table
-from lorkd_monai.report.transfer_source import add_transfer, held_out_folders
+from lorkd_monai.report.transfer_source import add_transfer, held_out_folders, point_of
 from lorkd_monai.study.files import RunFile, read_runs
-from lorkd_monai.study.statistics import Difference, Summary, compare, other_means, summarise
-from lorkd_monai.study.tables import difference_pairs
+from lorkd_monai.study.statistics import Difference, Summary, compare, summarise
+from lorkd_monai.study.tables import difference_pairs, score_cells
 
 __all__ = ["confusion_matrix", "content_of_study", "is_study", "spectrum_content"]
 
@@ -51,7 +51,7 @@ def content_of_study(folder: str | os.PathLike, resamples: int = 2000) -> Conten
     content.tasks = _tasks(rows)
     for setting in dict.fromkeys(row.setting for row in rows):
         own = [row for row in rows if row.setting == setting]
-        content.comparison[setting] = [_point(row) for row in own]
+        content.comparison[setting] = [point_of(row, row.method) for row in own]
         content.by_task[setting] = {task: _task_points(own, task) for task in own[0].tasks}
         content.comparison_tables[setting] = _table(own)
         content.against_size[setting] = [
@@ -174,35 +174,14 @@ def _facts(rows: Sequence[Summary], best: Mapping[tuple[str, str], Summary]) -> 
 def _tasks(rows: Sequence[Summary]) -> Table:
     data = rows[0].runs[0]["data"]
     labelled = {row.setting: row.runs[0]["labelled_images"] for row in rows if row.runs[0]["family"] != "teacher"}
-    header = [
-        "task",
-        "classes",
-        "modality",
-        "training images",
-        *(f"with labels, {s}" for s in labelled),
-        "validation",
-        "test",
-    ]
     lines = []
     for name, task in data["tasks"].items():
         images = data["images"][name]
-        lines.append(
-            [
-                name + ("" if task["scored"] else " (no score)"),
-                ", ".join(task["labels"].values()),
-                task["modality"] or "",
-                str(images["training"]),
-                *(str(counts[name]) for counts in labelled.values()),
-                str(images["validation"]),
-                str(images["test"]),
-            ]
-        )
-    return Table(header, lines)
-
-
-def _point(row: Summary) -> Point:
-    seeds = tuple(run["mean"] for run in row.runs) if len(row.runs) > 1 else ()
-    return Point(row.method, row.mean, row.low, row.high, row.runs[0]["family"], seeds)
+        counts = [images["training"], *(own[name] for own in labelled.values()), images["validation"], images["test"]]
+        title = name if task["scored"] else f"{name} (no score)"
+        lines.append([title, ", ".join(task["labels"].values()), task["modality"] or "", *map(str, counts)])
+    with_labels = [f"with labels, {setting}" for setting in labelled]
+    return Table(["task", "classes", "modality", "training images", *with_labels, "validation", "test"], lines)
 
 
 def _task_points(rows: Sequence[Summary], task: str) -> list[Point]:
@@ -217,24 +196,11 @@ def _task_points(rows: Sequence[Summary], task: str) -> list[Point]:
 
 
 def _table(rows: Sequence[Summary]) -> Table:
-    tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
-    other = other_means(rows)
-    header = ["method", "what it is", "seeds", "mean", "± sd", *tasks, *(f"mean {f}" for f in other)]
-    lines = []
-    for i, row in enumerate(rows):
-        lines.append(
-            [
-                row.method,
-                row.runs[0]["about"],
-                str(len(row.seeds)),
-                f"{row.mean:.3f}",
-                "" if row.sd is None else f"{row.sd:.3f}",
-                *(f"{row.tasks[t][0]:.3f}" if t in row.tasks else "" for t in tasks),
-                *(f"{values[i]:.3f}" for values in other.values()),
-            ]
-        )
+    header, lines = score_cells(rows)
+    for row, line in zip(rows, lines, strict=True):
+        line.insert(1, row.runs[0]["about"])
     note = "Mean over the scored tasks on the test images; ± is the sample standard deviation over seeds."
-    return Table(header, lines, note)
+    return Table([header[0], "what it is", *header[1:]], lines, note)
 
 
 def _curves(content: Content, rows: Sequence[Summary], shown: Summary | None) -> None:

@@ -11,7 +11,7 @@ from lorkd_monai.report.content import Content, Point, Table
 from lorkd_monai.study.files import read_runs
 from lorkd_monai.study.statistics import Summary, summarise
 
-__all__ = ["add_transfer", "held_out_folders"]
+__all__ = ["add_transfer", "held_out_folders", "point_of"]
 
 
 def held_out_folders(folder: str | os.PathLike) -> list[Path]:
@@ -31,7 +31,7 @@ def add_transfer(content: Content, folder: str | os.PathLike, resamples: int) ->
         (name,) = rows[0].runs[0]["data"]["tasks"]
         nearest = dict.fromkeys(run["nearest"] for row in rows for run in row.runs if "nearest" in run)
         title = f"{name} (nearest: {', '.join(nearest)})" if nearest else name
-        content.transfer[title] = [_point(row) for row in rows]
+        content.transfer[title] = [point_of(row, f"{row.method}, {_share(row)} %") for row in rows]
         content.score = rows[0].runs[0]["score"].replace("_", " ")
         for row in rows:
             means.setdefault((row.method, row.setting), []).append(row.mean)
@@ -51,6 +51,7 @@ def _share(row: Summary) -> int:
     return 100 if row.setting == "full" else int(row.setting.removeprefix("few"))
 
 
-def _point(row: Summary) -> Point:
+def point_of(row: Summary, label: str) -> Point:
+    """A method's mean over tasks, with its interval and a dot for each of several seeds."""
     seeds = tuple(run["mean"] for run in row.runs) if len(row.runs) > 1 else ()
-    return Point(f"{row.method}, {_share(row)} %", row.mean, row.low, row.high, row.runs[0]["family"], seeds)
+    return Point(label, row.mean, row.low, row.high, row.runs[0]["family"], seeds)

@@ -25,7 +25,7 @@ from lorkd_monai.study.patients import clusters_of, patient_numbers
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Students, Trained
 from lorkd_monai.study.subsets import Part, choose_labelled, only_tasks
-from lorkd_monai.study.training import Fitted, evaluation_loader, fit, inferer_of
+from lorkd_monai.study.training import evaluation_loader, fit, inferer_of
 from lorkd_monai.tasks import image_sides, score_of
 from lorkd_monai.teachers.cache import RememberedTeacher
 from lorkd_monai.teachers.find import find_teacher
@@ -147,7 +147,7 @@ class Workbench:
             "mean": float(np.mean(values)) if values else None,
             "figures": figures,
             "labelled_images": self._labelled_counts(None if method.family == "teacher" else labelled),
-            "fits": {name: _fit_facts(one) for name, one in fitted.items()},
+            "fits": {name: one.facts() for name, one in fitted.items()},
             "curves": {name: one.curves for name, one in fitted.items()},
             "cost": measures.cost_of(network.cpu(), list(self.data.tasks), self._input_shape()),
             "time": {
@@ -258,13 +258,3 @@ class Workbench:
                 for name, task in data.tasks.items()
             },
         }
-
-
-def _fit_facts(fitted: Fitted) -> dict[str, Any]:
-    return {
-        "epoch": fitted.epoch,
-        "validation": fitted.score,
-        "seconds": fitted.seconds,
-        "cpu_seconds": fitted.cpu_seconds,
-        "images": fitted.images,
-    }

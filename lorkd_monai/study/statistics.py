@@ -58,7 +58,6 @@ class Difference:
     """``first`` minus ``second`` on the same test images: the value, and the central 95 % of the resamples.
 
     ``low`` and ``high`` are corrected where `compare` was told of several comparisons; those in ``tasks`` never are.
-    ``share_above`` is the part of the resamples in which ``first`` is above.
     """
 
     setting: str
@@ -68,7 +67,6 @@ class Difference:
     value: float
     low: float
     high: float
-    share_above: float
     tasks: dict[str, tuple[float, float, float]]
 
 
@@ -266,6 +264,6 @@ def _difference(
     mean = torch.stack(list(by_task.values())).mean(0)
     low, high = _interval(mean[1:], comparisons)
     return Difference(
-        setting, first, second, tuple(seeds), float(mean[0]), low, high, float((mean[1:] > 0).double().mean()),
+        setting, first, second, tuple(seeds), float(mean[0]), low, high,
         {task: (float(d[0]), *_interval(d[1:])) for task, d in by_task.items()},
     )  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 
 from lorkd_monai.study.statistics import Difference, Summary, compare, other_means, summarise
 
-__all__ = ["difference_pairs", "difference_table", "folds_table", "main_table", "study_tables"]
+__all__ = ["difference_pairs", "difference_table", "folds_table", "main_table", "score_cells", "study_tables"]
 
 
 def _with_sd(mean: float, sd: float | None) -> str:
@@ -33,29 +33,39 @@ def _one_expert(row: Summary, key: str) -> float:
     return sum(one[key] for one in plain) / len(plain)
 
 
-def main_table(rows: Sequence[Summary]) -> str:
-    """Mean over tasks with its interval, each task, and what it costs: a row for each method of one setting."""
+def score_cells(rows: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a table of scores: method, seeds, mean over tasks with its interval, each task."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
     others = other_means(rows)
     header = ["method", "seeds", "mean of tasks (± sd over seeds)", "95 % interval", *tasks]
-    header += [f"mean {name}" for name in others]
-    header += ["parameters for one task", "of all tasks", "M multiply-adds", "training, CPU min"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for i, row in enumerate(rows):
-        cells = [
-            row.method,
-            str(len(row.seeds)),
-            _with_sd(row.mean, row.sd),
-            f"{row.low:.3f}–{row.high:.3f}",
-            *(_with_sd(*row.tasks[task]) if task in row.tasks else "" for task in tasks),
-            *(f"{values[i]:.3f}" for values in others.values()),
+    lines = [
+        [row.method, str(len(row.seeds)), _with_sd(row.mean, row.sd), f"{row.low:.3f}–{row.high:.3f}"]
+        + [_with_sd(*row.tasks[task]) if task in row.tasks else "" for task in tasks]
+        + [f"{values[i]:.3f}" for values in others.values()]
+        for i, row in enumerate(rows)
+    ]
+    return [*header, *(f"mean {name}" for name in others)], lines
+
+
+def main_table(rows: Sequence[Summary]) -> str:
+    """The scores and what each method costs: a row for each method of one setting."""
+    header, lines = score_cells(rows)
+    costs = [
+        [
             f"{_one_expert(row, 'parameters'):,.0f}",
             f"{_mean_of(row, 'cost', 'parameters'):,.0f}",
             f"{_one_expert(row, 'multiply_adds') / 1e6:.1f}",
             f"{_mean_of(row, 'time', 'training_cpu_s') / 60:.1f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    header += ["parameters for one task", "of all tasks", "M multiply-adds", "training, CPU min"]
+    return _markdown(header, [line + cost for line, cost in zip(lines, costs, strict=True)])
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def difference_pairs(rows: Sequence[Summary]) -> list[tuple[str, str]]:
@@ -67,15 +77,12 @@ def difference_pairs(rows: Sequence[Summary]) -> list[tuple[str, str]]:
 
 def difference_table(rows: Sequence[Difference]) -> str:
     """Differences with their intervals; those whose interval leaves out 0 are set in bold."""
-    lines = ["| setting | methods | seeds | difference | 95 % interval |", "|---|---|---|---|---|"]
+    lines = []
     for row in rows:
-        value = f"{row.value:+.3f}"
-        sure = row.low > 0 or row.high < 0
-        lines.append(
-            f"| {row.setting} | {row.first} − {row.second} | {len(row.seeds)} | {f'**{value}**' if sure else value} "
-            f"| {row.low:+.3f} to {row.high:+.3f} |"
-        )
-    return "\n".join(lines)
+        value = f"**{row.value:+.3f}**" if row.low > 0 or row.high < 0 else f"{row.value:+.3f}"
+        interval = f"{row.low:+.3f} to {row.high:+.3f}"
+        lines.append([row.setting, f"{row.first} − {row.second}", str(len(row.seeds)), value, interval])
+    return _markdown(["setting", "methods", "seeds", "difference", "95 % interval"], lines)
 
 
 def study_tables(folder: str | os.PathLike, resamples: int = 2000) -> str:
@@ -109,10 +116,9 @@ def folds_table(folders: Sequence[str | os.PathLike], resamples: int = 2000) -> 
     common = [key for key in found[0] if all(key in one for one in found)]
     rows = [(*key, [one[key] for one in found]) for key in common]
     rows.sort(key=lambda row: (row[0] != "full", row[0], -np.mean(row[2])))
-    header = ["setting", "method", "mean of folds (± sd over folds)", *(Path(folder).name for folder in folders)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = []
     for setting, method, values in rows:
         sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        cells = [setting, method, _with_sd(float(np.mean(values)), sd), *(f"{value:.3f}" for value in values)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([setting, method, _with_sd(float(np.mean(values)), sd), *(f"{value:.3f}" for value in values)])
+    names = [Path(folder).name for folder in folders]
+    return _markdown(["setting", "method", "mean of folds (± sd over folds)", *names], lines)

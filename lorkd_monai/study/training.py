@@ -46,6 +46,11 @@ class Fitted:
     cpu_seconds: float = 0.0
     images: int = 0
 
+    def facts(self) -> dict[str, Any]:
+        """What a run's file keeps, without the curves."""
+        spent = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "images": self.images}
+        return {"epoch": self.epoch, "validation": self.score, **spent}
+
 
 def inferer_of(data: DataList, settings: StudySettings) -> Inferer:
     """One pass, or overlapping windows for 3D segmentation."""
