@@ -13,7 +13,7 @@ from lorkd_monai.study.settings import StudySettings
 
 __all__ = ["MAIN_METHODS", "METHODS", "QUICK_METHODS", "Method", "label_share_of", "methods_named"]
 
-FAMILIES = ("teacher", "stl", "mtl", "separate", "lorkd")
+FAMILIES = ("teacher", "stl", "mtl", "separate", "peft", "lorkd")
 _FIXED = ("image_size", "in_channels", "teacher_backbone", "teacher_bundle", "resamples")
 
 
@@ -25,7 +25,8 @@ class Method:
         name: of its files, and in tables.
         family: ``"teacher"``: the foundation model. ``"stl"``: a student for each task. ``"mtl"``: one student with a
             head for each task. ``"separate"``: a student that all tasks train for the first half of the budget, then a
-            full copy of it for each task. ``"lorkd"``: one student with low-rank experts.
+            full copy of it for each task. ``"peft"``: the same, with an adapter of PEFT on the frozen student in place
+            of the copy. ``"lorkd"``: one student with low-rank experts.
         distilled: whether the teacher takes part.
         about: what it is, in one sentence.
         changes: settings that differ from the study's.
@@ -61,6 +62,14 @@ _ALL = [
     Method("mtl_kd", "mtl", True, "one student with heads, distilled"),
     Method("mtl_kd_norms", "mtl", True, "one student with heads and norms for each task, distilled", {"norm": "task"}),
     Method("separate_kd", "separate", True, "one distilled student, then a full copy of it for each task"),
+    Method(
+        "peft_lora", "peft", True, "mtl_kd_init for half of the epochs, then a LoRA adapter of PEFT for each task",
+        {"init": "teacher"},
+    ),
+    Method(
+        "peft_lora_norms", "peft", True, "as peft_lora, with norms that each task trains",
+        {"init": "teacher", "norm": "task"},
+    ),
     Method("lorkd", "lorkd", True, "low-rank experts of rank 4 on a shared student"),
     Method("lorkd_r8", "lorkd", True, "low-rank experts of rank 8", {"rank": 8}),
     Method("lorkd_conv", "lorkd", True, "low-rank experts of layout conv, rank 4", {"layout": "conv"}),

@@ -17,6 +17,7 @@ from lorkd_monai.study.agreement import agree_on_settings, check_finished
 from lorkd_monai.study.files import RunFile
 from lorkd_monai.study.methods import Method, label_share_of
 from lorkd_monai.study.models import build_student
+from lorkd_monai.study.peft_rival import check_peft
 from lorkd_monai.study.runs import Workbench, check_teacher
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.tasks import image_sides
@@ -140,6 +141,8 @@ def _check_networks(
         settings = method.settings(common)
         if method.family == "teacher":
             continue
+        if method.family == "peft":
+            check_peft()
         student = build_student(settings, data, method.family == "lorkd", 0).eval()
         if settings.backbone in tried:
             continue

@@ -16,6 +16,7 @@ from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.study.diagnostics import gradient_conflict, spectra
 from lorkd_monai.study.methods import Method
 from lorkd_monai.study.models import OneEach, build_student, members_of
+from lorkd_monai.study.peft_rival import adapt, adapter_facts, share_frozen
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.subsets import Part, only_tasks
 from lorkd_monai.study.training import Fitted, fit
@@ -77,7 +78,7 @@ class Students:
                 name: self._fit(self._student([name]), [name], self.settings.epochs, single=True) for name in names
             }
             return self._joined(fitted), fitted, {}
-        if self.method.family == "separate":
+        if self.method.family in ("separate", "peft"):
             return self._train_separate(names)
         experts = self.method.family == "lorkd"
         network = self._student(names, experts)
@@ -92,14 +93,24 @@ class Students:
         first = self.settings.epochs // 2
         shared = self._student(names)
         fitted = {"all tasks": self._fit(shared, names, max(1, first))}
-        copies = {
-            name: LoRKDNet(shared.extract(name), {name: self.data.tasks[name].num_classes}, rank=0) for name in names
-        }
+        adapted = self.method.family == "peft"
+        copies: dict[str, LoRKDNet] = {}
+        for name in names:
+            plain, classes = shared.extract(name), self.data.tasks[name].num_classes
+            copies[name] = (
+                adapt(plain, name, classes, self.settings, self.seed)
+                if adapted
+                else LoRKDNet(plain, {name: classes}, rank=0)
+            )
         own = {
             name: self._fit(network, [name], max(1, self.settings.epochs - first), single=True)
             for name, network in copies.items()
         }
-        return self._joined(own), fitted | own, {}
+        notes: dict[str, Any] = {}
+        if adapted:
+            share_frozen([one.network for one in own.values()])
+            notes["adapters"] = {name: adapter_facts(one.network) for name, one in own.items()}
+        return self._joined(own), fitted | own, notes
 
     def _joined(self, fitted: dict[str, Fitted]) -> OneEach:
         return OneEach({name: one.network for name, one in fitted.items()}, self.data.num_classes).eval()

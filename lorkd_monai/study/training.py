@@ -124,9 +124,9 @@ def fit(
 
 def _groups(network: nn.Module, objective: nn.Module, settings: StudySettings) -> list[dict[str, Any]]:
     """Parameter groups: the low-rank factors may have a decay and a learning rate of their own."""
-    factors = []
+    factors = list(getattr(network, "factors", []))  # of an adapter
     if isinstance(network, LoRKDNet):
-        factors = [p for layer in network.expert_layers.values() for p in (*layer.lora_A, *layer.lora_B)]
+        factors += [p for layer in network.expert_layers.values() for p in (*layer.lora_A, *layer.lora_B)]
     own = {id(p) for p in factors}
     rest = [p for p in (*network.parameters(), *objective.parameters()) if id(p) not in own]
     decay = settings.weight_decay
