@@ -6,15 +6,15 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fire
 
 from lorkd_monai.checks import as_names, as_path
-from lorkd_monai.cli.printing import printed_log
 from lorkd_monai.cli.study import report, study
 from lorkd_monai.errors import LoRKDError, show_errors_plainly
 
@@ -480,8 +480,24 @@ def main() -> None:
         raise LoRKDError(
             f"{end.trace.elements[-1].ErrorAsStr()}. `{' '.join(words)} --help` says what there is"
         ) from None
-    with printed_log("lorkd_monai.data"):
+    with _printed_log("lorkd_monai.data"):
         for call in calls:
             result = call()
             if result is not None:
                 print(result)
+
+
+@contextlib.contextmanager
+def _printed_log(name: str) -> Iterator[None]:
+    """Print what the logger ``name`` and those below it say, from INFO on, without time and level."""
+    logger, handler = logging.getLogger(name), logging.StreamHandler(sys.stdout)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

@@ -154,7 +154,11 @@ class LoRKDLoss(nn.Module):
                 total = total + self.transfer_weight * terms["transfer"]
             if self.feature_transfer is not None and self.feature_weight > 0 and teacher_features is not None:
                 without_logits = None if has_teacher is None else ~_plain(has_teacher).to(task.device)
-                terms["feature_transfer"] = self._feature_term(student_features, teacher_features, without_logits)
+                if student_features is None:
+                    raise LoRKDError("feature transfer: teacher_features came without student_features; pass both")
+                terms["feature_transfer"] = self.feature_transfer(
+                    _plain(student_features), _plain(teacher_features), without_logits
+                )
                 total = total + self.feature_weight * terms["feature_transfer"]
             if self.training and self.transfer_weight > 0 and len(terms.keys() & {"transfer", "feature_transfer"}) == 0:
                 raise LoRKDError(
@@ -217,7 +221,8 @@ class LoRKDLoss(nn.Module):
         check_labels(label, labelled, channels if classify else channels.clamp(min=2), task, names)
         number = int(labelled.sum())
         # Without any labelled sample the term is a 0 that still belongs to the graph.
-        terms = {"task": levels[0].new_zeros(()) if number else 0.0 * _finite_sum(levels[0], own)}
+        outside = ~own.reshape(*own.shape, *[1] * (levels[0].ndim - 2))
+        terms = {"task": levels[0].new_zeros(()) if number else 0.0 * levels[0].masked_fill(outside, 0.0).sum()}
         per_sample = self.task_loss(levels[0], label, task, own, names) if classify else None
         for t in task[labelled].unique().tolist():
             chosen = (labelled & (task == t)).nonzero()[:, 0]
@@ -228,11 +233,6 @@ class LoRKDLoss(nn.Module):
             terms["task"] = terms["task"] + mean * (len(chosen) / number)
             terms[f"task/{names[t]}"] = mean
         return terms
-
-    def _feature_term(self, student: Tensor | None, teacher: Tensor, selected: Tensor | None) -> Tensor:
-        if student is None:
-            raise LoRKDError("feature transfer: teacher_features came without student_features; pass both")
-        return self.feature_transfer(_plain(student), _plain(teacher), selected)  # type: ignore[misc]  # features come with it
 
     def _record(self, terms: dict[str, Tensor], task: Tensor, names: list[str]) -> None:
         """Set ``self.terms``; a term that is not finite is an error that names it and the tasks of the batch."""
@@ -251,9 +251,3 @@ class LoRKDLoss(nn.Module):
 def _plain(x: Tensor) -> Tensor:
     """MONAI's MetaTensor carries the metadata of each item through every operation; a loss needs none."""
     return x.as_tensor() if isinstance(x, MetaTensor) else x
-
-
-def _finite_sum(output: Tensor, own: Tensor) -> Tensor:
-    """The sum over own channels, attached to the graph, never touching the -inf of the others."""
-    mask = own.reshape(*own.shape, *[1] * (output.ndim - 2))
-    return output.masked_fill(~mask, 0.0).sum()

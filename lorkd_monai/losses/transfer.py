@@ -109,7 +109,7 @@ def transfer_loss(
     own = _own_channels(student, valid)
     known = _known_samples(teacher, has_teacher)
     # A missing teacher's NaN would survive a multiplication by 0.
-    teacher = teacher.masked_fill(~_spread(known, teacher), 0.0)
+    teacher = teacher.masked_fill(~known.reshape(-1, *[1] * (teacher.ndim - 1)), 0.0)
     if mode == "sigmoid":  # the classes that the teacher knows
         own = own & ~(teacher.isnan() | teacher.isneginf())
 
@@ -182,10 +182,6 @@ def _known_samples(teacher: Tensor, has_teacher: Tensor | None) -> Tensor:
     return has_teacher.to(teacher.device)
 
 
-def _spread(per_sample: Tensor, like: Tensor) -> Tensor:
-    return per_sample.reshape(-1, *[1] * (like.ndim - 1))
-
-
 class TransferLoss(nn.Module):
     """`transfer_loss` with its options fixed.
 
@@ -213,15 +209,9 @@ class TransferLoss(nn.Module):
     ) -> Tensor:
         """See `transfer_loss`."""
         return transfer_loss(
-            student_logits,
-            teacher_logits,
-            valid,
-            temperature=self.temperature,
-            mode=self.mode,
-            reduction=self.reduction,
-            positions=self.positions,
-            has_teacher=has_teacher,
-        )
+            student_logits, teacher_logits, valid, temperature=self.temperature, mode=self.mode,
+            reduction=self.reduction, positions=self.positions, has_teacher=has_teacher,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         options = f"mode={self.mode!r}, reduction={self.reduction!r}, positions={self.positions!r}"

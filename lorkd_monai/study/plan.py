@@ -34,6 +34,10 @@ class PlannedRun:
     setting: str
     seed: int
 
+    def file(self, folder: str | os.PathLike) -> RunFile:
+        """Where it keeps what it finds, in the folder of a study."""
+        return RunFile(folder, self.setting, self.method.name, self.seed)
+
 
 def plan_runs(methods: Sequence[Method], settings: Sequence[str], seeds: Sequence[int]) -> list[PlannedRun]:
     """The runs in the order to do them: seed by seed, teachers first (they see all labels: one for all settings).
@@ -103,7 +107,7 @@ def run_study(
     _check_networks(data, common, [run.method for run in runs], device)
     agree_on_settings(folder, data, common)
     _check_files(folder, common, runs)
-    missing = [run for run in runs if not _file(folder, run).done]
+    missing = [run for run in runs if not run.file(folder).done]
     say(f"{len(runs)} runs, {len(runs) - len(missing)} done already")
     if not missing:
         return folder
@@ -112,13 +116,13 @@ def run_study(
         label = f"[{number}/{len(missing)}] {run.setting} {run.method.name} seed {run.seed}"
         bench.progress = lambda line, label=label: say(f"{label}: {line}")
         started = time.perf_counter()
-        file = _file(folder, run).json
+        file = run.file(folder).json
         file.parent.mkdir(parents=True, exist_ok=True)
         with mark_in_use(file):
-            if _file(folder, run).done:  # by another process meanwhile
+            if run.file(folder).done:  # by another process meanwhile
                 continue
             bench.run(run.method, run.setting, run.seed)
-        mean = _file(folder, run).read()["mean"]
+        mean = run.file(folder).read()["mean"]
         shown = "no score" if mean is None else f"test {mean:.3f}"
         say(f"{label}: {shown}, {time.perf_counter() - started:.0f} s")
     return folder
@@ -161,7 +165,7 @@ def _check_files(folder: Path, common: StudySettings, runs: Sequence[PlannedRun]
     """Finished runs must be of these methods, and runs to do must find their teacher."""
     taught = {run.seed for run in runs if run.method.name == "teacher"}
     for run in runs:
-        file = _file(folder, run)
+        file = run.file(folder)
         if file.done:
             check_finished(file, run.method, common)
         needs = run.method.distilled or run.method.settings(common).init == "teacher"
@@ -169,7 +173,3 @@ def _check_files(folder: Path, common: StudySettings, runs: Sequence[PlannedRun]
             teacher = RunFile(folder, "full", "teacher", run.seed)
             if teacher.done or run.seed not in taught:
                 check_teacher(teacher)
-
-
-def _file(folder: Path, run: PlannedRun) -> RunFile:
-    return RunFile(folder, run.setting, run.method.name, run.seed)
