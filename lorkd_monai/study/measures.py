@@ -20,6 +20,7 @@ from torch import nn
 from lorkd_monai import __version__
 from lorkd_monai.metrics.costs import measure
 from lorkd_monai.networks import LoRKDNet, TaskChannels
+from lorkd_monai.study.factorization import FactorNet
 from lorkd_monai.study.models import OneEach
 from lorkd_monai.teachers.teacher import Teacher
 
@@ -30,7 +31,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def plain_networks(network: nn.Module, tasks: list[str]) -> dict[str, nn.Module]:
     """The plain network that serves each task: what would be deployed."""
-    if isinstance(network, LoRKDNet):
+    if isinstance(network, (LoRKDNet, FactorNet)):
         return {name: network.extract(name) for name in tasks}
     if isinstance(network, OneEach):
         return {name: one.extract(0) for name, one in zip(tasks, network.networks, strict=True)}

@@ -13,7 +13,7 @@ from lorkd_monai.study.settings import StudySettings
 
 __all__ = ["MAIN_METHODS", "METHODS", "QUICK_METHODS", "Method", "label_share_of", "methods_named"]
 
-FAMILIES = ("teacher", "stl", "mtl", "separate", "peft", "lorkd")
+FAMILIES = ("teacher", "stl", "mtl", "separate", "peft", "kf", "lorkd")
 _FIXED = ("image_size", "in_channels", "teacher_backbone", "teacher_bundle", "resamples")
 
 
@@ -26,7 +26,8 @@ class Method:
         family: ``"teacher"``: the foundation model. ``"stl"``: a student for each task. ``"mtl"``: one student with a
             head for each task. ``"separate"``: a student that all tasks train for the first half of the budget, then a
             full copy of it for each task. ``"peft"``: the same, with an adapter of PEFT on the frozen student in place
-            of the copy. ``"lorkd"``: one student with low-rank experts.
+            of the copy. ``"kf"``: a common network, and a small one for each task, whose answers are added.
+            ``"lorkd"``: one student with low-rank experts.
         distilled: whether the teacher takes part.
         about: what it is, in one sentence.
         changes: settings that differ from the study's.
@@ -70,6 +71,8 @@ _ALL = [
         "peft_lora_norms", "peft", True, "as peft_lora, with norms that each task trains",
         {"init": "teacher", "norm": "task"},
     ),
+    Method("kf", "kf", True, "knowledge factorization: a common network and a small one for each task, distilled"),
+    Method("kf_init", "kf", True, "as kf, started from the teacher's weights", {"init": "teacher"}),
     Method("lorkd", "lorkd", True, "low-rank experts of rank 4 on a shared student"),
     Method("lorkd_r8", "lorkd", True, "low-rank experts of rank 8", {"rank": 8}),
     Method("lorkd_conv", "lorkd", True, "low-rank experts of layout conv, rank 4", {"layout": "conv"}),

@@ -14,6 +14,7 @@ from lorkd_monai.data import DataList
 from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.locks import mark_in_use
 from lorkd_monai.study.agreement import agree_on_settings, check_finished
+from lorkd_monai.study.factorization import build_factors
 from lorkd_monai.study.files import RunFile
 from lorkd_monai.study.methods import Method, label_share_of
 from lorkd_monai.study.models import build_student
@@ -147,13 +148,14 @@ def _check_networks(
             continue
         if method.family == "peft":
             check_peft()
-        student = build_student(settings, data, method.family == "lorkd", 0).eval()
-        if settings.backbone in tried:
+        factors, experts = method.family == "kf", method.family == "lorkd"
+        student = build_factors(settings, data, 0) if factors else build_student(settings, data, experts, 0)
+        if (factors, settings.backbone) in tried:
             continue
-        tried.append(settings.backbone)
+        tried.append((factors, settings.backbone))
         try:
             with torch.inference_mode():
-                student(image, 0)
+                student.eval()(image, 0)
         except (RuntimeError, ValueError) as error:
             raise LoRKDError(
                 f"method {method.name!r}: its backbone does not take images of {' × '.join(map(str, image.shape[1:]))} "

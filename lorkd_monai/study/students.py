@@ -14,6 +14,7 @@ from lorkd_monai.data.samplers import draws_per_task
 from lorkd_monai.experts.weight_selection import select_weights
 from lorkd_monai.networks import LoRKDNet, TaskChannels
 from lorkd_monai.study.diagnostics import gradient_conflict, spectra
+from lorkd_monai.study.factorization import FactorNet, build_factors
 from lorkd_monai.study.methods import Method
 from lorkd_monai.study.models import OneEach, build_student, members_of
 from lorkd_monai.study.peft_rival import adapt, adapter_facts, share_frozen
@@ -80,6 +81,10 @@ class Students:
             return self._joined(fitted), fitted, {}
         if self.method.family in ("separate", "peft"):
             return self._train_separate(names)
+        if self.method.family == "kf":
+            start = members_of(self.view)[0] if self.settings.init == "teacher" else None
+            factors = build_factors(self.settings, self.data, self.seed, start)
+            return factors, {"all tasks": self._fit(factors, names, self.settings.epochs)}, {}
         experts = self.method.family == "lorkd"
         network = self._student(names, experts)
         fitted = self._fit(network, names, self.settings.epochs)
@@ -121,7 +126,7 @@ class Students:
             select_weights(network, members_of(self.view)[0])
         return network
 
-    def _fit(self, network: LoRKDNet, names: list[str], epochs: int, single: bool = False) -> Fitted:
+    def _fit(self, network: LoRKDNet | FactorNet, names: list[str], epochs: int, single: bool = False) -> Fitted:
         own: dict[str, Any] = {"epochs": epochs, "images_per_epoch": draws_of(self.data, self.settings, names)}
         if single:
             own |= {"batch_size": self.settings.images_of_one_task, "tasks_per_batch": None}

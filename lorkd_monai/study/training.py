@@ -22,6 +22,7 @@ from lorkd_monai.engines import DecompositionTrainer, TaskEvaluator, make_object
 from lorkd_monai.engines.schedule import cosine_schedule
 from lorkd_monai.handlers import TaskMetric, WeightAverage
 from lorkd_monai.networks import LoRKDNet
+from lorkd_monai.study.factorization import FactorLoss, FactorNet
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.subsets import LabelShareSampler, Part
 from lorkd_monai.tasks import image_sides
@@ -96,9 +97,12 @@ def fit(
         )
     loader = train_loader(training, sampler, settings.batch_size, tasks_per_batch=settings.tasks_per_batch)
     weight = settings.transfer_weight if teacher else 0.0
-    objective = make_objective(
-        network, teacher, data, training, weight, settings.temperature, settings.transfer_positions
-    )
+    if isinstance(network, FactorNet):
+        objective = FactorLoss(network, teacher, data, training[0]["image"][None].to(device), settings)
+    else:
+        objective = make_objective(
+            network, teacher, data, training, weight, settings.temperature, settings.transfer_positions
+        )
     optimizer = AdamW(_groups(network, objective, settings), lr=settings.learning_rate)
     schedule = _schedule(optimizer, settings.epochs, settings.expert_warmup)
     trainer = DecompositionTrainer(
