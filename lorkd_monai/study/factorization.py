@@ -225,7 +225,7 @@ class FactorLoss(LoRKDLoss):
 
     def forward(
         self,
-        student_out: Tensor,
+        student_out: Any,
         label: Tensor,
         task: Tensor,
         teacher_out: Tensor | None = None,
