@@ -52,19 +52,20 @@ def remove_leftovers(path: str | os.PathLike) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def read_json(path: str | os.PathLike, advice: str = "") -> dict[str, Any]:
+def read_json(path: str | os.PathLike, advice: str = "", pairs_hook: Any = None) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
         path: of the file.
         advice: what to do about a bad one; the end of the message.
+        pairs_hook: ``object_pairs_hook`` of `json.loads`.
 
     Raises:
         LoRKDError: it is missing or no JSON object.
     """
     advice = advice and f"; {advice}"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=pairs_hook)
     except (OSError, ValueError) as error:
         raise LoRKDError(f"{path} can't be read as JSON: {error}{advice}") from error
     if not isinstance(content, dict):

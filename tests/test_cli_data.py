@@ -129,7 +129,7 @@ def test_phantoms(lorkd, tmp_path):
 def test_what_is_missing_is_named(lorkd, tmp_path):
     with pytest.raises(LoRKDError, match="there is nothing"):
         lorkd("data", "segmentation", tmp_path / "nowhere", tmp_path / "list")
-    with pytest.raises(LoRKDError, match="Decathlon or nnU-Net folder"):
+    with pytest.raises(LoRKDError, match="folder of the Decathlon or of nnU-Net"):
         lorkd("data", "segmentation", class_folder(tmp_path / "us"), tmp_path / "list")
 
 

@@ -7,7 +7,6 @@ only with ``overwrite=True``.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
 from lorkd_monai.data.writing import Skipped, new_folder, new_list, relative_path
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import read_json
 from lorkd_monai.transforms.loading import SUFFIXES
 
 __all__ = ["combine", "fetch_mednist", "fetch_medmnist", "from_class_folders", "from_medmnist"]
@@ -215,14 +215,14 @@ def combine(
         for path in map(Path, [lists] if isinstance(lists, (str, os.PathLike)) else lists):
             file = path / "dataset.json" if path.is_dir() else path
             folder = file.parent.resolve()
+            content = read_json(file, "expected a data list")
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
                 own, origin = dict(content["tasks"]), read_origin(content)
                 for split in SPLITS:
                     for item in content.get(split, []):
                         image, label = (_absolute(item[key], folder) for key in ("image", "label"))
                         new.rows.append(Row(item["task"], image, label, split))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise LoRKDError(f"{file} is no data list of tasks: {type(error).__name__} {error}") from error
             for name, entry in own.items():
                 if name in new.tasks:

@@ -12,7 +12,6 @@ The form is a superset of the Medical Segmentation Decathlon's ``dataset.json``:
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -34,6 +33,7 @@ from lorkd_monai.data.checks import (
 )
 from lorkd_monai.data.form import LIST_KEYS, SPLITS, faults
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import read_json
 from lorkd_monai.tasks import TaskSpec, Work, check_kind, image_sides
 from lorkd_monai.transforms.loading import ImageFacts, ItemLoader, describe_image
 from lorkd_monai.transforms.preprocessing import measured_intensity, preprocessing
@@ -139,7 +139,11 @@ def load_data_list(
     file = Path(path)
     file = file / "dataset.json" if file.is_dir() else file
     problems = Problems(file)
-    content = _read_json(file, problems)
+    if not file.is_file():
+        raise LoRKDError(
+            f"no data list at {file}. Expected a dataset.json, or the folder that holds one; 'lorkd data' makes it."
+        )
+    content = read_json(file, "expected a data list, with 'tasks'", unique_keys(problems))
     folder = file.parent.resolve()
     for key, value in (("kind", kind), ("spatial_dims", spatial_dims)):
         if content.get(key, value) != value:
@@ -195,20 +199,6 @@ def measure_spacing(data: DataList) -> DataList:
         median = tuple(round(statistics.median(axis), 4) for axis in zip(*spacings, strict=True))
         tasks[name] = dataclasses.replace(task, spacing=median)
     return dataclasses.replace(data, tasks=tasks)
-
-
-def _read_json(file: Path, problems: Problems) -> dict[str, Any]:
-    if not file.is_file():
-        raise LoRKDError(
-            f"no data list at {file}. Expected a dataset.json, or the folder that holds one; 'lorkd data' makes it."
-        )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys(problems))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LoRKDError(f"the data list {file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise LoRKDError(f"the data list {file} must be a JSON object with 'tasks', got a {type(content).__name__}.")
-    return content
 
 
 def _check_presence(entries: dict, items: dict[str, list], needs: Sequence[str], problems: Problems) -> None:

@@ -202,9 +202,7 @@ class TaskDataset(Dataset):
             self._look(images, [self.items[index]["image"] for index, _ in members], name)
             for (index, _), image in zip(members, images, strict=True):
                 yield index, {"image": _compact(image), "label": _class_tensor(self.items[index])}
-        for start in range(
-            0, len(single), 8
-        ):  # few at a time: when the memory is full, the rest are not prepared for nothing
+        for start in range(0, len(single), 8):  # few at a time: where the memory is full, no more are prepared
             few = single[start : start + 8]
             yield from zip(few, pool.map(self._load, few), strict=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from lorkd_monai.data.form import SPLITS
 from lorkd_monai.data.splitting import Row, assign_splits, read_patients
 from lorkd_monai.data.writing import Skipped, new_list
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import read_json
 
 __all__ = ["from_segmentation_folders"]
 
@@ -76,13 +76,8 @@ def from_segmentation_folders(
 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / "dataset.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoRKDError(
-            f"{folder} must be a Decathlon or nnU-Net folder with a dataset.json: {type(error).__name__} {error}"
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
+    content = read_json(file, "a folder of the Decathlon or of nnU-Net has a dataset.json")
+    if not isinstance(content.get("labels"), dict):
         raise LoRKDError(f"{file} must be an object with 'labels', as the Decathlon and nnU-Net write it.")
     return content
 

@@ -104,13 +104,13 @@ def _are_prompts(value: object) -> bool:
     return is_whole(value, 1)
 
 
-def _or_null(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or holds(value)
+def _or_null(words: str, holds: Callable[[Any], bool]) -> tuple[Rule]:
+    return ((words, lambda value: value is None or holds(value)),)
 
 
 def _text_or_null(name: str, text: str) -> Key:
-    rule = (f"{name!r} must be text", lambda value: value is None or isinstance(value, str))
-    return Key(text, {"type": ["string", "null"]}, (rule,))
+    rules = _or_null(f"{name!r} must be text", lambda value: isinstance(value, str))
+    return Key(text, {"type": ["string", "null"]}, rules)
 
 
 def _pair(**bounds: float) -> dict[str, Any]:
@@ -119,18 +119,18 @@ def _pair(**bounds: float) -> dict[str, Any]:
 
 _PATH = {"type": "string", "pattern": r"\S"}
 _ONE_OF = {"minProperties": 1, "maxProperties": 1, "additionalProperties": False}
-_NAMES = {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": r"\S"}}
 
 
 def _origin(of: str) -> dict[str, Key]:
-    licence: Rule = ("'licence' must be text", _or_null(_is_text))
-    authors: Rule = ("'authors' must be a list of names", _or_null(lambda v: _is_text(v) or _are_names(v)))
+    licence = _or_null("'licence' must be text", _is_text)
+    authors = _or_null("'authors' must be a list of names", lambda v: _is_text(v) or _are_names(v))
     text = {"type": ["string", "null"], "pattern": r"\S"}
+    names = {"type": "array", "minItems": 1, "items": {"type": "string", "pattern": r"\S"}}
     return {
-        "licence": Key(f'licence of {of}, such as `"CC-BY-4.0"`', text, (licence,)),
-        "license": Key("the same as `licence`", text, (licence,)),
+        "licence": Key(f'licence of {of}, such as `"CC-BY-4.0"`', text, licence),
+        "license": Key("the same as `licence`", text, licence),
         "authors": Key(
-            f"names of those who made {of}; one may stand without a list", {"anyOf": [text, _NAMES]}, (authors,)
+            f"names of those who made {of}; one may stand without a list", {"anyOf": [text, names]}, authors
         ),
     }
 
@@ -176,23 +176,17 @@ TASK_KEYS: Mapping[str, Key] = {
             "properties": {"range": _pair(), "percentiles": _pair(minimum=0, maximum=100)},
             **_ONE_OF,
         },
-        (
-            (
-                '"intensity" must be {"range": [low, high]} with low < high or {"percentiles": [low, high]} within '
-                "0..100",
-                _or_null(_is_intensity),
-            ),
+        _or_null(
+            '"intensity" must be {"range": [low, high]} with low < high or {"percentiles": [low, high]} within 0..100',
+            _is_intensity,
         ),
     ),
     "spacing": Key(
         "mm along the axes of RAS, 3D segmentation only: what volumes are resampled to. Default: the median of the "
         "training images",
         {"type": ["array", "null"], "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 2, "maxItems": 3},
-        (
-            (
-                "'spacing' must be a list of lengths in mm, each above 0",
-                _or_null(lambda v: _are_numbers(v, 2, 3) and min(v) > 0),
-            ),
+        _or_null(
+            "'spacing' must be a list of lengths in mm, each above 0", lambda v: _are_numbers(v, 2, 3) and min(v) > 0
         ),
     ),
     "channels": Key(
@@ -214,12 +208,7 @@ TASK_KEYS: Mapping[str, Key] = {
                 },
             ]
         },
-        (
-            (
-                "vista3d_class must map class ids to VISTA3D's class indices, such as {'1': 3}",
-                _or_null(_are_prompts),
-            ),
-        ),
+        _or_null("vista3d_class must map class ids to VISTA3D's class indices, such as {'1': 3}", _are_prompts),
     ),
     "note": _text_or_null("note", 'text for people; see "Tasks without a score"'),
     "score": Key(

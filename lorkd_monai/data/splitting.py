@@ -103,15 +103,16 @@ def assign_splits(
             f"fractions must be three shares (training, validation, test) that add up to 1, got {fractions}."
         )
     check_whole("seed", seed, 0)
-    members: dict[str, list[Row]] = {}
+    kept: dict[str, set[str]] = {}
     for row, patient in zip(rows, patients, strict=True):
-        members.setdefault(patient, []).append(row)
-    kept = {patient: {row.split for row in own if row.split is not None} for patient, own in members.items()}
+        if row.split is not None:
+            kept.setdefault(patient, set()).add(row.split)
     for patient, splits in kept.items():
         if len(splits) > 1:
             raise LoRKDError(f"{patient} is in {' and '.join(sorted(splits))} of the splits that were there.")
-    stays = {patient: SPLITS.index(next(iter(splits))) for patient, splits in kept.items() if splits}
-    for row, part in zip(rows, share_patients([_group(row) for row in rows], patients, fractions, seed, stays)):
+    stays = {patient: SPLITS.index(splits.pop()) for patient, splits in kept.items()}
+    groups = [(row.task, row.label if isinstance(row.label, int) else None) for row in rows]
+    for row, part in zip(rows, share_patients(groups, patients, fractions, seed, stays), strict=True):
         row.split = SPLITS[part]
 
 
@@ -154,10 +155,6 @@ def share_patients(
             parts[i] = part
             missing[groups[i]][part] -= 1
     return parts
-
-
-def _group(row: Row) -> tuple[str, Any]:
-    return row.task, row.label if isinstance(row.label, int) else None
 
 
 def _patients_of_csv(file: Path) -> Any:

@@ -343,7 +343,7 @@ def test_nnunet_forms_that_are_refused(tmp_path, changes, message):
 
 
 def test_folders_of_another_form_are_refused(tmp_path):
-    with pytest.raises(LoRKDError, match="must be a Decathlon or nnU-Net folder"):
+    with pytest.raises(LoRKDError, match="a folder of the Decathlon or of nnU-Net has a dataset.json"):
         from_segmentation_folders(tmp_path, tmp_path / "out")
     with pytest.raises(LoRKDError, match="there is nothing"):
         from_segmentation_folders(tmp_path / "nowhere", tmp_path / "out")
@@ -422,7 +422,7 @@ def test_combining_lists(tmp_path):
     assert len(data.training) == 4 * 6 + 2 * 28
     with pytest.raises(LoRKDError, match="two of the lists have a task 'one'"):
         combine([other, other], tmp_path / "d", "classification", 2)
-    with pytest.raises(LoRKDError, match="is no data list"):
+    with pytest.raises(LoRKDError, match="nowhere.json can't be read as JSON.*expected a data list"):
         combine([tmp_path / "nowhere.json"], tmp_path / "d", "classification", 2)
 
 

@@ -99,8 +99,8 @@ def test_no_such_file(tmp_path):
 
 
 def test_broken_json(folder):
-    refused(folder, '{"tasks": {', "not valid JSON", "line 1")
-    refused(folder, "[]", "must be a JSON object")
+    refused(folder, '{"tasks": {', "can't be read as JSON", "line 1")
+    refused(folder, "[]", "must hold a JSON object, got a list; expected a data list")
     refused(folder, '{"tasks": {"a": {}, "a": {}}}', "'a' is twice")
 
 
