@@ -47,7 +47,8 @@ def study(
         kind: classification or segmentation.
         spatial_dims: 2 or 3.
         methods: names separated by commas, or all; the main ones by default.
-        settings: full, few10 (labels of 10 % of the training images), few30, and so on, separated by commas.
+        settings: full, few10 (labels of 10 % of the training images), few30, and so on, imbalance (half of the
+            tasks keep 50 training images) or imbalance30, separated by commas.
         seeds: whole numbers separated by commas.
         variants: "{name: {base: lorkd, temperature: 2}}": further methods.
         quick: a short budget and one seed, to see that it works.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -17,7 +18,7 @@ import torch
 from monai.data import PersistentDataset
 from monai.transforms import Compose, Lambda, RandCropByPosNegLabeld, SpatialPadd
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from lorkd_monai import __version__
@@ -120,6 +121,21 @@ class TaskDataset(Dataset):
             UNLABELLED if item["label"] is None else task
             for item, task in zip(self.items, self.task_of_item, strict=True)
         ]
+
+    def only(self, data: DataList, indices: Sequence[int]) -> TaskDataset:
+        """A data set of some of these items, which shares what is in memory.
+
+        Args:
+            data: the data list with these items, and the same tasks.
+            indices: of the items, in their order.
+        """
+        part = copy.copy(self)
+        part.data, part.items = data, [self.items[i] for i in indices]
+        part.task_of_item = [self.task_of_item[i] for i in indices]
+        part._cache = {new: self._cache[i] for new, i in enumerate(indices) if i in self._cache}
+        part._seen = {new: self._seen[i] for new, i in enumerate(indices) if i in self._seen}
+        part._disk = None if self._disk is None else Subset(self._disk, indices)
+        return part
 
     def __len__(self) -> int:
         return len(self.items)

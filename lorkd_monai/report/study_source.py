@@ -164,6 +164,10 @@ def _facts(rows: Sequence[Summary], best: Mapping[tuple[str, str], Summary]) -> 
     if not bundle:
         own = f"{settings['teacher_members']} network(s), {settings['teacher_epochs']} epochs"
         facts.append(("Foundation model's budget", own))
+    for setting, told in {row.setting: row.runs[0].get("imbalance") for row in rows}.items():
+        if told:
+            few = f"{', '.join(told['small_tasks'])} keep {told['kept_images']} training images each, or all they have"
+            facts.append((f"Setting {setting}", few))
     if "ranks" in run:
         ranks = ", ".join(f"{task} {rank}" for task, rank in run["ranks"].items())
         said = f"{run['method']}: ranks {ranks}; layout {settings['layout']}, norms {settings['norm']}"

@@ -11,7 +11,16 @@ from typing import Any
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.study.settings import StudySettings
 
-__all__ = ["MAIN_METHODS", "METHODS", "QUICK_METHODS", "Method", "label_share_of", "methods_named"]
+__all__ = [
+    "MAIN_METHODS",
+    "METHODS",
+    "QUICK_METHODS",
+    "Method",
+    "kept_images_of",
+    "label_share_of",
+    "methods_named",
+    "teacher_setting_of",
+]
 
 FAMILIES = ("teacher", "stl", "mtl", "separate", "peft", "kf", "lorkd")
 _FIXED = ("image_size", "in_channels", "teacher_backbone", "teacher_bundle", "resamples")
@@ -106,6 +115,8 @@ QUICK_METHODS = ("teacher", "stl", "mtl", "stl_kd", "mtl_kd", "lorkd", "lorkd_in
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 _FEW = re.compile(r"few([1-9][0-9]?)")
+_IMBALANCE = re.compile(r"imbalance([1-9][0-9]*)?")
+_KEPT = 50
 
 
 def label_share_of(setting: str) -> float:
@@ -115,9 +126,23 @@ def label_share_of(setting: str) -> float:
         LoRKDError: another name.
     """
     found = _FEW.fullmatch(setting) if isinstance(setting, str) else None
-    if setting != "full" and found is None:
-        raise LoRKDError(f"a setting is 'full' or 'few' with the per cent of labels, such as 'few10', got {setting!r}")
+    if setting != "full" and found is None and kept_images_of(setting) is None:
+        raise LoRKDError(
+            "a setting is 'full' or 'few' with the per cent of labels, such as 'few10', or 'imbalance', which may have "
+            f"the images that small tasks keep, such as 'imbalance30', got {setting!r}"
+        )
     return 1.0 if found is None else int(found[1]) / 100
+
+
+def kept_images_of(setting: str) -> int | None:
+    """Training images that each small task keeps: 50 for ``"imbalance"``, 30 for ``"imbalance30"``; else None."""
+    found = _IMBALANCE.fullmatch(setting) if isinstance(setting, str) else None
+    return None if found is None else int(found[1] or _KEPT)
+
+
+def teacher_setting_of(setting: str) -> str:
+    """The setting whose teacher teaches in this one: itself where images are missing, else ``"full"``."""
+    return "full" if kept_images_of(setting) is None else setting
 
 
 def methods_named(names: Sequence[str], variants: Mapping[str, Mapping[str, Any]] | None = None) -> list[Method]:

@@ -16,7 +16,8 @@ from lorkd_monai.locks import mark_in_use
 from lorkd_monai.study.agreement import agree_on_settings, check_finished
 from lorkd_monai.study.factorization import build_factors
 from lorkd_monai.study.files import RunFile
-from lorkd_monai.study.methods import Method, label_share_of
+from lorkd_monai.study.imbalance import small_tasks
+from lorkd_monai.study.methods import Method, kept_images_of, label_share_of, teacher_setting_of
 from lorkd_monai.study.models import build_student
 from lorkd_monai.study.peft_rival import check_peft
 from lorkd_monai.study.runs import Workbench, check_teacher
@@ -41,7 +42,9 @@ class PlannedRun:
 
 
 def plan_runs(methods: Sequence[Method], settings: Sequence[str], seeds: Sequence[int]) -> list[PlannedRun]:
-    """The runs in the order to do them: seed by seed, teachers first (they see all labels: one for all settings).
+    """The runs in the order to do them: seed by seed, teachers first.
+
+    One teacher sees all labels, for the settings of few labels too; a setting of fewer images has its own.
 
     Raises:
         LoRKDError: no methods, settings or seeds; a bad setting or seed.
@@ -58,7 +61,8 @@ def plan_runs(methods: Sequence[Method], settings: Sequence[str], seeds: Sequenc
     runs = []
     for seed in dict.fromkeys(seeds):
         for method in ordered:
-            own = ["full"] if method.family == "teacher" else dict.fromkeys(settings)
+            teaches = method.family == "teacher"
+            own = dict.fromkeys(teacher_setting_of(setting) if teaches else setting for setting in settings)
             runs += [PlannedRun(method, setting, seed) for setting in own]
     return runs
 
@@ -105,6 +109,8 @@ def run_study(
                 f"the data list {data.name!r} has no {split} images of task {without[0]!r}, which a study needs; a "
                 'task that is there to try things out says "score": false in the list'
             )
+    if any(kept_images_of(run.setting) for run in runs):
+        small_tasks(list(data.tasks))
     _check_networks(data, common, [run.method for run in runs], device)
     agree_on_settings(folder, data, common)
     _check_files(folder, common, runs)
@@ -165,13 +171,13 @@ def _check_networks(
 
 def _check_files(folder: Path, common: StudySettings, runs: Sequence[PlannedRun]) -> None:
     """Finished runs must be of these methods, and runs to do must find their teacher."""
-    taught = {run.seed for run in runs if run.method.name == "teacher"}
+    taught = {(run.setting, run.seed) for run in runs if run.method.name == "teacher"}
     for run in runs:
         file = run.file(folder)
         if file.done:
             check_finished(file, run.method, common)
         needs = run.method.distilled or run.method.settings(common).init == "teacher"
         if common.teacher_bundle is None and run.method.family != "teacher" and needs and not file.done:
-            teacher = RunFile(folder, "full", "teacher", run.seed)
-            if teacher.done or run.seed not in taught:
+            teacher = RunFile(folder, teacher_setting_of(run.setting), "teacher", run.seed)
+            if teacher.done or (teacher.setting, run.seed) not in taught:
                 check_teacher(teacher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -19,7 +20,8 @@ from lorkd_monai.networks import TaskChannels
 from lorkd_monai.study import measures
 from lorkd_monai.study.examples import example_arrays
 from lorkd_monai.study.files import RunFile
-from lorkd_monai.study.methods import Method, label_share_of
+from lorkd_monai.study.imbalance import imbalanced, kept_indices, small_tasks
+from lorkd_monai.study.methods import Method, kept_images_of, label_share_of, teacher_setting_of
 from lorkd_monai.study.models import members_of, teacher_of, teacher_view
 from lorkd_monai.study.patients import clusters_of, patient_numbers
 from lorkd_monai.study.settings import StudySettings
@@ -77,6 +79,8 @@ class Workbench:
         self.training = TaskDataset(data, "training", settings.in_channels, size, **patch)
         self.validation = TaskDataset(data, "validation", settings.in_channels, size)
         self.test = TaskDataset(data, "test", settings.in_channels, size)
+        self.teacher_setting, self.facts = "full", {}
+        self._imbalanced: dict[str, Workbench] = {}
         self._foundation: tuple[int, TaskChannels | Teacher] | None = None
         self._teachers: dict[tuple[str, ...], RememberedTeacher] = {}
 
@@ -86,6 +90,9 @@ class Workbench:
         Raises:
             LoRKDError: a method that changes what all runs must share, or a distilled one whose teacher is missing.
         """
+        if teacher_setting_of(setting) != self.teacher_setting:
+            self._of_setting(setting).run(method, setting, seed)
+            return
         settings = method.settings(self.settings)
         if method.family == "teacher":
             bundle = settings.teacher_bundle is not None
@@ -104,6 +111,18 @@ class Workbench:
             return students.train()
 
         self.record(method, setting, seed, train)
+
+    def _of_setting(self, setting: str) -> Workbench:
+        """A bench with the training images of a setting of unequal tasks, and the teacher that has seen these."""
+        if setting not in self._imbalanced:
+            bench, kept = copy.copy(self), kept_images_of(setting)
+            bench.data = imbalanced(self.data, kept)
+            bench.training = self.training.only(bench.data, kept_indices(self.data, kept))
+            bench.teacher_setting, bench._foundation, bench._teachers = setting, None, {}
+            bench.facts = {"imbalance": {"kept_images": kept, "small_tasks": small_tasks(list(self.data.tasks))}}
+            self._imbalanced[setting] = bench
+        self._imbalanced[setting].progress = self.progress
+        return self._imbalanced[setting]
 
     def record(self, method: Method, setting: str, seed: int, train: Callable[[list[bool]], Trained]) -> None:
         """Train as told, measure on the test images, and write the files of the run.
@@ -158,6 +177,7 @@ class Workbench:
             "memory": memory,
             "settings": settings.as_data(),
             **notes,
+            **self.facts,
             **({"patients": patients} if patients else {}),
             "data": self._data_facts(),
             "command": measures.command(),
@@ -196,7 +216,7 @@ class Workbench:
                 self._foundation = (seed, find_teacher(self.settings.teacher_bundle, self.data))
             return self._foundation[1]
         if self._foundation is None or self._foundation[0] != seed:
-            file = RunFile(self.folder, "full", "teacher", seed)
+            file = RunFile(self.folder, self.teacher_setting, "teacher", seed)
             check_teacher(file)
             state = load_weights(file.weights)
             count = 1 + max(int(key.split(".", 1)[0]) for key in state)

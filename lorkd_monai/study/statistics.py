@@ -22,6 +22,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.metrics.bootstrap import CHUNK, Clusters, weight_chunks
 from lorkd_monai.metrics.classification import balanced_accuracy
 from lorkd_monai.study.files import RunFile, read_runs
+from lorkd_monai.study.methods import teacher_setting_of
 from lorkd_monai.study.patients import clusters_of
 
 __all__ = ["Difference", "Summary", "compare", "other_means", "scores_under", "summarise"]
@@ -111,19 +112,20 @@ class _Study:
     def __init__(self, folder: str | os.PathLike, resamples: int) -> None:
         self.resamples = resamples
         self.runs: dict[tuple[str, str], dict[int, tuple[RunFile, dict[str, Any]]]] = {}
-        teachers: dict[str, dict[int, tuple[RunFile, dict[str, Any]]]] = {}
+        teachers: dict[tuple[str, str], dict[int, tuple[RunFile, dict[str, Any]]]] = {}
         for run in read_runs(folder):
             content = run.read()
             place = self.runs.setdefault((run.setting, run.method), {})
             place[run.seed] = (run, content)
             if content["family"] == "teacher":
-                teachers.setdefault(run.method, place)
+                teachers[run.setting, run.method] = place
         if not self.runs:
             raise LoRKDError(f"no finished runs in {folder}: expected the folder of `lorkd study`")
-        # The teacher sees all labels in every setting: it is compared with the students of each.
+        # One teacher sees all labels: it is compared with the students of each setting that it teaches in.
         for setting in {setting for setting, _ in self.runs}:
-            for method, place in teachers.items():
-                self.runs.setdefault((setting, method), place)
+            for (taught, method), place in teachers.items():
+                if taught == teacher_setting_of(setting):
+                    self.runs.setdefault((setting, method), place)
         self._scores: dict[Path, dict[str, Tensor]] = {}
         self._weights: dict[int, Tensor] = {}
         self._labels: dict[int, np.ndarray | None] = {}

@@ -21,7 +21,7 @@ from lorkd_monai.errors import LoRKDError
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.study.agreement import agree_on_settings
 from lorkd_monai.study.files import RunFile
-from lorkd_monai.study.methods import Method
+from lorkd_monai.study.methods import Method, kept_images_of
 from lorkd_monai.study.models import build_student, members_of
 from lorkd_monai.study.plan import PlannedRun, plan_runs, run_study
 from lorkd_monai.study.runs import Workbench
@@ -103,6 +103,11 @@ def run_transfer(
             decomposition.
     """
     decomposition = the_decomposition(runs)
+    unequal = [run.setting for run in runs if kept_images_of(run.setting)]
+    if unequal:
+        raise LoRKDError(
+            f"unseen: settings are full and few10, few30, …, not {unequal[0]}: one task alone is trained on"
+        )
     unknown = [name for name in held_out if name not in data.tasks]
     if unknown:
         raise LoRKDError(f"unseen: unknown task {unknown[0]!r}; the tasks are {', '.join(data.tasks)}")
