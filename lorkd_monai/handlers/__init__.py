@@ -1,4 +1,4 @@
-"""Handlers for MONAI's engines: checkpoints, averages of weights, per-task scores, export."""
+"""Handlers for MONAI's engines: checkpoints, averaged weights, a score for each task, export of bundles."""
 
 from lorkd_monai.handlers.exports import ExpertExport, TeacherExport
 from lorkd_monai.handlers.progress import TerminalProgress

@@ -1,4 +1,4 @@
-"""Writes the bundles when a training ends: those of the experts, or the teacher's."""
+"""Write bundles when a training ends: one for each expert, or one for the teacher."""
 
 from __future__ import annotations
 
@@ -27,23 +27,22 @@ _log = logging.getLogger(__name__)
 class ExpertExport:
     """Write one MONAI bundle for each task when training ends, from the best weights.
 
-    Experts that stand in the folder already are refused before training starts, not after; those that an export left
-    which was killed are written again.
+    Existing experts are refused before training starts. The experts of an export that was killed are written again.
 
     Args:
         network: the decomposed network.
-        weights: file of the best weights, loaded before the export; None: the network as it is.
+        weights: file of the best weights, loaded before the export; None: export the network as it is.
         folder: where the bundles go.
-        figures: called with the network; gives the measured figures of each task.
-        parent: facts on the decomposition for the bundles' README; a value may be a function without arguments, which
-            is called at the export. They are also written beside ``weights``, for exports to come.
-        overwrite: replace experts that exist.
+        figures: called with the network; returns the metrics of each task.
+        parent: facts about the decomposition for the bundles' README; a value may be a function without arguments,
+            which is called at the export. They are also written beside ``weights``, for later exports.
+        overwrite: replace existing experts.
         formats: file formats of the weights, see `write_expert_bundle`.
         tasks: which tasks; None: all.
 
     Raises:
-        LoRKDError: an unknown format, or one whose package is not installed; at the start of training, where experts
-            exist and ``overwrite`` is not set.
+        LoRKDError: an unknown format, or one whose package is not installed; at the start of training, if experts exist
+            and ``overwrite`` is not set.
     """
 
     def __init__(
@@ -68,13 +67,13 @@ class ExpertExport:
         engine.add_event_handler(Events.COMPLETED, self.export)
 
     def check(self, engine: Engine) -> None:
-        """Refuse experts that exist, before any time is spent."""
+        """Refuse existing experts, before any time is spent."""
         if self._unfinished.exists():
             return
         expert_folders(self.folder, self.tasks, self.network.info, self.overwrite)
 
     def export(self, engine: Engine) -> None:
-        """Write the bundles."""
+        """Write the bundles, in the first of several processes."""
         if idist.get_rank() != 0:
             return
         if self.weights is not None:
@@ -93,26 +92,26 @@ class ExpertExport:
 
     @property
     def _unfinished(self) -> Path:
-        """Stands in the folder while the bundles are written: where it is found, an export was killed."""
+        """A file that exists while the bundles are written; found later, it says that an export was killed."""
         return self.folder / ".unfinished"
 
 
 class TeacherExport:
-    """Write the trained teacher as an ordinary MONAI bundle, from its best weights.
+    """Write the trained teacher as an ordinary MONAI bundle when training ends, from its best weights.
 
     Args:
-        network: the teacher as it is trained, made by `TaskChannels.build`.
+        network: the teacher in training, made by `TaskChannels.build`.
         weights: file of the best weights.
         folder: the bundle's folder.
         data: the data list.
         in_channels: channels of the network's input.
         image_size: size of its images, in voxels.
-        figures: called with the network; gives the measured figures of each task.
-        overwrite: replace a bundle that exists.
+        figures: called with the network; returns the metrics of each task.
+        overwrite: replace an existing bundle.
 
     Raises:
-        LoRKDError: at the start of training, where a task has no labelled image, the bundle exists and ``overwrite`` is
-            not set, or what stands there is none.
+        LoRKDError: at the start of training, if a task has no labelled image, if the bundle exists and ``overwrite`` is
+            not set, or if the folder holds something else.
     """
 
     def __init__(
@@ -136,14 +135,14 @@ class TeacherExport:
         engine.add_event_handler(Events.COMPLETED, self.export)
 
     def check(self, engine: Engine) -> None:
-        """Refuse a bundle that exists, and a task that nothing can be learnt of, before any time is spent."""
+        """Refuse an existing bundle, and a task without labels, before any time is spent."""
         labelled = {item["task"] for item in self.data.training if item["label"] is not None}
         missing = [task for task in self.data.tasks if task not in labelled]
         if missing:
             raise LoRKDError(
                 f"task {missing[0]!r} of the data list {self.data.name!r} has no training image with a label, and a "
-                "teacher learns from labels alone: give it some, or name a teacher that knows the task with "
-                "--teacher_bundle"
+                "teacher learns from labels alone: label some of its images, or name a teacher that knows the task "
+                "with --teacher_bundle"
             )
         if self.folder.exists() and not self.overwrite:
             raise LoRKDError(
@@ -153,7 +152,7 @@ class TeacherExport:
         refuse_foreign(self.folder)
 
     def export(self, engine: Engine) -> None:
-        """Write the bundle."""
+        """Write the bundle, in the first of several processes."""
         if idist.get_rank() != 0:
             return
         self.network.load_state_dict(load_weights(self.weights))

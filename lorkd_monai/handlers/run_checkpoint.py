@@ -25,26 +25,26 @@ _log = logging.getLogger(__name__)
 
 
 class RunCheckpoint:
-    """Save a run after each epoch so that it can be killed at any moment, and resume it.
+    """Save a run after each epoch, and resume it: a run may be killed at any moment.
 
-    ``last.pt`` holds everything that the run needs to go on; ``model.pt`` the weights of the epoch with the
-    best score on the validation images (the first of equals), as a flat state dict. Both are written beside their
-    place and moved there, so that a killed run leaves the former file whole.
+    ``last.pt`` holds everything that the run needs to go on. ``model.pt`` holds the weights of the epoch with the
+    best score on the validation images (the first of equals), as a flat state dict. Both are written to a temporary
+    file and then moved, so that a killed run leaves the earlier file whole.
 
-    Where ``last.pt`` exists when the run starts, the run goes on from there, provided that it was made with the same
-    settings, see `differences`; where it is complete already, nothing is trained.
+    If ``last.pt`` exists when the run starts, the run goes on from there; its settings must be the same, see
+    `differences`. If that run is complete, nothing is trained.
 
     Args:
         folder: where the two files are.
-        network: the network that is trained.
-        objects: further objects with ``state_dict`` and ``load_state_dict`` by name: optimizer, scheduler, ….
+        network: the network in training, also one in a `DistributedDataParallel`.
+        objects: more objects with ``state_dict`` and ``load_state_dict``, by name: optimizer, scheduler, ….
         settings: what must be the same for a run to go on, as plain data: seed, batch size, ….
         evaluator: gives the score, in ``state.metrics[state.key_metric_name]``; None: the last epoch counts as best.
-            Epochs that are not evaluated only count as long as none was.
-        kept: the network whose weights go to ``model.pt``, such as a `WeightAverage`'s; None: the trained one.
+            Epochs without evaluation count only until the first evaluation.
+        kept: the network whose weights go to ``model.pt``, such as a `WeightAverage`'s; None: the one in training.
 
     Raises:
-        LoRKDError: at the start of the run, where ``last.pt`` can't be read or belongs to another run.
+        LoRKDError: at the start of the run, if ``last.pt`` can't be read or belongs to another run.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class RunCheckpoint:
         kept: nn.Module | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.network = network
-        self.kept = kept
+        self.network: nn.Module = getattr(network, "module", network)
+        self.kept = self.network if kept is None else kept
         self.objects = dict(objects)
         self.settings = dict(settings)
         self.evaluator = evaluator
@@ -80,7 +80,7 @@ class RunCheckpoint:
         return self.folder / "model.pt"
 
     def resume(self, engine: Engine) -> None:
-        """Go on from ``last.pt`` where there is one."""
+        """Go on from ``last.pt`` if there is one."""
         refuse_other_run(self.folder, self.settings)
         if idist.get_rank() == 0:
             for path in (self.last, self.model):
@@ -104,7 +104,7 @@ class RunCheckpoint:
         _log.info("resuming after epoch %d of %d from %s", engine.state.epoch, engine.state.max_epochs, self.last)
 
     def save(self, engine: Engine) -> None:
-        """Write ``last.pt``, and ``model.pt`` where this epoch is the best."""
+        """Write ``last.pt``, and ``model.pt`` if this epoch is the best."""
         score = self._score(engine)
         better = "score" not in self.best if score is None else score > self.best.get("score", float("-inf"))
         if better:
@@ -113,9 +113,9 @@ class RunCheckpoint:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if better:
-            _write((self._unwrapped() if self.kept is None else self.kept).state_dict(), self.model)
+            _write(self.kept.state_dict(), self.model)
         state = {
-            "network": self._unwrapped().state_dict(),
+            "network": self.network.state_dict(),
             "objects": {name: item.state_dict() for name, item in self._all_objects(engine).items()},
             "epoch": engine.state.epoch,
             "best": self.best,
@@ -124,7 +124,7 @@ class RunCheckpoint:
         _write(state, self.last)
 
     def _score(self, engine: Engine) -> float | None:
-        """The score of this epoch; None where it was not evaluated, or is no number."""
+        """The score of this epoch; None if it was not evaluated, or is not finite."""
         if self.evaluator is None:
             return float(engine.state.epoch)
         state = self.evaluator.state
@@ -134,34 +134,30 @@ class RunCheckpoint:
         return score if math.isfinite(score) else None
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        network = self._unwrapped()
         try:
-            network.load_state_dict(state)
+            self.network.load_state_dict(state)
         except RuntimeError:
-            fit_weights(network, state, "its network")  # says in one line what differs
+            fit_weights(self.network, state, "its network")  # says in one line what differs
             raise
 
     def _all_objects(self, engine: Engine) -> dict[str, Any]:
-        """The given objects, and the scale of the gradients where mixed precision has one."""
+        """The given objects, and the gradient scaler of mixed precision if there is one."""
         scaler = getattr(engine, "scaler", None)
         return self.objects if scaler is None else {**self.objects, "scaler": scaler}
 
-    def _unwrapped(self) -> nn.Module:
-        return getattr(self.network, "module", self.network)
-
 
 def refuse_other_run(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:
-    """Raise where ``last.pt`` of a folder was made with other settings than these; read nothing but them.
+    """Raise if ``last.pt`` of a folder was made with other settings; only the settings are read.
 
     Raises:
-        LoRKDError: it was, or it is no checkpoint of a run.
+        LoRKDError: the settings differ, or the file is not a checkpoint of a run.
     """
     last = Path(folder) / "last.pt"
     changed = differences(_read(last, mmap=True)["settings"], settings) if last.exists() else []
     if changed:
         raise LoRKDError(
-            f"{last} belongs to a run with other settings: {'; '.join(changed)}. Give them again to go on "
-            "with it, or another --output_dir to start anew"
+            f"{last} belongs to a run with other settings: {'; '.join(changed)}. Give them again to go on with it, or "
+            "give another --output_dir to start anew"
         )
 
 
@@ -171,7 +167,7 @@ def _read(last: Path, mmap: bool = False) -> dict[str, Any]:
         return {key: state[key] for key in ("network", "objects", "epoch", "best", "settings")}
     except Exception as e:
         raise LoRKDError(
-            f"{last} can't be resumed from: it is no checkpoint of a run ({type(e).__name__}). Delete it to "
+            f"{last} can't be resumed from: it is not a checkpoint of a run ({type(e).__name__}). Delete it to "
             "start anew, or give another --output_dir"
         ) from e
 

@@ -1,4 +1,4 @@
-"""The figure that selects the best epoch: one score for each task, and their mean."""
+"""The metric that selects the best epoch: one score for each task, and their mean."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["TaskMetric"]
 class TaskMetric(Metric):
     """Balanced accuracy (classification) or Dice (segmentation) of each task, and the mean over tasks.
 
-    The mean is the metric's value; the score of each task goes into ``engine.state.metrics`` under ``"<task>"``. A task
-    without images in the set does not count. Gathered over all processes.
+    The mean is the metric's value; each task's score goes into ``engine.state.metrics`` under the task's name. A task
+    without images does not count. The images of all processes are gathered.
 
     Args:
         num_classes: classes of each task by name, in the network's order.
         kind: ``"classification"`` or ``"segmentation"``.
-        scored: names of the tasks that count in the mean; None, or none of them with images: all.
-        output_transform: engine output -> (logits, label, task); the default takes what `TaskEvaluator` leaves.
+        scored: names of the tasks that count in the mean; None: all. If none of them has images, all tasks count.
+        output_transform: engine output -> (logits, label, task); the default fits `TaskEvaluator`.
 
     Example::
 

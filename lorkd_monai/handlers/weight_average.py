@@ -1,4 +1,4 @@
-"""A running average of a network's weights, which is what a run validates, selects and keeps."""
+"""A running average of a network's weights: a run validates, selects and keeps the average."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["WeightAverage"]
 
 
 class WeightAverage:
-    """Average a network's weights over the steps of its training, as torch's `AveragedModel` does.
+    """Average a network's weights over the steps of its training (exponential moving average), with `AveragedModel`.
 
     After step n the average keeps a share of min(``share``, (1 + n) / (10 + n)) of itself and takes the rest from the
-    network: the share grows, so that the first steps are forgotten soon. Buffers, such as the statistics of batch
-    norms, are the network's own. What does not change in training does not change in the average, to the last bit.
+    network: the share grows, so that the first steps are soon forgotten. Buffers, such as batch-norm statistics, are
+    copied from the network. A weight that does not change in training stays bit-identical in the average.
 
     Args:
-        network: the network that is trained, also one in a `DistributedDataParallel`.
+        network: the network in training, also one in a `DistributedDataParallel`.
         share: from 0 to below 1; 0: no averaging.
 
     Attributes:
-        network: the averaged network; without averaging, the trained one itself.
+        network: the averaged network; without averaging, the network in training itself.
 
     Raises:
-        LoRKDError: a share outside its range.
+        LoRKDError: ``share`` is not in its range.
 
     Example::
 
@@ -48,17 +48,17 @@ class WeightAverage:
         self.network: nn.Module = self._average.module if self._average else self._trained
 
     def attach(self, engine: Engine) -> None:
-        """Attach to a trainer, before what validates or saves."""
+        """Attach to a trainer, before the handlers that validate or save."""
         if self._average is not None:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._take_buffers)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and the number of its steps; nothing without averaging."""
+        """The average and its number of steps; empty without averaging."""
         return {} if self._average is None else self._average.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the state of another average of the same network."""
+        """Load the state of another average of the same network."""
         if self._average is not None:
             self._average.load_state_dict(state)
 
@@ -73,5 +73,5 @@ class WeightAverage:
 
     @torch.no_grad()
     def _step(self, average: Sequence[Tensor], trained: Sequence[Tensor], _: Any) -> None:
-        n = int(self._average.n_averaged)  # the count itself lies in host memory: its copy would wait for the GPU
+        n = int(self._average.n_averaged)  # a count in host memory: reading it does not wait for the GPU
         torch._foreach_lerp_(list(average), list(trained), 1 - min(self.share, (1 + n) / (10 + n)))

@@ -1,1 +1,1 @@
-"""What is done with a trained decomposition: tasks added, ranks compared, norms estimated anew, files taken over."""
+"""Work on a trained decomposition: add tasks, compare ranks, re-estimate norm statistics, import checkpoints."""

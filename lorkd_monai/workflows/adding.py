@@ -1,4 +1,4 @@
-"""New tasks for a decomposition that is already in use: everything it holds stays as it is."""
+"""Add tasks to a trained decomposition, or remove one; the other tasks stay bit-identical."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ __all__ = [
 
 
 def trained_info(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """What a checkpoint of `training` says of the images that it is for: kind, image_size, in_channels, ….
+    """The info in a checkpoint of `training`: kind, image_size, in_channels, tasks, …; see `network_info`.
 
     Raises:
-        LoRKDError: there is no such checkpoint, or it does not say that.
+        LoRKDError: there is no such checkpoint, or it has no such info.
     """
     return _trained_spec(checkpoint)["info"]
 
@@ -65,24 +65,24 @@ def network_with_new_tasks(
     replace: bool = False,
     backbone: Mapping[str, Any] | None = None,
 ) -> LoRKDNet:
-    """A trained decomposition with a fresh expert and head for each new task of a data list.
+    """Load a trained decomposition and add a new expert and head for each new task of a data list.
 
-    Only the new experts, heads and task norms can be trained: the outputs of the other tasks stay as they are, to the
-    last bit. New tasks stand behind the earlier ones, replaced ones too.
+    Only the new experts, heads and task norms can be trained: the outputs of the other tasks stay bit-identical. New
+    tasks, and replaced ones, come after the others.
 
     Args:
         checkpoint: of the decomposition.
-        data: the data list; its tasks that are not added are left alone.
-        rank: of the new experts, one for all or one for each; None: that of the first task, or of the one replaced.
-        in_channels: channels of the images to train on, which must be those of the decomposition.
-        image_size: size of the images to train on, which must be that of the decomposition.
+        data: the data list; its tasks that are not added are ignored.
+        rank: of the new experts, one for all or one for each; None: that of the first task, or of the task replaced.
+        in_channels: channels of the images to train on; must be those of the decomposition.
+        image_size: size of the images to train on; must be that of the decomposition.
         new_tasks: which tasks of the data list to add; None: all that the decomposition does not have.
-        replace: tasks of ``new_tasks`` that exist start anew.
-        backbone: config of the backbone, used where the checkpoint's own is no network of MONAI's.
+        replace: train existing tasks of ``new_tasks`` anew.
+        backbone: config of the backbone, used if the checkpoint has none that may be built.
 
     Raises:
-        LoRKDError: no checkpoint, no new task, one that exists or is not in the data list, one whose old classes
-            differ, or another kind of work, channels or image size than the decomposition's.
+        LoRKDError: there is no checkpoint or no new task; a task exists already, or is not in the data list, or has no
+            training images; the kind of work, channels or image size differ from the decomposition's.
     """
     spec = _trained_spec(checkpoint)
     info, ranks = spec["info"], spec["rank"]
@@ -111,10 +111,10 @@ def network_with_new_tasks(
 def network_without_task(
     checkpoint: str | os.PathLike, task: str, backbone: Mapping[str, Any] | None = None
 ) -> LoRKDNet:
-    """A decomposition without one of its tasks; all others answer as before, to the last bit.
+    """Load a decomposition and remove one of its tasks; the outputs of the others stay bit-identical.
 
     Raises:
-        LoRKDError: no such checkpoint or task, or the last task.
+        LoRKDError: there is no such checkpoint or task, or the task is the last one.
     """
     net = load_decomposition(checkpoint, backbone)
     net.remove_task(task)
@@ -124,17 +124,17 @@ def network_without_task(
 
 
 def new_tasks_of(data: DataList, net: LoRKDNet) -> DataList:
-    """All tasks of ``net``, with the images that `adding` works on.
+    """The data list of an `adding` run: all tasks of ``net``, and the images that the run needs.
 
-    Those of training and validation belong to the new tasks, whose experts can be trained (see
-    :func:`network_with_new_tasks`); those to test to all tasks that the list and the network share.
+    Training and validation images are those of the new tasks, see :func:`network_with_new_tasks`. Test images are
+    those of all tasks that the list and the network share.
 
     Args:
-        data: the data list that brought the new tasks.
-        net: as :func:`network_with_new_tasks` gives it.
+        data: the data list with the new tasks.
+        net: from :func:`network_with_new_tasks`.
 
     Raises:
-        LoRKDError: a task of both that is another one in the list, see `as_trained`.
+        LoRKDError: the list describes a task in another way than the decomposition, see `as_trained`.
     """
     new, trained = added_tasks(net), as_trained(data, net.info, "the decomposition")
     known = trained.tasks
@@ -155,13 +155,13 @@ def added_tasks(net: LoRKDNet) -> list[str]:
 
 
 def what_is_added(net: LoRKDNet) -> dict[str, Any]:
-    """What must be the same for an interrupted run to go on: the shared weights, the new tasks and their ranks."""
+    """What must be the same to resume an interrupted run: the shared weights, the new tasks and their ranks."""
     ranks = net.spec()["rank"]
     return {"shared_weights": fingerprint(net), "new_tasks": {name: ranks[name] for name in added_tasks(net)}}
 
 
 def _needed(backbone: Mapping[str, Any] | None, spec: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """``backbone`` where a checkpoint has no config of its own, or one that may not be built."""
+    """``backbone`` if a checkpoint has no config of its own, or one that may not be built; else None."""
     if spec.get("backbone") is None:
         return backbone
     try:
@@ -174,13 +174,13 @@ def _needed(backbone: Mapping[str, Any] | None, spec: Mapping[str, Any]) -> Mapp
 def _checked_names(net: LoRKDNet, data: DataList, names: Any, replace: bool, source: str) -> list[str]:
     if names is None:
         if replace:
-            raise LoRKDError("replace: name the tasks that are to start anew with --new_tasks")
+            raise LoRKDError("replace: name the tasks to train anew with --new_tasks")
         names = [name for name in data.tasks if name not in net.tasks]
         if not names:
             raise LoRKDError(
                 f"nothing to add: the decomposition {source} knows all tasks of {data.name!r} already "
-                f"({', '.join(data.tasks)}). Name a new task otherwise, or train one anew: --new_tasks \"['NAME']\" "
-                "--replace True"
+                f"({', '.join(data.tasks)}). Give a new task another name, or train an existing one anew: "
+                "--new_tasks \"['NAME']\" --replace True"
             )
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -193,11 +193,11 @@ def _checked_names(net: LoRKDNet, data: DataList, names: Any, replace: bool, sou
     existing = [name for name in names if name in net.tasks]
     if existing and not replace:
         raise LoRKDError(
-            f"task {existing[0]!r} exists already in {source}: name the new one otherwise, or say --replace True to "
-            "train it anew"
+            f"task {existing[0]!r} exists already in {source}: give the new one another name, or say --replace True "
+            "to train it anew"
         )
     if existing and set(existing) == set(net.tasks):
-        raise LoRKDError(f"replace: {', '.join(existing)} are all tasks of {source}; run `training` in place of it")
+        raise LoRKDError(f"replace: {', '.join(existing)} are all tasks of {source}; run `training` instead")
     images = data.counts()
     empty = [name for name in names if not images[name]["training"]]
     if empty:
@@ -206,6 +206,6 @@ def _checked_names(net: LoRKDNet, data: DataList, names: Any, replace: bool, sou
 
 
 def _describe(net: LoRKDNet, tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the descriptions of the network's tasks into its info, in order."""
+    """Write the descriptions of the network's tasks into its info, in their order."""
     described = {name: {**tasks[name], "index": i} for i, name in enumerate(net.tasks) if name in tasks}
     net.info = {**net.info, "tasks": described}

@@ -1,4 +1,4 @@
-"""From a checkpoint file of the released LoRKD code to a checkpoint of ours."""
+"""Import a checkpoint file of the released LoRKD code."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _EXTRAS = {"dynamic_network_architectures": ("nnunet", "dynamic-network-architec
 
 
 def read_config(file: Path, what: str) -> dict[str, Any]:
-    """A JSON or YAML file that holds one mapping.
+    """Read a JSON or YAML file that holds one mapping.
 
     Raises:
-        LoRKDError: there is no such file, or it holds something else.
+        LoRKDError: the file can't be read, or holds something else.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -43,10 +43,10 @@ def read_config(file: Path, what: str) -> dict[str, Any]:
 
 
 def read_backbone(file: Path) -> dict[str, Any]:
-    """The config of a network, at the top of a JSON or YAML file or under ``network_def``.
+    """Read the config of a network, at the top of a JSON or YAML file or under ``network_def``.
 
     Raises:
-        LoRKDError: no file, no ``_target_``, or a package that is not installed.
+        LoRKDError: the file can't be read or has no ``_target_``, or the network's package is not installed.
     """
     config = read_config(file, "backbone")
     config = config.get("network_def", config)
@@ -78,16 +78,16 @@ def import_file(
         checkpoint: file with the state dict.
         backbone: file with the network's config, see :func:`read_backbone`.
         tasks: their names, each as "name" or "name=classes".
-        output: file to write; it appears in full or not at all.
-        mapping: file of the mapping.
-        dataset_dir: data list of the tasks; the checkpoint then says what `lorkd export` needs to know.
-        kind: of the data list.
-        image_size: size of the images or patches.
-        report: JSON file to write, with the keys of each list of the `ImportReport`.
-        options: further ones of `import_authors`.
+        output: file to write, in full or not at all.
+        mapping: file with the mapping of keys.
+        dataset_dir: data list of the tasks; the new checkpoint then holds what `lorkd export` needs.
+        kind: of the data list; needed with ``dataset_dir``.
+        image_size: size of the images or patches; needed with ``dataset_dir``.
+        report: JSON file to write, with the lists of the `ImportReport`.
+        options: more options of `import_authors`.
 
     Raises:
-        LoRKDError: see `import_authors`; the tasks of the data list are others; nothing is written then.
+        LoRKDError: see `import_authors`; or the data list has other tasks. Nothing is written then.
     """
     config = read_backbone(backbone)
     names = _tasks(tasks)
@@ -121,7 +121,7 @@ def _info(
     network, _ = replace.build_backbone(config, 2)
     first = next((m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     if first is None:
-        raise LoRKDError(f"dataset_dir: {config['_target_']} has no convolution that says what images it takes")
+        raise LoRKDError(f"dataset_dir: {config['_target_']} has no convolution to read the number of channels from")
     data = load_data_list(dataset_dir, kind, len(first.kernel_size))
     if list(data.tasks) != list(tasks):
         raise LoRKDError(f"tasks: the data list has {', '.join(data.tasks)}, in this order; got {', '.join(tasks)}")

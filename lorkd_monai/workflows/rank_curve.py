@@ -1,4 +1,4 @@
-"""What nested experts are worth at every rank: the metric against rank and parameters."""
+"""The metric of nested experts at every rank, against rank and parameters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lorkd_monai.bundle.configs import default_inferer
+from lorkd_monai.bundle.export import work_of_info
 from lorkd_monai.checks import default_device
 from lorkd_monai.data import DataList, TaskDataset, load_data_list
 from lorkd_monai.engines.evaluation import evaluate_tasks
@@ -22,7 +23,7 @@ from lorkd_monai.engines.trained_tasks import as_trained
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.tasks import image_sides, score_of
+from lorkd_monai.tasks import score_of
 
 __all__ = ["plot_rank_curve", "rank_curve", "write_rank_curve"]
 
@@ -30,7 +31,7 @@ Curve = dict[str, list[dict[str, Any]]]
 
 
 class _AtRank(nn.Module):
-    """A decomposition with its experts cut."""
+    """A decomposition whose experts are cut to lower ranks."""
 
     def __init__(self, network: LoRKDNet, ranks: Mapping[str, int]) -> None:
         super().__init__()
@@ -47,61 +48,54 @@ def rank_curve(
     split: str = "test",
     device: torch.device | str = "cpu",
 ) -> Curve:
-    """The score of each task with its expert cut to each rank, from 1 to its own.
+    """Score each task with its expert cut to each rank, from 1 to the rank of the expert.
 
     Args:
         network: a decomposition with nested experts.
         data: its data list.
         tasks: which tasks; None: all that have images in the split.
-        split: which images.
+        split: which images: ``"training"``, ``"validation"`` or ``"test"``.
         device: where to run.
 
     Returns:
         ``{task: [{"rank", "parameters" (of the expert's factors), "value", "low", "high", "n"}, …]}``: balanced
-        accuracy or Dice with its bootstrap interval.
+        accuracy or Dice, with its bootstrap interval.
 
     Raises:
-        LoRKDError: experts that are not nested, an unknown task, no images, or a data list of other tasks.
+        LoRKDError: the experts are not nested, a task is unknown or has no images, or the data list has other tasks.
     """
     if not network.nested:
         raise LoRKDError(
-            "this decomposition was not trained with nested experts, so none can be cut: train with --nested True"
+            "this decomposition was not trained with nested experts, so they can't be cut: train with --nested True"
         )
-    info = network.info
+    work = work_of_info(network.info)
     chosen = network.tasks if tasks is None else [network.tasks[network.task_index(t)] for t in tasks]
-    own = as_trained(data, info, "the decomposition", chosen)
+    own = as_trained(data, network.info, "the decomposition", chosen)
     items = [item for item in data.split(split) if item["task"] in chosen]
     lacking = [t for t in tasks or () if t not in {item["task"] for item in items}]
     if lacking or not items:
         raise LoRKDError(f"the data list {data.name!r} has no {split} images of {lacking or chosen}")
     own = dataclasses.replace(own, training=[], validation=[], test=items)
-    dataset = TaskDataset(own, "test", info["in_channels"], info["image_size"])
-    loader = DataLoader(dataset, batch_size=1 if data.kind == "segmentation" else 64)
-    sides = image_sides(info["image_size"], data.spatial_dims)
-    inferer = ConfigParser(default_inferer(data.kind, sides)).get_parsed_content()
-    score = score_of(data.kind)
+    dataset = TaskDataset(own, "test", work.in_channels, list(work.image_size))
+    batch_size = 1 if data.kind == "segmentation" else 64
+    inferer = ConfigParser(default_inferer(work.kind, work.image_size)).get_parsed_content()
     ranks, curve = network.spec()["rank"], dict[str, Any]()
     for rank in range(1, max(ranks[t] for t in chosen) + 1):
         due = [t for t in chosen if rank <= ranks[t]]
-        part = [i for i, item in enumerate(items) if item["task"] in due]
-        loader = DataLoader(torch.utils.data.Subset(dataset, part), loader.batch_size)
-        figures = evaluate_tasks(_AtRank(network.eval(), dict.fromkeys(due, rank)), loader, own, device, inferer)
+        part = Subset(dataset, [i for i, item in enumerate(items) if item["task"] in due])
+        cut = _AtRank(network.eval(), dict.fromkeys(due, rank))
+        figures = evaluate_tasks(cut, DataLoader(part, batch_size), own, device, inferer)
         for task in due:
             if task in figures:
-                point = {"rank": rank, "parameters": expert_parameters(network, task, rank), **figures[task][score]}
-                curve.setdefault(task, []).append(point)
+                index = network.task_index(task)
+                factors = [f for layer in network.expert_layers.values() for f in layer.factors(index, rank)]
+                point = {"rank": rank, "parameters": sum(f.numel() for f in factors)}
+                curve.setdefault(task, []).append({**point, **figures[task][score_of(work.kind)]})
     return {task: curve[task] for task in chosen if task in curve}
 
 
-def expert_parameters(network: LoRKDNet, task: str, rank: int) -> int:
-    """Numbers in the factors of an expert that is cut to ``rank``."""
-    index = network.task_index(task)
-    factors = [factor for layer in network.expert_layers.values() for factor in layer.factors(index, rank)]
-    return sum(factor.numel() for factor in factors)
-
-
 def plot_rank_curve(curve: Curve, score: str, path: str | os.PathLike) -> None:
-    """Draw a curve as PNG: score against rank, and against the parameters of the expert.
+    """Draw a curve as PNG: score against rank, and score against the parameters of the expert.
 
     Raises:
         LoRKDError: matplotlib is not installed.
@@ -142,16 +136,14 @@ def write_rank_curve(
     Args:
         network, tasks, split: see :func:`rank_curve`.
         dataset_dir: data list of the decomposition.
-        output: folder for the files, made where it does not exist.
+        output: folder for the files; it is made if needed.
 
     Returns:
         The curve as a Markdown table.
     """
-    info = network.info
-    if "kind" not in info:
-        raise LoRKDError("the decomposition does not say what its tasks are: expected a checkpoint of `training`")
-    data = load_data_list(dataset_dir, info["kind"], info["spatial_dims"], needs=(split,))
-    score = score_of(info["kind"])
+    work = work_of_info(network.info)
+    data = load_data_list(dataset_dir, work.kind, work.spatial_dims, needs=(split,))
+    score = score_of(work.kind)
     curve = rank_curve(network, data, tasks, split, default_device())
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)

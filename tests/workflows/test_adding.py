@@ -92,7 +92,7 @@ def test_names_are_checked(data, checkpoint):
     def add(*names, **options):
         return network_with_new_tasks(checkpoint, data, new_tasks=list(names), **options)
 
-    with pytest.raises(LoRKDError, match="task 'ct' exists already in .*: name the new one .* or say --replace"):
+    with pytest.raises(LoRKDError, match="task 'ct' exists already in .*: give the new one .* or say --replace"):
         add("mr", "ct")
     with pytest.raises(LoRKDError, match="has no task 'spine'; its tasks are"):
         add("spine")

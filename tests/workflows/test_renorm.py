@@ -59,7 +59,7 @@ def test_statistics_are_those_of_the_task_s_images(images, checkpoint, tmp_path)
         torch.testing.assert_close(state["bn1.running_var"], after_first.var((0, 2, 3)), atol=1e-4, rtol=1e-3)
         metadata = json.loads((path / "configs" / "metadata.json").read_text())
         assert f"{metadata['eval_metrics']['balanced_accuracy']['value']:.3f}" in table
-        assert "estimated anew" in (path / "docs" / "README.md").read_text()
+        assert "re-estimated on the task's own images" in (path / "docs" / "README.md").read_text()
 
 
 def test_refusals(images, checkpoint, tmp_path):
