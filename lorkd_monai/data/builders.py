@@ -1,7 +1,7 @@
 """Making a multi-task data list from what people have: the functions behind ``lorkd data``.
 
 Images stay where they are: the list names them relative to its own folder. Each function writes
-``<output>/dataset.json`` once `load_data_list` has accepted it, and returns its path. It replaces a list that is there
+``<output>/dataset.json`` once `load_data_list` has accepted it, and returns its path. It replaces an existing list
 only with ``overwrite=True``.
 """
 
@@ -65,7 +65,7 @@ def from_class_folders(
         patients_csv: see `lorkd_monai.data.splitting.read_patients`.
         patient_regex: see there.
         facts: more about a task, as ``{task: {"modality": "US", "intensity": {"range": [0, 4095]}}}``.
-        overwrite: replace a list that is there.
+        overwrite: replace an existing list.
 
     Raises:
         LoRKDError: for a folder without classes or images, or what `load_data_list` refuses.
@@ -110,7 +110,7 @@ def from_medmnist(
         output: the folder for ``dataset.json``.
         spatial_dims: 2 or 3.
         facts: more about a task.
-        overwrite: replace a list that is there.
+        overwrite: replace an existing list.
 
     Raises:
         LoRKDError: for a file that is missing or not in this form.
@@ -154,7 +154,7 @@ def fetch_medmnist(
         base_url: where the files are.
         md5: checksums of files, ``{name: md5}``, which are checked where given.
         facts: more about a task.
-        overwrite: replace a list that is there; files that are there are kept.
+        overwrite: replace an existing list; files that were fetched before are kept.
 
     Raises:
         LoRKDError: for a name that is not MedMNIST's, or a download that fails.
@@ -237,7 +237,7 @@ def task_folders(sources: Sources, spatial_dims: int | None = None, skipped: Ski
     """Return ``{task: path}`` of what a builder was given; with ``spatial_dims`` one folder may hold the task folders.
 
     Raises:
-        LoRKDError: for a missing path, a name that no task may have, or a name that comes twice.
+        LoRKDError: for a missing path, or a task name that is not allowed or given twice.
     """
     if isinstance(sources, str) and sources.startswith("{") and not os.path.exists(sources):
         sources = read_mapping(sources)

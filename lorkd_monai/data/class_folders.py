@@ -62,7 +62,7 @@ def holds_tasks(root: Path, inside: Sequence[Path], spatial_dims: int) -> bool:
     names = [sub.name for subs in deeper.values() for sub in subs]
     if not names or all(path.name.lower() in _SPLIT_FOLDERS for path in inside):
         return False
-    # A task has no images of its own: what has some, beside its folders, is a class.
+    # A folder that holds images beside its sub-folders is a class: a task holds only folders.
     if any(_images_here(path, spatial_dims) for path in inside) or {n.lower() for n in names} <= _IMAGE_FOLDERS:
         return False
     if {n.lower() for n in names} <= set(_SPLIT_FOLDERS):

@@ -181,7 +181,7 @@ class TaskDataset(Dataset):
         for name in self.data.tasks:
             configs = self._steps(name)
             scaling = next(i for i, c in enumerate(configs) if c["_target_"].startswith("ScaleIntensityRange"))
-            # All but the scaling and the step after it, which looks at what was scaled.
+            # All but the scaling and the step after it, which checks the result of the scaling.
             self._values[name] = self._loader(name, configs[:scaling] + configs[scaling + 2 :])
         bar = tqdm(list(self._cache), desc="preparing what the teacher sees", disable=None, leave=False)
         self._seen = {index: self._see(index) for index in bar}

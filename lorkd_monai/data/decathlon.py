@@ -48,7 +48,7 @@ def from_segmentation_folders(
         patients_csv: see `lorkd_monai.data.splitting.read_patients`.
         patient_regex: see there.
         facts: more about a task, as ``{task: {"spacing": [1, 1, 2]}}``.
-        overwrite: replace a list that is there.
+        overwrite: replace an existing list.
 
     Raises:
         LoRKDError: for a folder of another form, labels that are regions, or what `load_data_list` refuses.

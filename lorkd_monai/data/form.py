@@ -1,7 +1,7 @@
-"""The form of a data list, said once: `load_data_list` checks it, and ``dataset.schema.json`` and docs/data.md show it.
+"""The form of a data list, in one place: `load_data_list` checks it, ``dataset.schema.json`` and docs/data.md show it.
 
-A JSON schema cannot say all of it (that ids of classes have no gap, that low is below high): what it refuses is refused
-by the rule too, and the rule may refuse more.
+A JSON schema cannot express all of it (that ids of classes have no gap, that low is below high): the rules refuse all
+that the schema refuses, and may refuse more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Key:
     """One key of a list, of a task or of an item.
 
     ``text`` is for people, ``schema`` the JSON schema of the values. Each of ``rules`` is what a value must be, in
-    words and as a function; the first that does not hold is told. A key without rules is checked where it is used.
+    words and as a function; the first that fails is reported. A key without rules is checked where it is used.
     """
 
     text: str

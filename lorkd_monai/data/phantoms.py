@@ -45,7 +45,7 @@ def make_phantoms(
         num_images: images of each task, at least 10.
         image_size: pixels or voxels of the longest side; None for 64 (2D) or 24 (3D).
         seed: any whole number of at least 0.
-        overwrite: replace a data list that is there.
+        overwrite: replace an existing data list.
 
     Raises:
         LoRKDError: for an argument that does not fit, or a folder that holds a data list.

@@ -41,7 +41,7 @@ class TaskSampler(Sampler):
     """Draw one epoch of samples over all tasks, a function of (seed, epoch) alone.
 
     A task's images are drawn in shuffled rounds: each is seen once before any is seen again. Call `set_epoch` before
-    each epoch; what it draws does not depend on what was drawn before, so a resumed run goes on as it would have.
+    each epoch. The draws do not depend on earlier draws, so a resumed run draws the same as one without a break.
 
     Args:
         task_of_item: task index of each item of the data set; an item of -1 is never drawn.
@@ -136,9 +136,9 @@ class TaskSampler(Sampler):
 class TaskBatchSampler(Sampler):
     """Make batches of few tasks: ``tasks_per_batch`` pieces of ``batch_size // tasks_per_batch`` samples of one task.
 
-    A norm, and the gradient of an expert, then see a good number of images of a task at once, and routing has fewer
+    A norm, and the gradient of an expert, then see enough images of a task at once, and routing has fewer
     segments. All pieces are full, so that no sample weighs more than another in a mean over its batch, the losses' and
-    the norms' (the objective averages over samples), and no short rest of a task makes a step of its own. For this,
+    the norms' (the objective averages over samples), and no incomplete piece of a task makes a step. For this,
     tasks share whole pieces in place of draws: in each epoch each gets its share (see `TaskSampler`) rounded down
     or up at random, so that over the epochs the shares are exact, also where a task has less than one piece an epoch.
     An epoch has as many batches as one of mixed batches with the last left out.

@@ -60,7 +60,7 @@ def read_patients(
             raise LoRKDError(f"{patients_csv} names no patient for {len(missing)} images, such as {missing[0]}.")
         return [f"patient {find(image)}" for image in images]
     if patient_regex is None:
-        # Splits that are there are kept: there is nothing to decide, and folders of one name may be of two persons.
+        # Images with a split keep it. Sub-folders of one name in two splits may belong to two persons.
         return [
             f"patient {row.patient}" if row.patient and not row.split else image
             for row, image in zip(rows, images, strict=True)
@@ -82,9 +82,9 @@ def read_patients(
 def assign_splits(
     rows: Sequence[Row], patients: Sequence[str], fractions: Sequence[float] = (0.7, 0.1, 0.2), seed: int = 0
 ) -> None:
-    """Set the split of the rows that have none, whole patients at a time, over all tasks together.
+    """Set the split of the rows without one, by whole patients and over all tasks together.
 
-    Each patient, in random order and those with most images first, goes to the split that lacks the largest part of
+    Each patient, in random order but those with most images first, goes to the split that lacks the largest part of
     its share of the patient's tasks and classes, so that a split is not left empty where there are enough patients.
     A patient who is in a split already stays there.
 
@@ -123,9 +123,9 @@ def share_patients(
     seed: int,
     stays: Mapping[str, int] | None = None,
 ) -> list[int]:
-    """Return the number of the part that each image goes to, whole patients at a time.
+    """Return the number of the part of each image; all images of a patient are in one part.
 
-    Each patient, in random order and those with most images first, goes to the part that lacks the largest part of its
+    Each patient, in random order but those with most images first, goes to the part that lacks the largest part of its
     share of the patient's groups.
 
     Args:

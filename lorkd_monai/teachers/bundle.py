@@ -168,7 +168,7 @@ def bundle_network(folder: str | os.PathLike) -> tuple[nn.Module, int | None]:
 def _build(parser: ConfigParser, file: Path) -> nn.Module:
     config = parser.config
     ids = [i for i in _NETWORK_IDS if i in config]
-    # The definition comes before what is made of it, such as "$@network_def.to(@device)".
+    # The definition has priority over an expression that uses it, such as "$@network_def.to(@device)".
     ids.sort(key=lambda i: not (isinstance(config[i], Mapping) and "_target_" in config[i]))
     if not ids:
         raise LoRKDError(f"{file} defines no network: expected one of the ids {', '.join(_NETWORK_IDS)}")

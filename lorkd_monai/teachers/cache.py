@@ -96,7 +96,7 @@ class CachedTeacher(_Remembering):
     n - 1 augmented versions of it. The trainer reads it. Teacher and student always see the very same view.
 
     Each answer is one file, written beside its place and moved there; a run that is killed leaves whole answers, and
-    a file that can't be read counts as none. Several processes may share a folder.
+    a file that can't be read counts as missing. Several processes may share a folder.
 
     Args:
         teacher: the teacher.

@@ -23,7 +23,7 @@ def channels_by_name(
 
     A class is looked for as ``"<task>: <class>"`` first, then as ``"<class>"``; upper and lower case, spaces and
     underscores make no difference. A class "background" that the teacher does not have for this task is, for a softmax
-    teacher, all channels of none of the task's other classes; for a sigmoid teacher, unknown.
+    teacher, all channels that are not of the task's other classes; for a sigmoid teacher, unknown.
 
     Args:
         channel_def: channel -> class name, as in the metadata of a MONAI bundle (``{"0": "background", …}``).

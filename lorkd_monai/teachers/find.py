@@ -54,7 +54,7 @@ def find_teacher(
         cache_dir: folder of the answers.
         intensity: what the teacher wants of the student's images; "auto": what its bundle says, see `load_teacher`.
         backbone: MONAI config of the network of a weights file (``teacher_backbone`` in the bundles).
-        split: what it is to teach or to be measured on.
+        split: the images that it teaches or is measured on.
         in_channels, image_size: of the student's images, where they are known: the teacher's are checked against them.
         from_files: it is for a `DecompositionTrainer` with a `TaskDataset`, which shows it the values of the volumes'
             files. Else these are computed from the student's images, and a teacher that this does not suit is refused.

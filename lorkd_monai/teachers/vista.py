@@ -53,7 +53,7 @@ def vista_prompts(tasks: Mapping[str, Any], names: Mapping[int, str] | None = No
     """The class prompt of every class of every task.
 
     A task of the data list may state it: ``"vista3d_class": {"1": 3}``, class id -> index in VISTA3D. Else the names of
-    the classes are looked up among the published ones. The background has none: it is what no prompt finds.
+    the classes are looked up among the published ones. The background has none: it is everything that no prompt finds.
 
     Args:
         tasks: task -> `TaskSpec`, or its class names by id.

@@ -19,7 +19,7 @@ class BatchAugment:
 
     The changes depend only on ``seed`` and the ``iteration`` of the call, so a resumed training sees the same as one
     without a break. Each sample of a batch is changed in its own way. Images are float B×C×H×W[×D] in 0..1 and stay
-    in 0..1; masks are B×1×H×W[×D] and take the nearest voxel. What comes in from outside the image is 0. A mask of -1
+    in 0..1; masks are B×1×H×W[×D] and take the nearest voxel. Positions from outside the image become 0. A mask of -1
     only, of an image without a label, stays so.
 
     Args:
@@ -79,7 +79,7 @@ class BatchAugment:
     def __call__(
         self, image: torch.Tensor, label: torch.Tensor | None = None, iteration: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the changed images and masks (None for none); the tensors that came in are left as they were.
+        """Return the changed images and masks (None for none); the given tensors are not changed.
 
         Raises:
             LoRKDError: for shapes that do not fit.
@@ -99,7 +99,7 @@ class BatchAugment:
         self._warp(image, label, generator)
         self._change_intensity(image, generator)
         if label is not None:
-            label[unlabelled] = -1  # what comes in from outside is no label there
+            label[unlabelled] = -1  # the zeros from outside the mask are no label there
         return image, label
 
     def _chosen(self, count: int, probability: float, generator: torch.Generator) -> torch.Tensor:

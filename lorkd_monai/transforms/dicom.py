@@ -88,7 +88,7 @@ def picture_reader(convert: str, limits: Sequence[float] | None, own_depth: bool
         convert: the expression of a function of a PIL image.
         limits: the range of the task, None for percentiles. Where it is 0 to 1, 255 or 65535, a grey DICOM file is read
             as it is shown; else its values after the rescale are taken, and MONOCHROME1 is inverted within the range.
-        own_depth: what is shown becomes a picture of 16 bits, which the gate scales to the range; else it has that.
+        own_depth: the shown picture gets 16 bits, which the gate scales to the range; else it has that range.
     """
     low, high = limits or (0, 0)
     shown = low == 0 and high in (1, 255, 65535)

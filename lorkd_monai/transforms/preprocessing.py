@@ -64,7 +64,7 @@ def full_depth(task: TaskSpec, spatial_dims: int) -> float | None:
 
 
 def measured_intensity(facts: ImageFacts, modality: str | None) -> dict[str, Any] | None:
-    """Return the intensity of a 2D task whose list states none, by what its images hold; None for 0 to 255.
+    """Return the intensity of a 2D task whose list states none, from the values of its images; None for 0 to 255.
 
     8 and 16 bits have their full range, also in wider whole numbers; floats 0..1 or 0..255 where they fit one of these.
     Others, as HU or z-scores, are scaled as volumes: CT by `CT_WINDOW`, the rest by the `PERCENTILES` of each image.
