@@ -26,7 +26,7 @@ from lorkd_monai.metrics import case_scores, classification_figures, segmentatio
 from lorkd_monai.metrics.bootstrap import Clusters
 from lorkd_monai.networks import LoRKDNet
 from lorkd_monai.tasks import score_of
-from lorkd_monai.teachers.find import _knows, find_teacher
+from lorkd_monai.teachers.find import find_teacher, knows_tasks
 from lorkd_monai.transforms import default_intensity
 
 _log = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ def report_figures(
     figures: dict[str, Any] = {"experts": evaluate_tasks(network.eval(), loader, trained, device, inferer)}
     if teacher_bundle is not None and Path(teacher_bundle).is_dir():
         teacher = find_teacher(teacher_bundle, trained, intensity=teacher_intensity, split="test", from_files=True)
-        if teacher is not None and _knows(teacher, trained, "test"):
+        if teacher is not None and knows_tasks(teacher, trained, "test"):
             if teacher.intensity is not None and teacher.intensity.from_files:
                 show_volumes(loader, teacher.intensity)
             figures["teacher"] = evaluate_tasks(teacher, loader, trained, device, inferer)

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from lorkd_monai.data import DataList
 from lorkd_monai.losses import FeatureTransferLoss, LoRKDLoss
 from lorkd_monai.networks import LoRKDNet
-from lorkd_monai.teachers.find import _knows
+from lorkd_monai.teachers.find import knows_tasks
 from lorkd_monai.teachers.teacher import Teacher
 
 __all__ = ["make_objective"]
@@ -39,7 +39,7 @@ def make_objective(
         transfer_positions: "equal" or "by_class", see `transfer_loss`.
     """
     features = None
-    if teacher is not None and not _knows(teacher, data, "training"):
+    if teacher is not None and not knows_tasks(teacher, data, "training"):
         with torch.no_grad():
             device = next(network.parameters()).device
             image, task = dataset[0]["image"][None].to(device), int(dataset[0]["task"])

@@ -23,7 +23,7 @@ from lorkd_monai.transforms import default_intensity
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["find_teacher", "start_from_teacher"]
+__all__ = ["find_teacher", "knows_tasks", "start_from_teacher"]
 
 
 def find_teacher(
@@ -165,7 +165,7 @@ def _present(data: DataList, split: str) -> list[str]:
     return [name for name in data.tasks if name in found]
 
 
-def _knows(teacher: Teacher | CachedTeacher, data: DataList, split: str) -> bool:
+def knows_tasks(teacher: Teacher | CachedTeacher, data: DataList, split: str) -> bool:
     """Whether the teacher has logits for all tasks of a split."""
     return bool(teacher.has_logits([data.tasks[name].index for name in _present(data, split)]).all())
 
