@@ -1,4 +1,4 @@
-"""The command line, `lorkd`: it reads arguments and calls; the work stands in the rooms below."""
+"""The command line, `lorkd`: it reads arguments and calls the other rooms, which do the work."""
 
 from lorkd_monai.cli.commands import main
 

@@ -110,9 +110,9 @@ def export(
         tasks: names of the tasks, separated by commas; all by default.
         overwrite: replace bundles that are there.
         formats: of pt, safetensors, ts, onnx, separated by commas; all that can be written by default.
-        figures: JSON file of measured figures for the READMEs; figures.json beside the checkpoint by default.
+        figures: JSON file of metrics for the READMEs; figures.json beside the checkpoint by default.
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
-        rank: cut nested experts to at most this rank; figures are then taken from --figures only.
+        rank: cut nested experts to at most this rank; metrics are then taken from --figures only.
     """
     from lorkd_monai.bundle.export import export_experts, read_figures
     from lorkd_monai.bundle.facts import read_facts
@@ -166,7 +166,7 @@ def rank_curve(
 
 
 def remove_task(checkpoint: str, task: str, output: str, overwrite: bool = False, backbone: str | None = None) -> str:
-    """Write a decomposition without one of its tasks; the others answer as before, to the last bit.
+    """Write a decomposition without one of its tasks; the outputs of the others stay bit-identical.
 
     Args:
         checkpoint: checkpoint file, or output folder of a run.
@@ -189,7 +189,7 @@ def remove_task(checkpoint: str, task: str, output: str, overwrite: bool = False
 def check(bundle: str, schema: str | None = None) -> str:
     """Check an expert bundle as the model zoo's CI does; print what fails, and end with 1 where something does.
 
-    A bundle that names no licence of its data, or no authors, is sound: a warning says so.
+    A bundle without a licence of its data, or without authors, passes with a warning.
 
     Args:
         bundle: the bundle's folder.
@@ -273,7 +273,7 @@ def import_checkpoint(
     image_size: Any = None,
     report: str | None = None,
 ) -> str:
-    """Take over a checkpoint of the released LoRKD code, and write it as a decomposition of this package.
+    """Convert a checkpoint of the released LoRKD code to a decomposition of this package.
 
     Args:
         checkpoint: the file with the state dict.
@@ -284,13 +284,13 @@ def import_checkpoint(
         alpha: the lora_alpha of the training, such as 16.
         scale: the scale itself in place of alpha, such as 2 for imbalanced ranks.
         mapping: JSON or YAML file with keys, rename, drop, fresh; see docs/import.md.
-        drop: regular expressions of keys to leave out, beside those of the mapping.
-        fresh: glob patterns of the network's keys that may start anew, beside those of the mapping.
+        drop: regular expressions of keys to leave out, with those of the mapping.
+        fresh: glob patterns of the network's keys that may be initialised anew, with those of the mapping.
         head: names of the network's last layers, where they can't be found.
         dataset_dir: data list of the tasks, so that expert bundles can be exported.
         kind: classification or segmentation, with dataset_dir.
         image_size: size of the images or patches in voxels, with dataset_dir.
-        report: JSON file to write, with what became of every single key.
+        report: JSON file to write, with what became of each key.
     """
     from lorkd_monai.workflows.import_released import import_file
 
@@ -315,7 +315,7 @@ def renorm(
 ) -> str:
     """Write expert bundles whose batch-norm statistics are estimated anew on their own task's training images.
 
-    Prints the test figures before and after: not every task gains.
+    Prints the test metrics before and after: not every task improves.
 
     Args:
         checkpoint: checkpoint file, or output folder of a run.
@@ -336,7 +336,7 @@ def renorm(
 
 
 def suggest_ranks(checkpoint: str, tuned: Any, budget: int | None = None, as_json: bool = False) -> str:
-    """Propose a rank for each task within a budget of parameters, beside equal ranks.
+    """Propose a rank for each task within a budget of parameters, compared with equal ranks.
 
     Each task's full update is the difference between its expert after a fine-tuning of all its weights
     (`monai.bundle run training` on the expert bundle) and the weights that the tasks share.

@@ -54,14 +54,14 @@ def transfer_loss(
     .. math::  L = T^2 \sum_c p_c (\log p_c - \log q_c), \qquad
                p = \mathrm{softmax}(z^{teacher} / T), \quad q = \mathrm{softmax}(z^{student} / T)
 
-    and the gradient with respect to a student logit is :math:`T (q_c - p_c)`. The factor T² keeps it of one size
-    over T. ``mode="sigmoid"``, for teachers with one independent sigmoid per class, sums the divergences of the
+    and the gradient with respect to a student logit is :math:`T (q_c - p_c)`. With the factor T² its size hardly
+    depends on T. ``mode="sigmoid"``, for teachers with one independent sigmoid per class, sums the divergences of the
     two-valued distributions of each class instead: with :math:`p_c = \sigma(z^{teacher}_c / T)`,
     :math:`L = T^2 \sum_c KL(\mathrm{Bernoulli}(p_c) \| \mathrm{Bernoulli}(q_c))`; there a class whose teacher logit
     is -inf or NaN is one the teacher does not know (a background, say), and is left out.
 
-    A structure of a few pixels hardly moves a mean over all positions. With ``positions="by_class"`` the classes weigh
-    alike instead: position x has the weight :math:`\frac{1}{C} \sum_c p_c(x) / \bar p_c`, with p the teacher's
+    A mean over all positions underweights small structures. With ``positions="by_class"`` the classes have equal
+    weights instead: position x has the weight :math:`\frac{1}{C} \sum_c p_c(x) / \bar p_c`, with p the teacher's
     probabilities (T = 1) and :math:`\bar p_c` their mean over the sample, so that each class that the teacher sees
     has the same share in the mean. One that it sees in less than a thousandth of the positions has a smaller share.
 

@@ -1,4 +1,4 @@
-"""Figures of each task, with bootstrap intervals."""
+"""Metrics of each task, with bootstrap intervals."""
 
 from lorkd_monai.metrics.classification import classification_figures
 from lorkd_monai.metrics.segmentation import case_scores, segmentation_figures

@@ -56,7 +56,7 @@ def area_under_roc(score: Tensor, positive: Tensor, weights: Tensor | None = Non
 def classification_figures(
     probability: Tensor, label: Tensor, resamples: int = 1000, seed: int = 0, clusters: Clusters | None = None
 ) -> dict[str, dict[str, float]]:
-    """Figures of one task on N images: balanced accuracy, accuracy, AUROC (mean of one class against the rest).
+    """Metrics of one task on N images: balanced accuracy, accuracy, AUROC (mean of one class against the rest).
 
     Args:
         probability: N × C.

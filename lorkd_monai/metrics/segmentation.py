@@ -67,7 +67,7 @@ def segmentation_figures(
     seed: int = 0,
     clusters: Clusters | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Figures of one task over N cases.
+    """Metrics of one task over N cases.
 
     Args:
         scores: name -> N × C values, C being the foreground classes, as :func:`case_scores` gives them for each case.
@@ -79,8 +79,8 @@ def segmentation_figures(
     Returns:
         ``{name: {"value", "low", "high", "n"}}`` for each score: the mean over cases of the mean over classes, and,
         where there are several classes, ``"<score> <class>"`` for each. What has no value in a case is left out of its
-        mean, an infinite distance too (the Dice of such a case is 0); ``n`` says how many cases a figure is made from.
-        A score without any value is missing.
+        mean, an infinite distance too (the Dice of such a case is 0); ``n`` is the number of cases with one. A score
+        without any value is missing.
     """
     found: dict[str, dict[str, float]] = {}
     for name, values in scores.items():

@@ -1,4 +1,4 @@
-"""What a report can show, whichever folder it was read from. Everything in it was read from files."""
+"""The content of a report, read from the files of a study or of a training run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Segmentation:
 
 @dataclass
 class Content:
-    """All that one report shows. What is empty was not in the folder and has no section."""
+    """All that one report shows. A part that the folder does not have is empty, and gets no section."""
 
     title: str
     intro: str = ""

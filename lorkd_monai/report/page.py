@@ -1,4 +1,4 @@
-"""Writing a report: figures as PNG beside a Markdown page, and all of it in one HTML file that needs no network."""
+"""Writing a report: a Markdown page with pictures as PNG, and all of it in one HTML file that needs no network."""
 
 from __future__ import annotations
 

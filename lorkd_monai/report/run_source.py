@@ -1,4 +1,4 @@
-"""The output folder of a training bundle as the content of a report, as far as its files tell."""
+"""The output folder of a training bundle as the content of a report."""
 
 from __future__ import annotations
 
@@ -75,15 +75,15 @@ def content_of_run(folder: str | os.PathLike) -> Content:
 
 
 def _figures(content: Content, folder: Path) -> None:
-    """The figures on the test images: of experts and teacher after `evaluating`, of the experts alone before."""
+    """The metrics on the test images: of experts and teacher after `evaluating`, of the experts alone before."""
     both, alone = folder / "figures.json", folder / "training" / "figures.json"
     if both.is_file():
         columns = read_json(both)
     elif alone.is_file():
         columns = {"experts": read_json(alone)}
-        content.missing.append("The teacher's figures are missing: run `evaluating` with the same --output_dir.")
+        content.missing.append("The teacher's metrics are missing: run `evaluating` with the same --output_dir.")
     else:
-        content.missing.append("There are no figures on test images: run `evaluating` with the same --output_dir.")
+        content.missing.append("There are no metrics on test images: run `evaluating` with the same --output_dir.")
         return
     columns = {name: column for name, column in columns.items() if name in _COMPARED}
     found = [key for column in columns.values() for task in column.values() for key in task]

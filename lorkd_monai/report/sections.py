@@ -1,4 +1,4 @@
-"""A report's content as sections with drawn figures, in the order in which a reader wants them."""
+"""A report's content as sections with pictures, in the order in which a reader wants them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Picture", "Section", "Sections"]
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure: its file, its alternative text, its bytes for the HTML page."""
+    """A picture: its file, its alternative text, its bytes for the HTML page."""
 
     file: str
     text: str
@@ -24,7 +24,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. ``small`` pictures stand side by side where there is room."""
+    """A part of the page. ``small`` pictures are shown side by side where there is room."""
 
     title: str
     text: str = ""
@@ -35,7 +35,7 @@ class Section:
 
 
 class Sections:
-    """Draws the figures of a content, and puts them into sections.
+    """Draws the pictures of a content, and puts them into sections.
 
     Attributes:
         files: the pictures as PNG, by the names under which the sections speak of them.
@@ -107,17 +107,17 @@ class Sections:
             png = draw.curves(content.conflict_layers, "mean cosine over pairs of tasks")
             conflicts.append(("conflict by layer", "mean cosine by layer", png))
         self._add(
-            "Do the tasks pull at each other?",
+            "Do the tasks' gradients conflict?",
             "Cosines between the tasks' gradients on the weights that they share, at the end of the training. Below 0, "
-            "a step for one task undoes one for the other; around 0, they leave each other alone. mtl has no experts; "
-            "with experts, a task has weights of its own beside the shared ones.",
+            "a step for one task undoes part of a step for the other; around 0, the tasks hardly interact. mtl has no "
+            "experts; with experts, a task also has weights of its own.",
             conflicts,
         )
         self._add(
             "What each expert adds",
-            "Each expert changes the shared weights W0 of a layer by a ΔW of low rank. Its size is the Frobenius norm "
-            "beside that of W0; its directions are the largest singular values that hold 90 % of the squared norm. A "
-            "curve that falls early says that a smaller rank would do.",
+            "Each expert changes the shared weights W0 of a layer by a ΔW of low rank. Its size is its Frobenius norm "
+            "divided by that of W0; its directions are the largest singular values that hold 90 % of the squared norm. "
+            "A curve that falls early says that a smaller rank would do.",
             [(f"change {m.title}", m.title, draw.heat_map(m)) for m in content.changes]
             + [
                 (

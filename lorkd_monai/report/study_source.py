@@ -20,11 +20,11 @@ __all__ = ["confusion_matrix", "content_of_study", "is_study", "spectrum_content
 
 _INTRO = (
     "A foundation model (the teacher) knows several tasks. A decomposition makes one small network for each of them: "
-    "shared weights, and for each task an expert of few further weights, trained under the labels and under the "
+    "shared weights, and for each task an expert of few further weights, trained with the labels and with the "
     "teacher. Is that better than the teacher, than one small network for all tasks (mtl), and than one trained for "
     "each task alone (stl)? All networks but the teacher have one size and one budget, where a method's description "
     "names no other; kd says that the teacher took part in their training too. Everything below is measured on test "
-    "images that chose nothing."
+    "images, which chose nothing."
 )
 _RANKS = ("best", "median", "worst")
 
@@ -75,7 +75,7 @@ def content_of_study(folder: str | os.PathLike, resamples: int = 2000) -> Conten
 
 
 def _budget(row: Summary) -> str:
-    """What a method may spend, and how its epoch is chosen: figures of one budget stand beside each other."""
+    """What a method may spend, and how its epoch is chosen: only methods of one budget are compared."""
     settings = row.runs[0]["settings"]
     draws = settings["images_per_epoch"]
     chosen = "the last taken" if settings["selection"] == "last" else "the best by the validation images taken"
@@ -83,9 +83,9 @@ def _budget(row: Summary) -> str:
 
 
 def _best_lorkd(rows: Sequence[Summary]) -> dict[tuple[str, str], Summary]:
-    """The decomposition that the validation images prefer, by setting and budget; the budget of most methods first.
+    """The decomposition with the best validation score, by setting and budget; the budget of most methods first.
 
-    No test figure chooses, and only those with the most seeds take part: one lucky seed is not set against the mean of
+    No test metric chooses, and only those with the most seeds take part: one seed is not compared with the mean of
     several.
     """
     groups: dict[tuple[str, str], list[Summary]] = {}
@@ -107,7 +107,7 @@ def _validation(row: Summary) -> float:
 
 
 def _beside(rows: Sequence[Summary], row: Summary, differences: Sequence[Difference]) -> list[Difference]:
-    """The differences between a decomposition and what is none, of its own budget; teachers have one of their own."""
+    """The differences between a decomposition and other methods of its budget, and the teachers, who have their own."""
     peers = {
         other.method
         for other in rows
@@ -118,7 +118,7 @@ def _beside(rows: Sequence[Summary], row: Summary, differences: Sequence[Differe
 
 
 def _seeds_of(d: Difference, row: Summary) -> str:
-    """Said where a difference rests on fewer seeds than the decomposition has."""
+    """A remark where a difference is based on fewer seeds than the decomposition has."""
     return "" if len(d.seeds) == len(row.seeds) else f", {len(d.seeds)} of {len(row.seeds)} seeds"
 
 
@@ -132,14 +132,14 @@ def _findings(
     for (setting, budget), row in best.items():
         found = []
         for d in _beside(rows, row, differences):
-            word = "above" if d.low > 0 else "below" if d.high < 0 else "not told apart from"
+            word = "above" if d.low > 0 else "below" if d.high < 0 else "no significant difference from"
             found.append(f"{word} {d.second}: {d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f}){_seeds_of(d, row)}")
         seeds = f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
         lines.append(
             (
-                f"Setting {setting}, {budget}, {seeds}: of the decompositions with most seeds the validation images "
-                f"prefer {row.method}, with a mean {score} over tasks of {row.mean:.3f} (95 % interval {row.low:.3f} "
-                f"to {row.high:.3f}) on the test images.",
+                f"Setting {setting}, {budget}, {seeds}: of the decompositions with most seeds {row.method} has the "
+                f"best validation score. On the test images it has a mean {score} over tasks of {row.mean:.3f} (95 % "
+                f"interval {row.low:.3f} to {row.high:.3f}).",
                 found,
             )
         )
@@ -337,9 +337,8 @@ def _costs(rows: Sequence[Summary]) -> Table:
             ]
         )
     note = (
-        "Times are those of the machine while it may have had other work. A distilled method's time holds its "
-        "questions to the foundation model only where no earlier run had asked them. Memory is the process's, images "
-        "included."
+        "Other work on the machine may have affected the times. A distilled run's time includes the teacher's passes "
+        "only where no earlier run had made them. Memory is that of the process, images included."
     )
     return Table(header, lines, note)
 

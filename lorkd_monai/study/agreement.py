@@ -1,4 +1,4 @@
-"""What the runs of one folder must have in common, so that their figures can stand beside each other."""
+"""What the runs of one folder must have in common, so that their metrics can be compared."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["agree_on_settings", "check_finished"]
 def agree_on_settings(
     folder: Path, data: DataList, common: StudySettings, more: Mapping[str, Any] | None = None
 ) -> None:
-    """Write what the runs of this folder have in common, or refuse to mix them with others.
+    """Write down what the runs of this folder have in common, or refuse to mix them with others.
 
     Args:
         folder: of the study.
@@ -70,7 +70,7 @@ def _digest(patients: Mapping[str, list[int]]) -> str:
 
 
 def check_finished(file: RunFile, method: Method, common: StudySettings) -> None:
-    """Refuse a finished run that was made as something else than the method of its name is now.
+    """Refuse a finished run whose method has the same name but is another one now.
 
     Raises:
         LoRKDError: it was, or its file can't be read.
@@ -85,7 +85,7 @@ def check_finished(file: RunFile, method: Method, common: StudySettings) -> None
         **{key: kept.get(key) for key in ("family", "distilled")},
         **{f"settings {key}": value for key, value in kept.get("settings", {}).items()},
     }
-    # A setting that the file does not know came to this package later.
+    # A setting that the file lacks was added to this package later.
     differing = [
         f"{key} was {found[key]!r}, now {value!r}" for key, value in expected.items() if found.get(key, value) != value
     ]

@@ -1,4 +1,4 @@
-"""What a trained student tells about its tasks: how their gradients disagree, and what each expert adds."""
+"""What a trained student shows of its tasks: how their gradients conflict, and what each expert adds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def gradient_conflict(
 ) -> dict[str, Any]:
     """Cosines between the tasks' gradients of the task loss with respect to the weights that all tasks share.
 
-    A cosine below 0 means that a step for one task undoes one for the other. Norms are in evaluation mode, so that
-    the gradient of a task depends on its own images alone; the images are training images without augmentation.
+    A cosine below 0 means that a step for one task undoes part of a step for the other. Norms are in evaluation mode,
+    so that the gradient of a task depends on its own images alone; the images are training images without augmentation.
 
     Args:
         network: a decomposition, or a student with heads only.

@@ -1,4 +1,4 @@
-"""Pictures of segmentations: the best, the middle and the worst test image of each task."""
+"""Example segmentations: the best, the median and the worst test image of each task."""
 
 from __future__ import annotations
 

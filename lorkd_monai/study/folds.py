@@ -23,7 +23,7 @@ _SEED = 0  # one division for all seeds of the runs, so that they can be average
 
 
 def check_folds(folds: int, chosen: Sequence[int] = ()) -> None:
-    """Refuse a number of folds that can't be, or the number of one that there is not.
+    """Refuse fewer than three folds, and a number of a fold that does not exist.
 
     Raises:
         LoRKDError: it is one of these.

@@ -40,7 +40,7 @@ def plain_networks(network: nn.Module, tasks: list[str]) -> dict[str, nn.Module]
 
 
 def cost_of(network: nn.Module, tasks: list[str], shape: tuple[int, ...], repeats: int = 20) -> dict[str, Any]:
-    """Parameters of the trained whole, and of each task's plain network its parameters, multiply-adds and latency.
+    """Parameters of all that was trained; of each task's plain network its parameters, multiply-adds and latency.
 
     See `lorkd_monai.metrics.costs.measure`: the latency is that of one image, on the CPU.
 
@@ -66,7 +66,7 @@ def cost_of(network: nn.Module, tasks: list[str], shape: tuple[int, ...], repeat
 
 @contextmanager
 def peak_memory(device: torch.device | str) -> Iterator[dict[str, int | None]]:
-    """Fill a dict with the most memory (bytes) that was in use inside: of the GPU, and of this process where told."""
+    """Fill a dict with the peak memory in bytes: of the GPU, and of this process where the system reports it."""
     found: dict[str, int | None] = {"process": None, "gpu": None}
     cuda = torch.device(device).type == "cuda"
     if cuda:
@@ -85,7 +85,7 @@ def peak_memory(device: torch.device | str) -> Iterator[dict[str, int | None]]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Versions of the packages that the metrics depend on."""
     return {
         "lorkd-monai": __version__,
         "python": platform.python_version(),

@@ -28,7 +28,7 @@ _FIXED = ("image_size", "in_channels", "teacher_backbone", "teacher_bundle", "re
 
 @dataclass(frozen=True)
 class Method:
-    """One way to come to a network for each task.
+    """One way to get a network for each task.
 
     Attributes:
         name: of its files, and in tables.

@@ -1,4 +1,4 @@
-"""A study: which runs it consists of, doing those that are missing, and what it found so far."""
+"""A study: which runs it consists of, and doing those that are missing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PlannedRun:
 
 
 def plan_runs(methods: Sequence[Method], settings: Sequence[str], seeds: Sequence[int]) -> list[PlannedRun]:
-    """The runs in the order to do them: seed by seed, teachers first.
+    """The runs in their order: seed by seed, teachers first.
 
     One teacher sees all labels, for the settings of few labels too; a setting of fewer images has its own.
 
@@ -76,9 +76,9 @@ def run_study(
     keep_weights: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Do the runs that are not done yet; a study that was stopped goes on where it was.
+    """Do the runs that are missing, so that a study that was stopped is resumed.
 
-    A run's files appear when it is finished, so that a killed one is done again from its start.
+    A run's files are written when it is finished; one that was killed starts again.
 
     Args:
         folder: where the files go; ``study.json`` in it says what the runs have in common.
@@ -95,7 +95,7 @@ def run_study(
     Raises:
         LoRKDError: before anything is trained: a folder of a study with other settings or data, or with a finished run
             of another method of the same name; a method whose settings or network do not fit, or whose teacher is
-            missing; a device that is not there; no task that counts, or one without validation or test images.
+            missing; a device that does not exist; no scored task, or one without validation or test images.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -138,7 +138,7 @@ def run_study(
 def _check_networks(
     data: DataList, common: StudySettings, methods: Sequence[Method], device: str | torch.device
 ) -> None:
-    """The device must be there, the foundation model readable, and each student must take an image."""
+    """Check that the device exists, the foundation model can be read, and each student takes an image."""
     sides = image_sides(common.image_size, data.spatial_dims)
     try:
         torch.empty(0, device=device)
@@ -170,7 +170,7 @@ def _check_networks(
 
 
 def _check_files(folder: Path, common: StudySettings, runs: Sequence[PlannedRun]) -> None:
-    """Finished runs must be of these methods, and runs to do must find their teacher."""
+    """Check that finished runs are of these methods, and that missing runs will find their teacher."""
     taught = {(run.setting, run.seed) for run in runs if run.method.name == "teacher"}
     for run in runs:
         file = run.file(folder)

@@ -51,7 +51,7 @@ def check_teacher(file: RunFile) -> None:
 
 
 class Workbench:
-    """The images of a study in memory, and what turns a method into a run's files.
+    """The images of a study in memory; it does runs and writes their files.
 
     Args:
         folder: of the study.

@@ -96,7 +96,7 @@ QUICK: Mapping[tuple[str, int], Mapping[str, Any]] = {
     ("segmentation", 2): {"epochs": 6, "teacher_epochs": 12, "images_per_epoch": 64, "image_size": 64},
     ("segmentation", 3): {"epochs": 3, "teacher_epochs": 6, "images_per_epoch": 24, "image_size": (32, 32, 32)},
 }
-"""Changes for a short budget, to see that it works."""
+"""Changes for a short budget, for a quick trial."""
 
 
 def _resnet(dims: int, channels: int, width: int, blocks: int, **stem: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What a study found: means over tasks and seeds, and paired bootstrap intervals between methods.
+"""The results of a study: means over tasks and seeds, and paired bootstrap intervals between methods.
 
-All figures come from the files of finished runs.
+All numbers come from the files of finished runs.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def compare(
         pairs: (first, second) method names, in every setting that has both; or which of all pairs to take.
         resamples: of the test images or patients.
         comparisons: how many differences a conclusion rests on: intervals of level 1 - 0.05 / comparisons (Bonferroni),
-            so that chance alone makes any of them leave out 0 in at most one case of twenty.
+            so that chance alone makes any of them significant in at most 5 % of studies.
 
     Raises:
         LoRKDError: there are no finished runs, a file that can't be read, or too few resamples for such an interval.

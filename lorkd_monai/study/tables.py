@@ -1,4 +1,4 @@
-"""A study's findings as Markdown tables."""
+"""A study's results as Markdown tables."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def difference_pairs(rows: Sequence[Summary]) -> list[tuple[str, str]]:
-    """Each decomposition beside each of the methods that are none."""
+    """Each decomposition with each method that is none."""
     families = {row.method: row.runs[0]["family"] for row in rows}
     experts = [method for method, family in families.items() if family == "lorkd"]
     return [(first, second) for first in experts for second in families if second not in experts]
 
 
 def difference_table(rows: Sequence[Difference]) -> str:
-    """Differences with their intervals; those whose interval leaves out 0 are set in bold."""
+    """Differences with their intervals; significant ones (the interval does not contain 0) are bold."""
     lines = []
     for row in rows:
         value = f"**{row.value:+.3f}**" if row.low > 0 or row.high < 0 else f"{row.value:+.3f}"

@@ -34,7 +34,7 @@ __all__ = ["Fitted", "evaluation_loader", "fit", "inferer_of"]
 
 @dataclass
 class Fitted:
-    """A network with the weights of the chosen epoch, and how it came to them.
+    """A network with the weights of the chosen epoch, and how it was trained.
 
     ``curves`` holds ``training`` and ``validation``: a row for each epoch, with its number and the terms or scores.
     """
@@ -84,7 +84,7 @@ def fit(
         settings: the budget, optimiser, transfer, augmentation, selection.
         seed: of the draws and the augmentation.
         teacher: for the transfer.
-        progress: is told one line for each look at the validation images.
+        progress: gets one line for each validation.
     """
     device, data = next(network.parameters()).device, training.data
     options = {"seed": seed, "num_samples": settings.images_per_epoch or len(training)}
@@ -155,7 +155,7 @@ def _schedule(optimizer: AdamW, epochs: int, expert_warmup: int) -> LambdaLR:
 
 
 class _Watch:
-    """Looks at the validation images after an epoch and keeps the weights of the one to choose."""
+    """Validates after an epoch, and keeps the weights of the epoch to choose."""
 
     def __init__(
         self,

@@ -42,10 +42,11 @@ _IMAGES = 64  # of each task, to find the nearest
 
 @torch.no_grad()
 def nearest_task(network: LoRKDNet, known: Workbench, unseen: Part) -> tuple[str, dict[str, float]]:
-    """The task whose images an expert's features tell least from those of the unseen task, and all distances.
+    """The task whose expert's features differ least between its own images and the unseen ones, and all distances.
 
-    The distance of a task: its own expert's pooled features of its own training images and of the unseen ones; the
-    difference of the two means, each feature in standard deviations of the task's own, root mean square over features.
+    For the distance of a task its expert computes pooled features of the task's own training images and of the unseen
+    ones. The difference of the two means is divided by the standard deviation over the own images, feature by feature;
+    the distance is the root mean square over the features.
 
     Args:
         network: the decomposition.

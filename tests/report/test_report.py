@@ -76,7 +76,7 @@ def test_study_report_is_complete_and_alone(study_folder: Path) -> None:
     assert all(a.startswith(("data:image/png;base64,", "#")) for a in page.addresses)
     assert "script" not in page.tags and "link" not in page.tags and "@import" not in text and "url(" not in text
     for title in ("What was decomposed", "Comparison: full", "Accuracy against parameters", "Learning curves",
-                  "Loss, term by term", "Do the tasks pull at each other?", "What each expert adds",
+                  "Loss, term by term", "Do the tasks' gradients conflict?", "What each expert adds",
                   "Confusion matrices", "What it costs", "How it was made"):  # fmt: skip
         assert title in page.text
     assert "mean balanced accuracy over tasks of 0.875" in page.text
@@ -90,7 +90,7 @@ def test_one_lucky_seed_is_no_headline(study_folder: Path) -> None:
     content["fits"]["all tasks"]["validation"] = 0.99
     lucky.write(content, lucky.read_arrays())
     text = Page(Path(report(str(study_folder))).read_text(encoding="utf-8")).text
-    assert "2 seeds: of the decompositions" in text and "validation images prefer lorkd, with" in text
+    assert "2 seeds: of the decompositions" in text and "most seeds lorkd has the best validation score" in text
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_output_of_a_bundle(tmp_path: Path) -> None:
     save_weights(folder / "training" / "model.pt", network.state_dict())
     text = Path(report(str(folder))).read_text(encoding="utf-8")
     assert "What each expert adds" in text and "What it costs" in text
-    assert "There are no figures on test images: run `evaluating`" in text
+    assert "There are no metrics on test images: run `evaluating`" in text
 
     figure = {"balanced_accuracy": {"value": 0.75, "low": 0.5, "high": 1.0, "n": 4}}
     write_json(folder / "figures.json", {"experts": {"a": figure, "b": figure}, "teacher": {"a": figure}})
