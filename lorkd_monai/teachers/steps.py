@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -234,7 +234,7 @@ def teacher_view(
     # Tasks without images make no difference to the teacher.
     ranges = {task: (student.ranges or {}).get(task) if task in seen else (0.0, 1.0) for task in tasks}
     ct = [task for task in seen if str(getattr(tasks[task], "modality", None)).strip().upper() == "CT"]
-    axes = None if own is None or not own.loads else _axes(own, dims, channels, student.stored)
+    axes = None if own is None or not own.loads else _axes(own, dims, channels, student.stored or None)
     named = own.values if intensity == "auto" else [(f"intensity {intensity}", step) for step in given_steps(intensity)]
     source = own.source if intensity == "auto" else name
     known = {task: (0.0, 1.0) if r is None else r for task, r in ranges.items()}
@@ -242,8 +242,9 @@ def teacher_view(
     pointwise = all(alone)
     steps = [step for _, step in named]
     from_files = student.from_files and dims == 3 and bool(steps)
-    if steps and not from_files and any(r is None for r in ranges.values()):
-        _check_percentiles(steps, source, [task for task, r in ranges.items() if r is None], channels, dims)
+    unknown = [task for task, r in ranges.items() if r is None]
+    if steps and not from_files and unknown:
+        _check_percentiles(steps, source, unknown, channels, dims)
     if intensity == "auto":
         if own.cropped and not all(alone[own.cropped[1] :]):
             raise _cannot(source, f"{own.cropped[0]} before it uses statistics of the image that is left")
@@ -254,12 +255,10 @@ def teacher_view(
     # Volumes of CT come uncut; of values that are scaled by percentiles nothing is known beforehand.
     shown = [_CT if from_files and task in ct else own for task, own in ranges.items()]
     told = [_axes_words(axes, dims), _value_words(steps, shown, pointwise, channels, dims)]
-    told += [f"intensities as said ({intensity})"] if intensity != "auto" else []
-    told += (
-        []
-        if own is None
-        else [f"its steps: {' '.join(own.names)}", *(f"not done: {_size_words(s)}" for s in own.sizes)]
-    )
+    if intensity != "auto":
+        told.append(f"intensities as said ({intensity})")
+    if own is not None:
+        told += [f"its steps: {' '.join(own.names)}", *(f"not done: {_size_words(step)}" for step in own.sizes)]
     words = f"{intensity} {'' if own is None else own.mark}"
     return TeacherView(steps, list(known.values()), axes, from_files, words, ", ".join(told))
 
@@ -337,10 +336,16 @@ def _check_cut(steps: Sequence[Callable], source: str, task: str, own: Range, po
 
 def _axes(own: OwnSteps, dims: int, channels: int, images: Sequence[Any] | None) -> Axes | None:
     """The teacher's axes, found by loading small files as its bundle does. None: they are the student's."""
-    forms = [".png"] if dims == 2 else ["RAS", "PIL"]
-    found = {stored: _loaded(own, dims, channels, stored) for stored in forms} if dims == 3 or images is None else {}
-    if images is not None and len(set(found.values())) != 1:  # it makes a difference how the data are stored
-        found = {s: _loaded(own, dims, channels, s) for s in sorted({_stored(image, dims) for image in images})}
+
+    def found_in(forms: Iterable[str]) -> dict[str, Axes]:
+        return {form: _loaded(own, dims, channels, form) for form in sorted(forms)}
+
+    if dims == 2:
+        found = found_in({".png"} if images is None else {_stored(image, 2) for image in images})
+    else:
+        found = found_in({"RAS", "PIL"})
+        if images is not None and found["RAS"] != found["PIL"]:
+            found = found_in({_stored(image, 3) for image in images})
     if len(set(found.values())) > 1:
         raise LoRKDError(
             f"{own.source} takes images as they are stored (it has no Orientationd), and how the data's are stored "

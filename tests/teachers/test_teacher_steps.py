@@ -487,3 +487,11 @@ def test_a_published_teacher_of_lia_axes(shared, tmp_path):
     torch.testing.assert_close(seen[0], own_tensor(bundles[0], file), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen[1], own_tensor(bundles[1], file), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(answers[0], answers[1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_of_stored_axes_without_images_to_look_at(tmp_path):
+    """No images of a split are as unknown ones: what is stored is not known."""
+    folder = write_bundle(tmp_path / "bundle", {"preprocessing": compose(LOAD, FIRST)})
+    for images in (None, []):
+        with pytest.raises(LoRKDError, match="how the data's are stored is not known"):
+            teacher_of(folder, task_of(), 3, images=images)
