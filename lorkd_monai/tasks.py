@@ -21,7 +21,7 @@ class TaskSpec:
     `lorkd_monai.transforms.default_intensity`). ``spacing`` (mm, axes of RAS) is what 3D segmentation resamples to.
     ``measured`` says that the list states no intensity, so that 2D files of 8 and 16 bits each have their own depth.
     ``vista3d_class`` gives VISTA3D's index of each class id, for that teacher.
-    ``score`` is False for a task that is there to try things out: its figures stand apart and count in no mean.
+    ``score`` is False for a task that is there to try things out: its metrics are listed apart and count in no mean.
     ``licence`` and ``authors`` of its images are the task's own, else those of the list.
     """
 
@@ -109,7 +109,7 @@ def check_kind(kind: str, spatial_dims: int) -> None:
 
 
 def score_of(kind: str) -> str:
-    """The figure that networks of this kind of work are compared by."""
+    """The metric that networks of this kind of work are compared by."""
     return "balanced_accuracy" if kind == "classification" else "dice"
 
 

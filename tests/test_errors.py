@@ -1,4 +1,4 @@
-"""How errors that the user can mend are shown."""
+"""How errors that the user can fix are shown."""
 
 from __future__ import annotations
 

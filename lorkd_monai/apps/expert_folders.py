@@ -21,7 +21,7 @@ _COPIED = ("configs", "docs", "LICENSE", "models/model.pt", "large_files.yml")
 
 @dataclass(frozen=True)
 class ExpertFolder:
-    """One expert bundle: where it lies and what its metadata says."""
+    """One expert bundle: where it is and what its metadata says."""
 
     folder: Path
     metadata: dict[str, Any]
@@ -79,7 +79,7 @@ def _read(path: str | Path) -> ExpertFolder:
 
 
 def read_experts(paths: Sequence[str | Path]) -> list[ExpertFolder]:
-    """Read the bundles of ``paths``, in order; a folder that is no bundle but holds some stands for those.
+    """Read the bundles of ``paths``, in order; a folder that is no bundle but holds some gives those.
 
     Raises:
         LoRKDError: no path, a folder that is no expert bundle, or two experts of one name.

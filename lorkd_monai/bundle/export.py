@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def network_info(data: DataList, in_channels: int, image_size: int | Sequence[int]) -> dict[str, Any]:
-    """What an export needs to know beside the network, as plain JSON data for ``LoRKDNet(info=…)``.
+    """What an export needs to know besides the network, as plain JSON data for ``LoRKDNet(info=…)``.
 
     Args:
         data: the data list that the network is trained on.
@@ -69,14 +69,14 @@ def work_of_info(info: Mapping[str, Any]) -> Work:
 
 
 def read_figures(path: str | Path, info: Mapping[str, Any]) -> dict[str, Any]:
-    """The experts' figures in a JSON file of `training` or `evaluating`, by task.
+    """The experts' metrics in a JSON file of `training` or `evaluating`, by task.
 
     Args:
         path: the file.
         info: of the decomposition that they are said to be of.
 
     Raises:
-        LoRKDError: no JSON object, or figures of tasks with other classes.
+        LoRKDError: no JSON object, or metrics of tasks with other classes.
     """
     content = read_json(path)
     specs = work_of_info(info).tasks
@@ -86,7 +86,7 @@ def read_figures(path: str | Path, info: Mapping[str, Any]) -> dict[str, Any]:
     differing = differences(before, {name: now[name] for name in before})
     if differing:
         raise LoRKDError(
-            f"{path} holds figures of other classes than this decomposition's: {'; '.join(differing)}. Name the file "
+            f"{path} holds metrics of other classes than this decomposition's: {'; '.join(differing)}. Name the file "
             "that `evaluating` wrote for it"
         )
     return content.get("experts", content)
@@ -98,7 +98,7 @@ def expert_folders(
     """Where the expert bundles of these tasks go, see `expert_folder`.
 
     Raises:
-        LoRKDError: one stands there already and may not be replaced, or two tasks would have one name.
+        LoRKDError: one is there already and may not be replaced, or two tasks would have one name.
     """
     folders = {name: expert_folder(folder, name, info["kind"], info["spatial_dims"]) for name in tasks}
     if len(set(folders.values())) < len(folders):
@@ -133,7 +133,7 @@ def export_experts(
         network: the decomposed network, built from a backbone configuration, with :func:`network_info` as its info.
         folder: where the bundles go.
         tasks: which tasks; None: all.
-        figures: measured figures of each task, for the bundles' README and metadata.
+        figures: measured metrics of each task, for the bundles' README and metadata.
         parent: facts on the decomposition for the README, see `write_expert_bundle`.
         overwrite: replace bundles that exist.
         formats: file formats of the weights, see `write_expert_bundle`.
@@ -184,7 +184,7 @@ def export_experts(
 
 
 def describe_expert(folder: str | Path) -> dict[str, Any]:
-    """The task of an expert bundle: name, kind, classes and measured figures, as plain JSON data.
+    """The task of an expert bundle: name, kind, classes and measured metrics, as plain JSON data.
 
     Raises:
         LoRKDError: ``folder`` holds no bundle that can be read.

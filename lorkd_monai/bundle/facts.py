@@ -57,7 +57,7 @@ def resolved_facts(parent: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def write_facts(checkpoint: str | os.PathLike, facts: Mapping[str, Any]) -> Path:
-    """Write facts.json beside a checkpoint, for exports of it to come; return its path."""
+    """Write facts.json next to a checkpoint, for exports of it to come; return its path."""
     path = Path(checkpoint).with_name("facts.json")
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -65,7 +65,7 @@ def write_facts(checkpoint: str | os.PathLike, facts: Mapping[str, Any]) -> Path
 
 
 def read_facts(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """The facts that stand beside a checkpoint; empty where there are none.
+    """The facts that are next to a checkpoint; empty where there are none.
 
     Raises:
         LoRKDError: facts.json is there and holds no facts.

@@ -149,7 +149,7 @@ def run_onnx(path: str | Path, image: torch.Tensor) -> torch.Tensor:
 
 
 def _drop_source_paths(path: Path) -> None:
-    """Leave out of a TorchScript archive where the sources of the exporting machine lie.
+    """Leave the source paths of the exporting machine out of a TorchScript archive.
 
     They are there for error messages only, and hold the paths of whoever exported the network.
     """

@@ -1,4 +1,4 @@
-"""Text that came from a data list, made safe to stand in a config, a Markdown page or a file name."""
+"""Text that came from a data list, made safe for a config, a Markdown page or a file name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_task_name(name: Any) -> str:
 
 
 def is_inert(text: str) -> bool:
-    """True if MONAI's config parser takes ``text`` as it stands: no expression, macro or reference in it."""
+    """True if MONAI's config parser takes ``text`` as it is: no expression, macro or reference in it."""
     return not (text.startswith(("$", "%")) or _REFERENCE.fullmatch(text) or _RELATIVE.search(text))
 
 
@@ -51,6 +51,6 @@ def inert_text(text: Any) -> str:
 
 
 def markdown_text(text: Any) -> str:
-    """Return ``text`` as one line that Markdown shows as it stands, also inside a table."""
+    """Return ``text`` as one line that Markdown shows as it is, also inside a table."""
     line = " ".join(str(text).split())
     return re.sub(r"([\\`*{}\[\]<>|$~]|(?<!\w)_|_(?!\w))", r"\\\1", line)

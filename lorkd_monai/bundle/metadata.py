@@ -64,7 +64,7 @@ def strings_of(item: Any) -> Iterator[str]:
 
 
 def needed_packages(*configs: Any, spatial_dims: int | None = None) -> list[str]:
-    """Return the packages, sorted, that stock MONAI imports for these configs beside torch, numpy and itself.
+    """Return the packages, sorted, that stock MONAI imports for these configs besides torch, numpy and itself.
 
     ``fire`` is the command line of ``monai.bundle``, ``pytorch-ignite`` its engines. Where an image reader is not
     named, 2D images (``spatial_dims=2``) are taken to be read with pillow and volumes with nibabel.
@@ -97,7 +97,7 @@ def _version(package: str) -> str:
 
 
 def _figure(value: Any) -> Any:
-    """A measured figure as JSON takes it: NaN and infinity become null."""
+    """A measured metric as JSON takes it: NaN and infinity become null."""
     if isinstance(value, Mapping):
         return {str(key): _figure(item) for key, item in value.items()}
     if isinstance(value, bool) or value is None:
@@ -170,7 +170,7 @@ def build_metadata(
         **({"body_part": inert_text(task.body_part)} if task.body_part else {}),
         "description": f"A {dims} {kind} network for the one task '{task.name}', extracted as a plain MONAI network "
         "from a low-rank knowledge decomposition (LoRKD) of a foundation model."
-        + ("" if metrics else " No figures were measured when it was written."),
+        + ("" if metrics else " No metrics were measured when it was written."),
         "authors": inert_text(parent.get("authors") or ", ".join(task.authors or [NO_AUTHORS])),
         "copyright": inert_text(parent.get("copyright", "see LICENSE and docs/data_license.txt")),
         "data_source": inert_text(parent.get("data_source", "see docs/data_license.txt")),

@@ -51,7 +51,7 @@ def check_overrides() -> None:
     known = own | {ReferenceResolver.normalize_id(key) for key in asked}
     referred = set(_references(config))
     unknown = [id for id in _ids(config) if id not in known and not _is_referred(id, referred)]
-    # What stands below an unknown key goes with it.
+    # What is below an unknown key goes with it.
     unknown = [id for id in unknown if not any(id.startswith(other + ID_SEP_KEY) for other in unknown)]
     if unknown:
         raise LoRKDError(

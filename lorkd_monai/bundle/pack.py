@@ -43,7 +43,7 @@ def _checked(folder: str | Path, check: bool) -> Path:
     problems = check_bundle(folder, thorough=False, for_zoo=False) if check else []
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise LoRKDError(f"{folder.name} is not fit to be shared; mend this first:\n{listed}")
+        raise LoRKDError(f"{folder.name} is not fit to be shared; fix this first:\n{listed}")
     return folder
 
 
@@ -56,7 +56,7 @@ def pack_bundle(
     bundle gives the same bytes; results (``eval``), data and hidden files stay out.
 
     Args:
-        out_zip: a file, or a folder to put NAME.zip into; None puts it beside the bundle.
+        out_zip: a file, or a folder to put NAME.zip into; None puts it next to the bundle.
         overwrite: replace an existing file.
         check: refuse a bundle with problems, see `check_bundle`.
 

@@ -60,7 +60,7 @@ def _number(value: Any) -> str:
 
 def _performance(metrics: Mapping[str, Any]) -> str:
     if not metrics:
-        return "No figures were measured when this bundle was written; `configs/evaluate.json` measures them."
+        return "No metrics were measured when this bundle was written; `configs/evaluate.json` measures them."
     rows = ["| Metric | Value | 95 % interval | Images |", "| --- | --- | --- | --- |"]
     for name, figure in metrics.items():
         values = figure if isinstance(figure, Mapping) else {"value": figure}
@@ -131,7 +131,7 @@ python -m monai.bundle run --bundle_root $B --config_file $B/configs/inference.j
 Chosen files: `--images "['a', 'b']"` in place of `--dataset_dir`. What another run wrote into
 `OUT` is replaced only with `--overwrite true`.
 
-Figures on labelled images, and fine-tuning. `DATA/dataset.json` is a data list such as the decomposition was trained
+Metrics on labelled images, and fine-tuning. `DATA/dataset.json` is a data list such as the decomposition was trained
 on: `training`, `validation` and `test` items with `image` and `label`, those of another `task` and those without a
 label left out (`--task` where the list has another name for it). Images are turned by up to `--rotate` degrees and
 mirrored along `--flip_axes`, as in the decomposition. The best weights replace `models/model.pt` unless `--ckpt_dir`
@@ -145,7 +145,7 @@ torchrun --standalone --nproc_per_node=2 -m monai.bundle run training --bundle_r
 --config_file "['$B/configs/train.json','$B/configs/multi_gpu_train.json']" --dataset_dir DATA
 ```
 
-The same weights lie in {", ".join(others)}. After fine-tuning, write the TorchScript form again (never rename it):
+The same weights are in {", ".join(others)}. After fine-tuning, write the TorchScript form again (never rename it):
 
 ```
 python -m monai.bundle ckpt_export network_def --filepath $B/models/model.ts --ckpt_file $B/models/model.pt \
@@ -235,7 +235,7 @@ pip install {pins}
 * **Not for clinical use.** This is research software; no regulatory agency has cleared or approved it.
 * It knows the classes above and nothing else: on an image of another modality, body part or device its output means
   nothing, and it does not say so.
-* The figures above are those of one data set; measure it on your own images first.
+* The metrics above are those of one data set; measure it on your own images first.
 
 ## **Citation Info**
 {_CITATION}

@@ -116,7 +116,7 @@ def _export(folder: Path, token: str) -> Path:
 
 
 def refuse_foreign(folder: str | Path, mark: str = "configs/metadata.json") -> None:
-    """Raise where something stands at ``folder`` that may not be replaced: it is not empty, and lacks its mark."""
+    """Raise where something is at ``folder`` that may not be replaced: it is not empty, and lacks its mark."""
     folder = Path(folder)
     if folder.exists() and not (folder / mark).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise LoRKDError(f"{folder} is not replaced: it holds no {mark}, so it is something else. Name another folder")
@@ -124,7 +124,7 @@ def refuse_foreign(folder: str | Path, mark: str = "configs/metadata.json") -> N
 
 @contextmanager
 def bundle_folder(folder: str | Path, overwrite: bool = False, mark: str = "configs/metadata.json") -> Iterator[Path]:
-    """Give a temporary folder beside ``folder`` to write into, and move it into place when the block has ended.
+    """Give a temporary folder next to ``folder`` to write into, and move it into place when the block has ended.
 
     Where the block raises, nothing of it stays and an existing ``folder`` is as it was. What a killed process left
     (``.NAME.export-PID-…``) is removed by the next export of the same folder.
@@ -164,7 +164,7 @@ def _refuse_existing(folder: Path, overwrite: bool) -> None:
 
 
 def _put_in_place(temporary: Path, folder: Path, replaced: Path) -> None:
-    """Move a folder to its place; what stands there is set aside first, and deleted last."""
+    """Move a folder to its place; what is there is set aside first, and deleted last."""
     if not folder.exists():
         os.replace(temporary, folder)
         return
@@ -207,7 +207,7 @@ def _write_common(folder: Path, metadata: dict, inference: dict, readme: str) ->
 
 
 def check_formats(formats: Sequence[str] | None) -> tuple[str, ...]:
-    """The file formats that will be written, in order; None stands for all that can be.
+    """The file formats that will be written, in order; None means all that can be.
 
     Raises:
         LoRKDError: an unknown format, no ``"pt"``, or ``"onnx"`` without its package.
@@ -270,7 +270,7 @@ def write_expert_bundle(
 ) -> Path:
     """Write the complete MONAI bundle of one extracted expert and return its folder.
 
-    The bundle runs where only the packages of its own metadata.json are installed. It is written beside
+    The bundle runs where only the packages of its own metadata.json are installed. It is written next to
     ``folder``, checked, and moved into place: a killed export leaves nothing half-done.
 
     Args:

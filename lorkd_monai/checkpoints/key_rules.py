@@ -26,7 +26,7 @@ class KeyRules:
         keys: name in the state dict -> key of the network.
         rename: regular expressions and their replacements, applied one after the other to every other name.
         drop: regular expressions; names in which one is found are left out. One that speaks of ``module`` itself is
-            looked for in the key as it stands in the file.
+            looked for in the key as it is in the file.
         fresh: glob patterns of the network's keys that may keep the weights they start with.
     """
 

@@ -4,7 +4,7 @@ Their state dicts keep, under wrappers (``CKN.module.resnet.…`` for classifica
 segmentation), each adapted layer as ``….conv.weight`` beside ``….lora_A_list.<task>`` and ``….lora_B_list.<task>``, and
 for classification one head for each task as ``head_task.<task>.module.weight``. For a kernel of k, A is rk × ik in 2D
 and rk × ik² in 3D, B is ok × rk, and ΔW is scale · (B A) viewed as the weight: our layout ``"lorkd"``, so that the
-factors are taken as they are. The scale stands in none of their files.
+factors are taken as they are. The scale is in none of their files.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class ImportReport:
     """What became of the keys: all of them are in one of these lists."""
 
     placed: list[str] = field(default_factory=list)
-    """Keys whose tensors stand in the decomposition now."""
+    """Keys whose tensors are in the decomposition now."""
     dropped: list[str] = field(default_factory=list)
     """Keys that the caller said to leave out."""
     unused: list[str] = field(default_factory=list)
     """Factors of grouped convolutions: the released code stores them, and its forward pass leaves them out."""
     fresh: list[str] = field(default_factory=list)
-    """Tensors of the decomposition that no key gave, and that the caller allowed to start anew."""
+    """Tensors of the decomposition that no key gave, and that the caller allowed to start fresh."""
 
     def summary(self) -> str:
         """A line for each list of keys that were not taken over: their number and examples."""
         lists = {
             "left out, as asked": self.dropped,
             "left out, factors of grouped convolutions that the released code never uses": self.unused,
-            "starting anew, to be trained": self.fresh,
+            "starting fresh, to be trained": self.fresh,
         }
         return "\n".join(f"{what}: {len(keys)} ({some_of(keys)})" for what, keys in lists.items() if keys)
 
@@ -201,7 +201,7 @@ def _classes(source: _Source, tasks: Sequence[str] | Mapping[str, int]) -> dict[
         if not isinstance(tasks, Mapping):
             raise LoRKDError(
                 "the state dict holds no heads (head_task.<task>.weight): give tasks as {name: number of output "
-                "channels}, and name the head's keys in fresh: it starts anew and has to be trained"
+                "channels}, and name the head's keys in fresh: it starts fresh and has to be trained"
             )
         return dict(tasks)
     if sorted(source.heads) != list(range(count)) or any("weight" not in h for h in source.heads.values()):
@@ -259,7 +259,7 @@ def _check_places(
         seen.add(id(tensor))
     if open_keys:
         problems.append(
-            f"no key gives {_listed(open_keys)} of {type(network).__name__}; name in fresh what may start anew"
+            f"no key gives {_listed(open_keys)} of {type(network).__name__}; name in fresh what may start fresh"
         )
     if problems:
         raise LoRKDError("the state dict does not fit the backbone, nothing was imported: " + "; ".join(problems))
@@ -337,7 +337,7 @@ def _ranks(
 
 
 def _compact(factors: Mapping[str, float]) -> dict[str, float]:
-    """One pattern for a whole branch of the network ("decoder.*") where it stands for all of its layers."""
+    """One pattern for a whole branch of the network ("decoder.*") where it means all of its layers."""
     pattern = {}
     for name, factor in factors.items():
         branch = name.partition(".")[0]

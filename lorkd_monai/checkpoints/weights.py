@@ -113,7 +113,7 @@ def _first_line(error: BaseException) -> str:
 def save_weights(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
     """Write a flat state dict as ``.safetensors`` or, under any other suffix, with ``torch.save``.
 
-    The file is there in full or not at all: it is written beside its place and then moved there.
+    The file is there in full or not at all: it is written next to its place and then moved there.
 
     Raises:
         LoRKDError: ``state`` is no state dict, or the folder does not exist.

@@ -1,4 +1,4 @@
-"""The decomposition trainer, its evaluator, and the figures of a trained decomposition."""
+"""The decomposition trainer, its evaluator, and the metrics of a trained decomposition."""
 
 import importlib
 

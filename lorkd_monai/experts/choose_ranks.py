@@ -54,7 +54,7 @@ def suggest_ranks(
     """Propose a rank for each task within a budget of parameters, from the spectrum of each task's full update.
 
     The full update of a task is ΔW = W − W0 in every layer that gets an expert, W being the weights of a copy of the
-    backbone that was fine-tuned on the task alone. An expert of rank r can hold the part of ΔW that lies in its first
+    backbone that was fine-tuned on the task alone. An expert of rank r can hold the part of ΔW that is in its first
     singular values, and its energy kept is Σ σ² over those, as a share of all, over all layers. Ranks are handed out
     one by one to the task whose share grows most for the parameters it takes, while the budget lasts. (Ranks that
     differ by task come from arXiv 2409.19540; this rule is ours.)

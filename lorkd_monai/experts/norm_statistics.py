@@ -1,4 +1,4 @@
-"""Statistics of an expert's batch norms, estimated anew on its own images."""
+"""Statistics of an expert's batch norms, re-estimated on its own images."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def reestimate_norms(network: nn.Module, batches: Iterable, task: str | int | No
     """
     if isinstance(network, LoRKDNet):
         if task is None:
-            raise LoRKDError("task is needed: whose norms are to be estimated anew?")
+            raise LoRKDError("task is needed: whose norms are to be re-estimated?")
         if not network.norm_banks:
             raise LoRKDError(
                 "the tasks of this network share their norms, so that new statistics for one would change all: "

@@ -18,7 +18,7 @@ def select_weights(student: LoRKDNet, teacher: nn.Module, least: float = 0.0) ->
 
     Tensors of one name and as many axes are taken over where the teacher's is at least as large on each axis: its
     entries at even distances. Layers that follow each other so select the same channels. Norms of tasks all start
-    alike. Heads and experts start anew.
+    alike. Heads and experts start fresh.
 
     Args:
         student: changed in place.

@@ -400,7 +400,7 @@ class LoRKDNet(nn.Module):
         """Serve one task from now on: calls without ``task`` give what :meth:`extract` of it gives, bit for bit.
 
         It holds for the whole process: where several threads share the network, use :meth:`serving`. W0 is not touched:
-        the fused weights stand beside it.
+        the fused weights are next to it.
         """
         self._serving = self.task_index(task)
 

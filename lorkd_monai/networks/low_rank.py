@@ -112,7 +112,7 @@ class LowRankLayer(RoutedModule):
             factors[task] = nn.Parameter(new.to(old, copy=True), old.requires_grad)
         self.scales[task] = float(scale)
 
-    @torch.compiler.disable  # the routing differs from batch to batch: compiled, each would be compiled anew
+    @torch.compiler.disable  # the routing differs from batch to batch: compiled, each would be compiled again
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Apply the layer to a batch of mixed tasks; ``output_size`` as in transposed convolutions."""
         kwargs = {} if output_size is None else {"output_size": output_size}

@@ -22,7 +22,7 @@ class PlainView:
     """The extracted network of one task, kept while the weights stay what they are.
 
     It shares all tensors with the decomposed network but the fused weights. It is used in evaluation mode without
-    gradients, and made anew when a parameter or buffer was changed in place or replaced.
+    gradients, and made again when a parameter or buffer was changed in place or replaced.
 
     Some changes leave no trace in the tensors. Steps of fused optimisers are one kind: a call with gradients therefore
     clears the view, and none is kept while a parameter holds a gradient. Changes through ``.data`` are the other: call
@@ -73,7 +73,7 @@ class PlainView:
         return kept.network
 
     def _slots(self, task: int) -> list[tuple[dict, str]]:
-        """Where the tensors stand that the network of ``task`` is made of: all but the other experts'."""
+        """Where the tensors of the network of ``task`` are: all but the other experts'."""
         others = {
             id(t)
             for other in range(len(self._net.tasks))

@@ -70,7 +70,7 @@ class ExpertPool:
         self._requests: queue.Queue[tuple[Tensor, int, Future] | None] = queue.Queue(max_waiting)
         self._lock = threading.Lock()
         self._between = threading.Lock()  # held while the network runs, and while its experts change
-        self._changing = threading.Lock()  # one change at a time: a file is checked against experts that stand still
+        self._changing = threading.Lock()  # one change at a time: a file is checked against experts that do not change
         self._repeated: tuple[int, int] = (-1, 0)  # a task, and how many passes in a row were of it alone
         self._closed = False
         self._worker = threading.Thread(target=self._serve, name="ExpertPool", daemon=True)

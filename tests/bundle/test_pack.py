@@ -53,7 +53,7 @@ def test_refusals(make_case, tmp_path):
     broken = tmp_path / folder.name
     (broken / "configs").mkdir(parents=True)
     (broken / "configs" / "metadata.json").write_text("{}")
-    with pytest.raises(LoRKDError, match="not fit to be shared; mend this first"):
+    with pytest.raises(LoRKDError, match="not fit to be shared; fix this first"):
         pack_bundle(broken, tmp_path / "x.zip")
     assert not (tmp_path / "x.zip").exists()
 

@@ -99,9 +99,9 @@ def test_lists_without_test_images(bundle_run, data, tmp_path):
         assert done.code == 0, done.out[-2000:] + done.err[-2000:]
         assert "the list has no test images: experts are written without metrics" in done.out
     expert = out / "experts" / "ct_classification"
-    assert "No figures were measured when this bundle was written" in (expert / "docs" / "README.md").read_text()
+    assert "No metrics were measured when this bundle was written" in (expert / "docs" / "README.md").read_text()
     metadata = json.loads((expert / "configs" / "metadata.json").read_text())
-    assert metadata["eval_metrics"] == {} and "No figures were measured" in metadata["description"]
+    assert metadata["eval_metrics"] == {} and "No metrics were measured" in metadata["description"]
     refused(bundle_run("evaluating", data, out), "has no test images with labels", "--dataset_dir")
 
 

@@ -243,7 +243,7 @@ def test_segmentation_commands_of_the_docs(nnunet, tmp_path, monkeypatch, capsys
     words, inspect = commands_of("liver=2")
     run_cli(monkeypatch, *words, *(["--mapping", "map.yaml"] if mapped else []), "--report", "keys.json")
     printed = capsys.readouterr().out
-    assert len(printed) < 1500 and "starting anew, to be trained: " in printed
+    assert len(printed) < 1500 and "starting fresh, to be trained: " in printed
     lists = json.loads(Path("keys.json").read_text())
     assert sorted(lists["placed"] + lists["dropped"]) == sorted(state)
     assert all("projection_layer" in k for k in lists["dropped"])

@@ -1,4 +1,4 @@
-"""Batch-norm statistics, estimated anew on a task's own images."""
+"""Batch-norm statistics, re-estimated on a task's own images."""
 
 from __future__ import annotations
 

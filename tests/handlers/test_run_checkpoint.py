@@ -172,7 +172,7 @@ def test_garbage_is_refused_and_left(tmp_path, spoil):
     make_run(tmp_path, epochs=1).go()
     spoil(tmp_path / "last.pt")
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(LoRKDError, match=r"last.pt can't be resumed from.*Delete it to start anew, or give another"):
+    with pytest.raises(LoRKDError, match=r"last.pt can't be resumed from.*Delete it to start fresh, or give another"):
         make_run(tmp_path).go()
     assert (tmp_path / "last.pt").read_bytes() == before
 

@@ -57,7 +57,7 @@ def _files(bundle: BundleFiles) -> Iterator[Problem]:
             text = path.read_text(encoding="utf-8")
             content = json.loads(text)
         except ValueError as error:
-            yield Problem("bad-json", name, f"it is no JSON ({error})", "mend it, or export the bundle again")
+            yield Problem("bad-json", name, f"it is no JSON ({error})", "fix it, or export the bundle again")
             continue
         if not isinstance(content, dict):
             yield Problem("bad-json", name, f"expected an object, got {type(content).__name__}", "export it again")
@@ -289,7 +289,7 @@ def _properties(bundle: BundleFiles) -> Iterator[Problem]:
                 missing = workflow.check_properties() or []
         except (Exception, SystemExit) as error:  # a config may raise anything
             reason = first_line(error)
-            yield Problem("property", f"configs/{name}.json", f"it cannot be built ({reason})", "mend the config")
+            yield Problem("property", f"configs/{name}.json", f"it cannot be built ({reason})", "fix the config")
             continue
         for item in missing:
             yield Problem("property", f"configs/{name}.json", f"the required property {item!r} is missing", "add it")

@@ -23,7 +23,7 @@ _CHOICES = (*STRATEGIES, "auto")
 
 
 class _Prices(NamedTuple):
-    """Time of forward and backward in ns. How they were found stands in docs/performance.md."""
+    """Time of forward and backward in ns. How they were measured: docs/performance.md."""
 
     call: float  # one segment of a split batch: its kernel calls
     weight: float  # one number of a merged weight: merging twice, reordering for the kernel, its gradient

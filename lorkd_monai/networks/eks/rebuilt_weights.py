@@ -50,7 +50,7 @@ class TaskMap:
 
     @cached_property
     def _segment_of_group(self) -> list[int]:
-        """Which segment each group lies in."""
+        """Which segment each group is in."""
         return segment_of_rows(self.segments, size=self.segments[-1][1] // self.groups)  # type: ignore[operator]  # only asked for where there are groups
 
     def _segment(self, x: Tensor, start: int, stop: int) -> Tensor:

@@ -11,7 +11,7 @@ __all__ = ["join_segments", "segment_of_rows", "take_rows", "take_segment"]
 
 
 def segment_of_rows(segments: Iterable[tuple[int, int]], rounds: int = 1, size: int = 1) -> list[int]:
-    """Which segment (first row, end, in a round) each row lies in, or each group of ``size`` rows."""
+    """Which segment (first row, end, in a round) each row is in, or each group of ``size`` rows."""
     return [p for p, (start, stop) in enumerate(segments) for _ in range(start, stop, size)] * rounds
 
 

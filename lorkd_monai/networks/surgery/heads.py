@@ -118,7 +118,7 @@ def head_channels(head: nn.Module, name: str) -> int:
 def head_like(head: nn.Module, channels: int, name: str) -> nn.Module:
     """A head of the same form with another number of output channels.
 
-    With the same number it is a copy, weights included. Otherwise its layers start anew: the first changes its
+    With the same number it is a copy, weights included. Otherwise its layers start fresh: the first changes its
     output channels, those after it input and output channels, norms and PReLUs follow.
 
     Raises:

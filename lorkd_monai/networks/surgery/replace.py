@@ -132,12 +132,12 @@ def config_of_expert(config: Mapping, classes: int) -> dict:
 
 
 def names_of(network: nn.Module, module: nn.Module) -> list[str]:
-    """All names under which a module stands in a network; several where it is shared."""
+    """All names of a module in a network; several where it is shared."""
     return [n for n, m in network.named_modules(remove_duplicate=False) if m is module]
 
 
 def replace_module(network: nn.Module, module: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in every place of ``network`` where ``module`` stands."""
+    """Put ``new`` in every place of ``network`` where ``module`` is."""
     for name in names_of(network, module):
         network.set_submodule(name, new)
 
