@@ -96,7 +96,7 @@ class RunCheckpoint:
             reason = str(e).strip().splitlines() or [type(e).__name__]
             raise LoRKDError(
                 f"{self.last} does not fit this run: {reason[0]}. Start with the settings and tasks that it was made "
-                "with, or give another --output_dir to start anew"
+                "with, or give another --output_dir to start fresh"
             ) from e
         self.best = dict(state["best"])
         engine.state.epoch = state["epoch"]
@@ -157,7 +157,7 @@ def refuse_other_run(folder: str | os.PathLike, settings: Mapping[str, Any]) -> 
     if changed:
         raise LoRKDError(
             f"{last} belongs to a run with other settings: {'; '.join(changed)}. Give them again to go on with it, or "
-            "give another --output_dir to start anew"
+            "give another --output_dir to start fresh"
         )
 
 
@@ -168,7 +168,7 @@ def _read(last: Path, mmap: bool = False) -> dict[str, Any]:
     except Exception as e:
         raise LoRKDError(
             f"{last} can't be resumed from: it is not a checkpoint of a run ({type(e).__name__}). Delete it to "
-            "start anew, or give another --output_dir"
+            "start fresh, or give another --output_dir"
         ) from e
 
 
