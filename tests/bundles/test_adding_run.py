@@ -164,7 +164,7 @@ def test_a_task_is_trained_anew(adding, lists, decomposed, tmp_path):
         ({"new_tasks": "['{old}']"}, "error: task '{old}' exists already in .* say --replace True"),
         ({"new_tasks": "['spine']"}, "error: new_tasks: the data list .* has no task 'spine'; its tasks are"),
         ({"trained": "{folder}/no.pt"}, "error: no trained decomposition at .*no.pt: run `training`"),
-        ({"replace": True}, "error: replace: name the tasks that are to start fresh"),
+        ({"replace": True}, "error: replace: name the tasks to train anew"),
         ({"transfer_weight": 1}, "error: transfer_weight is 1, and there is no teacher"),
         ({"image_size": 20}, "error: image_size is 20, but the decomposition .* was made for 16"),
     ],
