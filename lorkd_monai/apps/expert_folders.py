@@ -1,4 +1,4 @@
-"""Expert bundles as the apps take them: read, checked, and copied."""
+"""Read, check and copy expert bundles for the apps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COPIED = ("configs", "docs", "LICENSE", "models/model.pt", "large_files.yml")
 
 @dataclass(frozen=True)
 class ExpertFolder:
-    """One expert bundle: where it is and what its metadata says."""
+    """One expert bundle: its folder and its metadata."""
 
     folder: Path
     metadata: dict[str, Any]
@@ -32,22 +32,13 @@ class ExpertFolder:
         return self.folder.name
 
     @property
-    def kind(self) -> str:
-        """``"classification"`` or ``"segmentation"``."""
-        return self.name.rsplit("_", 1)[1]
-
-    @property
     def input(self) -> dict[str, Any]:
         """The description of the network's input."""
         return self.metadata["network_data_format"]["inputs"]["image"]
 
     @property
-    def spatial_dims(self) -> int:
-        return len(self.input["spatial_shape"])
-
-    @property
     def classes(self) -> dict[int, str]:
-        """Class index -> class name, as the data list had it."""
+        """Class index -> class name, as in the data list."""
         channels = self.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
         return {int(i): str(text).strip() for i, text in sorted(channels.items(), key=lambda item: int(item[0]))}
 
@@ -68,8 +59,8 @@ def _read(path: str | Path) -> ExpertFolder:
     try:
         metadata = json.loads((folder / "configs" / "metadata.json").read_text(encoding="utf-8"))
         expert = ExpertFolder(folder, metadata)
-        if expert.spatial_dims not in (2, 3) or not expert.classes:
-            raise ValueError("it names no spatial shape or no class")
+        if len(expert.input["spatial_shape"]) not in (2, 3) or not expert.classes:
+            raise ValueError("it has no spatial shape or no class")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoRKDError(
             f"{folder / 'configs' / 'metadata.json'} does not describe an expert with an input 'image' and an output "
@@ -79,10 +70,10 @@ def _read(path: str | Path) -> ExpertFolder:
 
 
 def read_experts(paths: Sequence[str | Path]) -> list[ExpertFolder]:
-    """Read the bundles of ``paths``, in order; a folder that is no bundle but holds some gives those.
+    """Read the bundles of ``paths``, in order; a folder of bundles gives all of them.
 
     Raises:
-        LoRKDError: no path, a folder that is no expert bundle, or two experts of one name.
+        LoRKDError: no path, a folder that is not an expert bundle, or two experts of one name.
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
@@ -107,7 +98,7 @@ def read_experts(paths: Sequence[str | Path]) -> list[ExpertFolder]:
 
 
 def copy_expert(expert: ExpertFolder, parent: Path) -> Path:
-    """Copy what a server needs of a bundle into ``parent/NAME``, links and results left out."""
+    """Copy the files that a server needs of a bundle into ``parent/NAME``, without links and results."""
     target = parent / expert.name
     for name in _COPIED:
         for source in [expert.folder / name, *sorted((expert.folder / name).rglob("*"))]:

@@ -85,7 +85,7 @@ def test_what_a_pool_refuses(experts: Path, tmp_path: Path) -> None:
         pass
     (bundle / "models" / "model.pt").write_bytes(b"no weights")
     with (
-        pytest.raises(ExpertError, match="no state_dict that can be read safely"),
+        pytest.raises(ExpertError, match="not a state_dict that can be read safely"),
         ExpertPool(tmp_path).use(bundle.name),
     ):
         pass

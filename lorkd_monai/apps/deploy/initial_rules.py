@@ -1,4 +1,4 @@
-"""The routing.yaml that an exported application starts with, from what the data list said of each task."""
+"""The first routing.yaml of an exported application, from each task's modality and body part."""
 
 from __future__ import annotations
 
@@ -12,55 +12,34 @@ from lorkd_monai.apps.expert_folders import ExpertFolder
 
 __all__ = ["dicom_modalities", "routing_text"]
 
-# What people write in data lists -> the codes of DICOM (PS3.3 C.7.3.1.1.1).
-_MODALITIES = {
-    "ct": ["CT"],
-    "computed tomography": ["CT"],
-    "mr": ["MR"],
-    "mri": ["MR"],
-    "magnetic resonance": ["MR"],
-    "us": ["US"],
-    "ultrasound": ["US"],
-    "xray": ["CR", "DX"],
-    "x ray": ["CR", "DX"],
-    "radiograph": ["CR", "DX"],
-    "radiography": ["CR", "DX"],
-    "cr": ["CR"],
-    "dx": ["DX"],
-    "mg": ["MG"],
-    "mammography": ["MG"],
-    "mammogram": ["MG"],
-    "pt": ["PT"],
-    "pet": ["PT"],
-    "nm": ["NM"],
-    "xa": ["XA"],
-    "angiography": ["XA"],
-    "es": ["ES"],
-    "endoscopy": ["ES"],
-    "op": ["OP"],
-    "fundus": ["OP"],
-    "fundus photography": ["OP"],
-    "opt": ["OPT"],
-    "oct": ["OPT"],
-    "optical coherence tomography": ["OPT"],
-    "sm": ["SM"],
-    "histopathology": ["SM"],
-    "pathology": ["SM"],
-    "gm": ["GM"],
-    "microscopy": ["GM"],
-    "xc": ["XC"],
-    "photography": ["XC"],
-    "dermoscopy": ["DMS"],
-    "dermatoscopy": ["DMS"],
-    "dms": ["DMS"],
+# Codes of DICOM (PS3.3 C.7.3.1.1.1), and what data lists call them.
+_NAMES = {
+    "CT": "ct, computed tomography",
+    "MR": "mr, mri, magnetic resonance",
+    "US": "us, ultrasound",
+    "CR DX": "xray, x ray, radiograph, radiography",
+    "CR": "cr",
+    "DX": "dx",
+    "MG": "mg, mammography, mammogram",
+    "PT": "pt, pet",
+    "NM": "nm",
+    "XA": "xa, angiography",
+    "ES": "es, endoscopy",
+    "OP": "op, fundus, fundus photography",
+    "OPT": "opt, oct, optical coherence tomography",
+    "SM": "sm, histopathology, pathology",
+    "GM": "gm, microscopy",
+    "XC": "xc, photography",
+    "DMS": "dms, dermoscopy, dermatoscopy",
 }
+_CODES = {name: codes.split() for codes, names in _NAMES.items() for name in names.split(", ")}
 
 _HEAD = """\
-# Which expert reads which DICOM series. A series goes to the experts of the ONE rule that it matches; where it
-# matches none, or several, the application stops and says so.
+# Which expert reads which DICOM series. A series goes to the experts of the ONE rule that it matches. If it matches
+# no rule, or several, the application stops and says so.
 #
-# A rule's match names DICOM tags and for each of them one or more texts, of which one must fit (in any case;
-# * stands for any characters). All tags of a rule must fit, and be there. A rule with an empty match is for nothing.
+# A rule's match names DICOM tags and, for each tag, one or more texts. A series matches if it has every tag of the
+# rule, and each tag fits one of its texts (in any case; * stands for any characters). An empty match matches nothing.
 # The tags: Modality, BodyPartExamined, SeriesDescription, StudyDescription, ProtocolName.
 #
 # To run several experts on the same series, name them in one rule:
@@ -77,9 +56,9 @@ _HEAD = """\
 
 
 def dicom_modalities(text: str | None) -> list[str]:
-    """Return the DICOM codes that a data list's modality stands for; none where it is unknown."""
+    """Return the DICOM codes of a data list's modality; none if it is unknown."""
     words = " ".join(str(text or "").replace("-", " ").replace("_", " ").split()).casefold()
-    return list(_MODALITIES.get(words, []))
+    return list(_CODES.get(words, []))
 
 
 def _match(expert: ExpertFolder) -> dict[str, list[str]]:
@@ -88,16 +67,16 @@ def _match(expert: ExpertFolder) -> dict[str, list[str]]:
     if modalities:
         match["Modality"] = modalities
         body_part = " ".join(str(expert.metadata.get("body_part") or "").split())
-        # Text of the data list is a text here too, never a pattern.
+        # The text of a data list is no pattern.
         if body_part:
             match["BodyPartExamined"] = [glob.escape(body_part.upper())]
     return match
 
 
 def routing_text(experts: Sequence[ExpertFolder]) -> str:
-    """Return routing.yaml with one rule for each expert; empty where its modality is unknown.
+    """Return routing.yaml with one rule for each expert; its match is empty if the modality is unknown.
 
-    Experts of the same modality and body part get rules that match the same series: which one, or both, a person says.
+    Experts of the same modality and body part get rules that match the same series: a person decides between them.
     """
     rules: list[dict[str, Any]] = [{"experts": [expert.name], "match": _match(expert)} for expert in experts]
     return _HEAD + yaml.safe_dump({"rules": rules}, sort_keys=False, allow_unicode=True, default_flow_style=None)

@@ -1,4 +1,4 @@
-"""Writes one MONAI Deploy application that holds many experts."""
+"""Write one MONAI Deploy application that holds many experts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ nibabel
 pillow
 pyyaml
 """
-# What `monai-deploy package` takes; nothing of it names this machine.
+# For `monai-deploy package`.
 _MANIFEST = """\
 application:
   title: LoRKD experts
@@ -42,16 +42,16 @@ resources:
 def write_deploy_app(folder: str | Path, experts: Sequence[str | Path], overwrite: bool = False) -> Path:
     """Write a folder that the MONAI Deploy App SDK runs: ``python FOLDER/app.py -i INPUT -o OUTPUT``.
 
-    It holds copies of the experts (``models/``), the rules by which a study finds its expert (``routing.yaml``, to be
-    checked by a person) and all its code: this package is not needed where it runs.
+    It holds copies of the experts (``models/``), the rules that choose the expert of a study (``routing.yaml``, which
+    a person must check) and all its code. It does not need this package.
 
     Args:
-        folder: to be made.
+        folder: the application to write.
         experts: folders of expert bundles, or folders that hold some.
-        overwrite: replace ``folder``; what a person changed in it is lost.
+        overwrite: replace ``folder``; changes made in it are lost.
 
     Raises:
-        LoRKDError: no expert, a folder that is none, two of one name, or ``folder`` exists.
+        LoRKDError: no expert, a folder that is not an expert bundle, two experts of one name, or ``folder`` exists.
 
     Example::
 
@@ -60,17 +60,18 @@ def write_deploy_app(folder: str | Path, experts: Sequence[str | Path], overwrit
     found = read_experts(experts)
     code = resources.files("lorkd_monai.apps.deploy.runtime")
     pins = found[0].metadata
+    files = {
+        "app.py": code.joinpath("app.py").read_text(encoding="utf-8"),
+        "app.yaml": _MANIFEST,
+        "requirements.txt": _REQUIREMENTS.format(torch=pins["pytorch_version"], monai=pins["monai_version"]),
+        "routing.yaml": routing_text(found),
+    }
+    for name in _MODULES:
+        files[f"lorkd_deploy/{name}.py"] = code.joinpath(f"{name}.py").read_text(encoding="utf-8")
     with bundle_folder(folder, overwrite, mark="routing.yaml") as temporary:
         (temporary / "lorkd_deploy").mkdir()
-        for name in _MODULES:
-            text = code.joinpath(f"{name}.py").read_text(encoding="utf-8")
-            (temporary / "lorkd_deploy" / f"{name}.py").write_text(text, encoding="utf-8")
-        (temporary / "app.py").write_text(code.joinpath("app.py").read_text(encoding="utf-8"), encoding="utf-8")
-        (temporary / "app.yaml").write_text(_MANIFEST, encoding="utf-8")
-        (temporary / "requirements.txt").write_text(
-            _REQUIREMENTS.format(torch=pins["pytorch_version"], monai=pins["monai_version"]), encoding="utf-8"
-        )
-        (temporary / "routing.yaml").write_text(routing_text(found), encoding="utf-8")
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         for expert in found:
             copy_expert(expert, temporary / "models")
     return Path(folder).absolute()

@@ -41,7 +41,7 @@ def _refuse(problem: str) -> MONAILabelException:
 
 
 class ExpertInferTask(BundleInferTask):
-    """One expert. Its own postprocessing puts a mask back onto the image's grid, so Label must not resize again."""
+    """One expert. Its postprocessing restores the image's grid, so Label must not resize the mask again."""
 
     def __init__(self, bundle: Path, conf: dict[str, str]) -> None:
         kind = bundle.name.rsplit("_", 1)[1]
@@ -49,13 +49,13 @@ class ExpertInferTask(BundleInferTask):
             str(bundle), conf, type=kind, add_post_restore=False, extend_load_image=False, load_strict=True
         )
         if not self.is_valid():
-            raise _refuse(f"{bundle} is no expert bundle with configs/inference.json and models/model.pt")
-        # Label makes names lower-case and drops "background", also where that is one of the classes to choose from.
+            raise _refuse(f"{bundle} is not an expert bundle with configs/inference.json and models/model.pt")
+        # Label makes names lower-case and drops "background", even if it is one of the classes of a classification.
         first = 0 if kind == "classification" else 1
         self.labels = {text: index for index, text in sorted(_classes(bundle).items()) if index >= first}
 
     def writer(self, data: dict[str, Any], extension: Any = None, dtype: Any = None) -> tuple[Any, Any]:
-        """Write a mask as the image's kind of file, on its grid; the stock writer turns rows into columns in 2D."""
+        """Write a mask as PNG (2D) or NIfTI (3D), on the image's grid; the stock writer transposes 2D masks."""
         if self.type == "classification":
             return super().writer(data, extension, dtype)
         mask = data[self.output_label_key]
@@ -90,7 +90,7 @@ class ExpertTrainTask(BundleTrainTask):
         for item in items:
             highest = int(np.asarray(_mask(item["label"])).max())
             if highest not in self.classes:
-                # Several experts share one datastore: a mask of another task's classes must not train this one.
+                # All experts share one datastore: a mask of another task must not train this expert.
                 raise _refuse(
                     f"{item['label']} holds class {highest}, but {Path(self.bundle_path).name} knows only "
                     f"{', '.join(f'{i} ({text})' for i, text in sorted(self.classes.items()))}"
@@ -143,7 +143,7 @@ class ExpertsApp(MONAILabelApp):
     def init_trainers(self) -> dict[str, Any]:
         if strtobool(self.conf.get("skip_trainers", "false")):
             return {}
-        # A label of MONAI Label is a mask: it has none that a classification could be trained on.
+        # Labels in MONAI Label are masks: a classification can't be trained on them.
         return {
             name: ExpertTrainTask(bundle, self.conf)
             for name, bundle in self.experts.items()

@@ -1,4 +1,4 @@
-"""Writes a MONAI Label app that serves expert bundles."""
+"""Write a MONAI Label app that serves expert bundles."""
 
 from __future__ import annotations
 
@@ -6,37 +6,27 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from lorkd_monai.apps.expert_folders import ExpertFolder, copy_expert, read_experts
+from lorkd_monai.apps.expert_folders import copy_expert, read_experts
 from lorkd_monai.bundle.writer import bundle_folder
 from lorkd_monai.errors import LoRKDError
 
 __all__ = ["write_label_app"]
 
 
-def _check_names(expert: ExpertFolder) -> None:
-    """MONAI Label finds a class by its name: two of one name would hide each other."""
-    names = list(expert.classes.values())
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise LoRKDError(
-            f"{expert.name} has several classes named {', '.join(map(repr, twice))}; MONAI Label tells classes apart "
-            "by their names: expected one name for each; rename them in the data list and export again"
-        )
-
-
 def write_label_app(folder: str | Path, experts: Sequence[str | Path], overwrite: bool = False) -> Path:
     """Write an app folder for ``monailabel start_server --app FOLDER --studies IMAGES``.
 
-    It holds copies of the experts, so that training one further in MONAI Label leaves the bundle it came from as it
-    is, and needs MONAI Label but not this package.
+    It holds copies of the experts, so training one further in MONAI Label does not change the original bundle. It
+    needs MONAI Label but not this package.
 
     Args:
-        folder: to be made.
+        folder: the app to write.
         experts: folders of expert bundles, or folders that hold some.
-        overwrite: replace ``folder``; what was trained in it is lost.
+        overwrite: replace ``folder``; experts trained further in it are lost.
 
     Raises:
-        LoRKDError: no expert, a folder that is none, two of one name, two classes of one name, or ``folder`` exists.
+        LoRKDError: no expert, a folder that is not an expert bundle, two experts or two classes of one name, or
+            ``folder`` exists.
 
     Example::
 
@@ -44,7 +34,13 @@ def write_label_app(folder: str | Path, experts: Sequence[str | Path], overwrite
     """
     found = read_experts(experts)
     for expert in found:
-        _check_names(expert)
+        names = list(expert.classes.values())
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise LoRKDError(
+                f"{expert.name} has several classes named {', '.join(map(repr, twice))}; MONAI Label finds classes by "
+                "their names: give each its own name in the data list and export again"
+            )
     main = resources.files("lorkd_monai.apps.label").joinpath("server_app.py").read_text(encoding="utf-8")
     with bundle_folder(folder, overwrite, mark="main.py") as temporary:
         (temporary / "main.py").write_text(main, encoding="utf-8")

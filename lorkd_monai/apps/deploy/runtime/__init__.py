@@ -1,1 +1,1 @@
-"""What an exported MONAI Deploy application is made of; it is copied there and imports nothing of lorkd_monai."""
+"""The code of an exported MONAI Deploy application; it is copied there and imports nothing of lorkd_monai."""

@@ -1,4 +1,4 @@
-"""A MONAI Deploy application with many experts: each study goes to the expert that routing.yaml names for its tags.
+"""A MONAI Deploy application with many experts: routing.yaml names the experts for each series, by its DICOM tags.
 
     python app.py -i INPUT -o OUTPUT
 
@@ -30,9 +30,9 @@ class ExpertsApplication(Application):
         context: AppContext = Application.init_app_context(self.argv)
         source, output = Path(context.input_path).resolve(), Path(context.output_path).resolve()
         if not source.is_dir():
-            raise RoutingError(f"expected a folder of images as the input (-i), but {source} is none")
+            raise RoutingError(f"expected a folder of images as the input (-i), but {source} is not a folder")
         models = Path(context.model_path)
-        # Without -m the SDK names a folder "models" in the working directory, whether there is one or not.
+        # Without -m the SDK gives "models" in the working directory, even if there is no such folder.
         pool = ExpertPool(models if next(models.glob("*/configs/metadata.json"), None) else HERE / "models")
         names = list(pool.experts)
         rules = read_rules(HERE / "routing.yaml", names)

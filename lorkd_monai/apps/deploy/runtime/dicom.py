@@ -1,7 +1,7 @@
-"""What the experts need of DICOM files: tags to route by, and volumes with their geometry.
+"""Read DICOM for the experts: the tags for routing, and volumes with their geometry.
 
-Read with pydicom itself: the SDK's own volume takes its number type from the first slice alone, and exchanges the two
-pixel spacings where they differ.
+Volumes are read with pydicom: the SDK takes the number type of a volume from its first slice alone, and swaps the two
+pixel spacings.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def check_uid(uid: Any) -> str:
-    """Return a UID that is one: it becomes the name of a folder."""
+    """Return a valid UID; it becomes the name of a folder."""
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", str(uid)) or len(str(uid)) > 64:
         raise ExpertError(f"expected a DICOM UID of digits and dots, got {str(uid)!r}")
     return str(uid)
 
 
 def tags_of(dataset: Any) -> dict[str, str]:
-    """The tags that rules look at, as text; absent ones are left out."""
+    """The tags that rules use, as text, without absent ones."""
     return {tag: str(dataset.get(tag)) for tag in TAGS if dataset.get(tag)}
 
 
@@ -53,7 +53,7 @@ def volume(datasets: Sequence[Any]) -> tuple[MetaTensor, list[int]]:
         raise ExpertError(f"a volume needs at least 2 slices, the series has {len(datasets)}")
     for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
         if any(not dataset.get(keyword) for dataset in datasets):
-            raise ExpertError(f"a slice of the series has no {keyword}, so that its place in space is not known")
+            raise ExpertError(f"a slice of the series has no {keyword}, so its position in space is unknown")
     first = datasets[0]
     directions = np.array([float(v) for v in first.ImageOrientationPatient]).reshape(2, 3)
     same = [
@@ -63,7 +63,9 @@ def volume(datasets: Sequence[Any]) -> tuple[MetaTensor, list[int]]:
         for d in datasets
     ]
     if not all(same):
-        raise ExpertError("the slices of the series differ in orientation, size or pixel spacing: it is no one volume")
+        raise ExpertError(
+            "the slices of the series differ in orientation, size or pixel spacing: they are not one volume"
+        )
     if first.get("PhotometricInterpretation") != "MONOCHROME2":
         raise ExpertError(f"a volume must be MONOCHROME2, got {first.get('PhotometricInterpretation')!r}")
     positions = np.array([[float(v) for v in d.ImagePositionPatient] for d in datasets])
@@ -81,9 +83,7 @@ def volume(datasets: Sequence[Any]) -> tuple[MetaTensor, list[int]]:
     affine[:3, 2] = (positions[order[-1]] - positions[order[0]]) / (len(order) - 1)
     affine[:3, 3] = positions[order[0]]
     slices = [_values(datasets[i]).astype(np.float32).T for i in order]
-    return _tensor(np.stack(slices, axis=-1), _TO_RAS @ affine, "no_channel"), order
-
-
-def _tensor(array: np.ndarray, affine: np.ndarray, channel: str) -> MetaTensor:
-    meta = {"original_channel_dim": channel, "spatial_shape": np.array(array.shape)}
-    return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine), meta=meta)
+    array = np.stack(slices, axis=-1)
+    meta = {"original_channel_dim": "no_channel", "spatial_shape": np.array(array.shape)}
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return MetaTensor(tensor, affine=torch.from_numpy(_TO_RAS @ affine), meta=meta), order

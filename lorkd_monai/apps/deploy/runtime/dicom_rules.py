@@ -1,7 +1,7 @@
 """Which expert reads which series: rules over DICOM tags, read from routing.yaml.
 
-A series goes to the experts of the ONE rule that it matches. No rule, or several, is an error that says what the
-series' tags are and which rules there are: never a guess.
+A series goes to the experts of the ONE rule that it matches. If it matches no rule, or several, the error states its
+tags and the rules; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import yaml
 __all__ = ["TAGS", "RoutingError", "Rule", "choose", "read_rules"]
 
 TAGS = ("Modality", "BodyPartExamined", "SeriesDescription", "StudyDescription", "ProtocolName")
-"""The DICOM keywords that a rule may look at."""
+"""The DICOM keywords that a rule may use."""
 
 
 class RoutingError(ValueError):
-    """A rules file that cannot be used, or a series that no rule, or more than one, is for."""
+    """A rules file cannot be used, or a series matches no rule or several."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Experts, and for each tag the patterns of which one must match; a rule without patterns matches nothing."""
+    """Experts, and patterns for each tag, of which one must match; a rule without patterns matches nothing."""
 
     experts: tuple[str, ...]
     match: Mapping[str, tuple[str, ...]]
 
     def matches(self, tags: Mapping[str, str]) -> bool:
-        """True if every tag of the rule is there and fits one of its patterns; case and spaces at the ends aside."""
+        """True if every tag of the rule is there and fits one of its patterns, without regard to case and spaces."""
         return bool(self.match) and all(
             any(fnmatchcase(_plain(tags.get(tag)), _plain(pattern)) for pattern in patterns) and _plain(tags.get(tag))
             for tag, patterns in self.match.items()
@@ -102,12 +102,12 @@ def choose(rules: Sequence[Rule], tags: Mapping[str, str], what: str) -> Rule | 
 
 
 def describe(tags: Mapping[str, str]) -> str:
-    """The tags that rules look at, as a person reads them."""
+    """The first tags that rules use, in words."""
     return ", ".join(f"{tag} {tags[tag]!r}" if tags.get(tag) else f"no {tag}" for tag in TAGS[:3])
 
 
 def no_rule(rules: Sequence[Rule], series: Sequence[tuple[str, Mapping[str, str]]]) -> RoutingError:
-    """The error for a study of which no series matches a rule; ``series`` are names and tags."""
+    """The error for a study without a matching series; ``series`` are names and tags."""
     seen = "\n".join(f"  {what}: {describe(tags)}" for what, tags in series)
     listed = "\n".join(f"  {rule}" for rule in rules)
     return RoutingError(f"no rule of routing.yaml matches any of:\n{seen}\nThe rules are:\n{listed}")

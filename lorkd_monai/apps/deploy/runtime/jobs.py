@@ -1,4 +1,4 @@
-"""What an input folder asks for: each series or file, and the experts that read it."""
+"""The jobs of an input folder: each series or file, and the experts that read it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SUFFIXES = (".nii", ".nii.gz", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"
 
 @dataclass
 class Job:
-    """One series (``source`` is the SDK's) or one image file, the experts for it, and why these."""
+    """One series (``source`` is the SDK's) or one image file, the experts for it, and the reason for them."""
 
     name: str
     source: Any
@@ -30,10 +30,10 @@ class Job:
 def jobs_of_series(studies: Sequence[Any], rules: Sequence[Rule]) -> list[Job]:
     """Return a job for each series that matches one rule; ``studies`` are the SDK's `DICOMStudy`.
 
-    A series without a rule (a localizer, say) is passed over where another series of its study has one.
+    A series that matches no rule (such as a localizer) is left out if another series of its study matches one.
 
     Raises:
-        RoutingError: a study none of whose series matches, or a series that matches several rules.
+        RoutingError: no series of a study matches a rule, or a series matches several rules.
     """
     jobs = []
     for study in studies:
@@ -62,11 +62,11 @@ def _stem(path: Path) -> str:
 def jobs_of_files(folder: Path, rules: Sequence[Rule], experts: Sequence[str]) -> list[Job]:
     """Return a job for each NIfTI, PNG, JPEG, BMP or TIFF file below ``folder``.
 
-    Files have no DICOM tags. A file in a folder named after an expert goes to that expert; another one needs its tags
+    A file in a folder named after an expert goes to that expert. Any other file needs its DICOM tags in a JSON file
     beside it, as dcm2niix writes them: ``scan.json`` for ``scan.nii.gz``.
 
     Raises:
-        RoutingError: a file with neither, or whose tags match no rule or several.
+        RoutingError: a file has neither, its tags match no rule or several, or two files would give one result.
     """
     jobs = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(_SUFFIXES)):

@@ -1,4 +1,4 @@
-"""The application's operators: route, run the experts, write their answers."""
+"""The operators of the application: route, run the experts, write their answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _log = logging.getLogger("lorkd")
 
 @dataclass
 class Answer:
-    """What one expert says about one job: a mask (DICOM: slices × rows × columns), or probabilities per image."""
+    """One expert's answer to one job: a mask (DICOM: slices × rows × columns), or probabilities for each image."""
 
     job: Job
     expert: Expert
@@ -43,7 +43,7 @@ class Answer:
 
 
 class RouteOperator(Operator):
-    """Takes the studies that were loaded and the folder's image files; gives the list of jobs.
+    """Make the list of jobs from the loaded studies and the image files of the folder.
 
     Named input: ``studies``, a list of DICOMStudy. Named output: ``jobs``.
     """
@@ -69,7 +69,7 @@ class RouteOperator(Operator):
 
 
 class ExpertOperator(Operator):
-    """Runs the experts of each job, all jobs of one expert together. Named input: ``jobs``; output: ``answers``."""
+    """Run the experts, all jobs of one expert together. Named input: ``jobs``; named output: ``answers``."""
 
     def __init__(self, fragment: Fragment, *args: Any, pool: ExpertPool, **kwargs: Any):
         self.pool = pool
@@ -95,7 +95,7 @@ class ExpertOperator(Operator):
 def _answer(job: Job, expert: Expert, network: torch.nn.Module) -> Answer:
     if isinstance(job.source, Path):
         image = expert.load(job.source)
-        # Where a file holds a channel, the answer still lies on the axes in space.
+        # A mask has the spatial axes only, even if the file has a channel axis.
         result = expert.predict(network, image)
         if not expert.is_segmentation:
             return Answer(job, expert, probabilities=[result.tolist()])
@@ -116,7 +116,7 @@ def _answer(job: Job, expert: Expert, network: torch.nn.Module) -> Answer:
 
 
 class WriteOperator(Operator):
-    """Writes each answer below ``output``: masks as DICOM SEG or as the input's kind of file, classes as JSON and SR.
+    """Write each answer below ``output``: masks as DICOM SEG, NIfTI or PNG, classes as JSON and DICOM SR.
 
     Named input: ``answers``.
     """
@@ -134,8 +134,8 @@ class WriteOperator(Operator):
         for answer in answers:
             if (self.output / answer.job.name).exists():
                 raise RoutingError(
-                    f"{self.output / answer.job.name} is there already, the result of another run: expected an output "
-                    "folder (-o) without it"
+                    f"{self.output / answer.job.name} exists already, from another run: give an output folder (-o) "
+                    "without it"
                 )
         for number, answer in enumerate(answers):
             folder = self.output / answer.job.name
@@ -160,7 +160,7 @@ class WriteOperator(Operator):
             SegmentDescription(
                 segment_label=text[:64],
                 segmented_property_category=codes.SCT.AnatomicalStructure,
-                # The bundle knows the class by its name only: a code of our own says no more than that.
+                # The bundle has only a name for the class, so the code is our own.
                 segmented_property_type=Code(str(index), "99LORKD", text[:64]),
                 algorithm_name=expert.name[:64],
                 algorithm_version=str(expert.metadata["version"])[:64],
@@ -188,7 +188,7 @@ class WriteOperator(Operator):
 
 
 def report(answer: Answer) -> dict[str, Any]:
-    """A classification as JSON takes it: what was read, by whom, why, and each class's probability."""
+    """A classification as JSON data: what was read, by which expert, why, and the probability of each class."""
     job, expert = answer.job, answer.expert
     if isinstance(job.source, Path):
         images = [job.source.name]

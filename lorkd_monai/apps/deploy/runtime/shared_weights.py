@@ -1,8 +1,8 @@
 """All experts of an application in the memory of one: networks of one architecture share one set of tensors.
 
-Every expert has its own network object, built from its own bundle, but tensors of the same name, shape and
-architecture are one tensor for all of them (a head with another number of classes is its own). `ExpertPool.use`
-copies one expert's weights there from its file: the result is the expert's own network, bit for bit.
+Every expert has its own network object, built from its own bundle. Tensors of the same architecture, name and shape
+are shared (a head with another number of classes is not). `ExpertPool.use` copies one expert's weights into them from
+its file: the network is bit-identical to the expert's own.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["Expert", "ExpertError", "ExpertPool"]
 
 
 class ExpertError(ValueError):
-    """An expert's bundle that cannot be used, or an image that it cannot take."""
+    """An expert's bundle cannot be used, or the expert cannot take an image."""
 
 
 class Expert:
-    """One expert bundle: its metadata, its transforms, its network without weights of its own.
+    """One expert bundle: its metadata, its transforms, and its network, whose weights `ExpertPool` loads.
 
-    Its configs/inference.json is run as MONAI runs it: use only bundles that you would also run by themselves.
+    The expert's configs/inference.json is executed, as MONAI does: use only bundles that you trust.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -43,40 +43,42 @@ class Expert:
             self.spatial_dims = len(formats["inputs"]["image"]["spatial_shape"])
             channels = formats["outputs"]["pred"]["channel_def"]
             self.classes = {int(i): str(text).strip() for i, text in channels.items()}
-            self.kind = formats["outputs"]["pred"]["format"]
+            self.is_segmentation = formats["outputs"]["pred"]["format"] == "segmentation"
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ExpertError(f"{folder} is no expert bundle: {error!r}") from error
-        self.is_segmentation = self.kind == "segmentation"
-        # Images come from memory and masks go on from there: what loads and what saves is left out.
-        self._config = {"device": str(device), "inferer": config["inferer"], "network_def": config["network_def"]}
-        for key, left_out in (("preprocessing", "LoadImage"), ("postprocessing", "SaveImage")):
-            steps = [step for step in config[key]["transforms"] if left_out not in _target(step)]
-            self._config[key] = {**config[key], "transforms": steps}
-        self.loading = {
-            **config["preprocessing"],
-            "transforms": [s for s in config["preprocessing"]["transforms"] if "LoadImage" in _target(s)],
-        }
-        self._parser = ConfigParser(dict(self._config))
+            raise ExpertError(f"{folder} is not an expert bundle: {error!r}") from error
+        # The application loads images and saves masks itself.
+        before, after = config["preprocessing"], config["postprocessing"]
+        loading = [step for step in before["transforms"] if "LoadImage" in _target(step)]
+        others = [step for step in before["transforms"] if step not in loading]
+        answering = [step for step in after["transforms"] if "SaveImage" not in _target(step)]
+        self.loading = {**before, "transforms": loading}
+        self._parser = ConfigParser(
+            {
+                "device": str(device),
+                "inferer": config["inferer"],
+                "network_def": config["network_def"],
+                "preprocessing": {**before, "transforms": others},
+                "postprocessing": {**after, "transforms": answering},
+            }
+        )
+        self.architecture = str(config["network_def"]["_target_"])
+        self.weights = folder / "models" / "model.pt"
         self.network: nn.Module | None = None
 
-    @property
-    def architecture(self) -> str:
-        """The class of the network: tensors are shared within one."""
-        return str(self._config["network_def"]["_target_"])
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / "models" / "model.pt"
-
     def build(self) -> nn.Module:
+        """The network, with random weights."""
         return self._parser.get_parsed_content("network_def").eval()
 
+    def key(self, name: str, tensor: torch.Tensor) -> tuple[Any, ...]:
+        """Experts share the tensors that have one key."""
+        return self.architecture, name, tuple(tensor.shape), tensor.dtype
+
     def read_weights(self) -> dict[str, torch.Tensor]:
-        """The weights, mapped from the file where it allows that, so that they take no memory of their own."""
+        """The weights, memory-mapped from the file, so that they take no memory of their own."""
         try:
             return torch.load(self.weights, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
-            raise ExpertError(f"{self.weights} is no state_dict that can be read safely: {error}") from error
+            raise ExpertError(f"{self.weights} is not a state_dict that can be read safely: {error}") from error
 
     def load(self, path: str | Path) -> MetaTensor:
         """Read an image file as the bundle itself does."""
@@ -96,9 +98,9 @@ class Expert:
         return self.load(path)
 
     def predict(self, network: nn.Module, image: MetaTensor) -> torch.Tensor:
-        """Return the class index of every voxel (uint8, the image's own grid), or the classes' probabilities.
+        """Return the class index of every voxel (uint8, on the image's own grid), or the probability of each class.
 
-        ``image`` is what `load` gives: an array with its affine and ``original_channel_dim``.
+        ``image`` is as from `load`: an array with its affine and ``original_channel_dim``.
 
         Raises:
             ExpertError: the expert's preprocessing refuses the image.
@@ -120,7 +122,7 @@ class Expert:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """What the expert's preprocessing said of an image, from an error that it led to."""
+    """Why the expert's preprocessing refused an image, from the error that it raised; None for other errors."""
     found = re.search("ValueError: refused: (.*)", "".join(traceback.format_exception(error)))
     return None if found is None else found[1]
 
@@ -155,13 +157,13 @@ class ExpertPool:
         self._lock = threading.RLock()
 
     def _network(self, expert: Expert) -> nn.Module:
-        """The expert's network; its tensors are those of the architecture, where there are some already."""
+        """The expert's network, on the shared tensors of its architecture."""
         if expert.network is not None:
             return expert.network
         network = expert.build()
         tensors = {}
         for name, value in network.state_dict(keep_vars=True).items():
-            key = (expert.architecture, name, tuple(value.shape), value.dtype)
+            key = expert.key(name, value)
             if key not in self._shared:
                 self._shared[key] = value.detach().to(self.device)
             shared = self._shared[key]
@@ -172,10 +174,10 @@ class ExpertPool:
 
     @contextmanager
     def use(self, name: str) -> Iterator[tuple[Expert, nn.Module]]:
-        """Give an expert and its network with its weights; no other expert runs until the block ends.
+        """Yield an expert and its network with its weights; no other expert runs until the block ends.
 
         Raises:
-            ExpertError: no such expert, or weights that do not fit its network.
+            ExpertError: there is no such expert, or its weights do not fit its network.
         """
         if name not in self.experts:
             raise ExpertError(f"there is no expert {name!r}; there are {', '.join(self.experts)}")
@@ -183,7 +185,7 @@ class ExpertPool:
         with self._lock:
             network = self._network(expert)
             own = network.state_dict()
-            keys = {key: (expert.architecture, key, tuple(value.shape), value.dtype) for key, value in own.items()}
+            keys = {key: expert.key(key, value) for key, value in own.items()}
             if any(self._active.get(key) != name for key in keys.values()):
                 weights = expert.read_weights()
                 problems = sorted(set(own) ^ set(weights)) or [
@@ -197,5 +199,5 @@ class ExpertPool:
             yield expert, network
 
     def bytes(self) -> int:
-        """The memory of all networks that were used so far."""
+        """The memory of all networks used so far, in bytes."""
         return sum(value.numel() * value.element_size() for value in self._shared.values())
