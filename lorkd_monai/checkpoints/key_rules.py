@@ -1,4 +1,4 @@
-"""Which tensor of a foreign state dict belongs where: by the user's rules, by name, or by structure."""
+"""Match the tensors of another code's state dict to a network: by the user's rules, by name, or by structure."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class KeyRules:
 
     Args:
         keys: name in the state dict -> key of the network.
-        rename: regular expressions and their replacements, applied one after the other to every other name.
-        drop: regular expressions; names in which one is found are left out. One that speaks of ``module`` itself is
-            looked for in the key as it is in the file.
-        fresh: glob patterns of the network's keys that may keep the weights they start with.
+        rename: regular expressions and their replacements, applied one after the other to all other names.
+        drop: regular expressions; names in which one is found are left out. One that contains ``module`` is searched
+            for in the key as it is in the file.
+        fresh: glob patterns of the network's keys that may keep their initial weights.
     """
 
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -37,10 +37,10 @@ class KeyRules:
 
     @classmethod
     def read(cls, mapping: Mapping | None, drop: Sequence[str] = (), fresh: Sequence[str] = ()) -> KeyRules:
-        """Check a mapping, with further ``drop`` and ``fresh`` beside its own.
+        """Check a mapping; ``drop`` and ``fresh`` are added to its own.
 
         Raises:
-            LoRKDError: an unknown field, a value of another type, or no regular expression.
+            LoRKDError: an unknown field, a value of the wrong type, or an invalid regular expression.
         """
         mapping = {} if mapping is None else mapping
         unknown = [k for k in mapping if k not in _FIELDS] if isinstance(mapping, Mapping) else [mapping]
@@ -65,7 +65,7 @@ class KeyRules:
 
     @property
     def place_keys(self) -> bool:
-        """Whether the rules say where keys go, so that structure is not asked."""
+        """Whether the rules say where keys go; otherwise `by_structure` finds it."""
         return bool(self.keys or self.rename)
 
     def drops(self, key: str, name: str) -> bool:
@@ -73,48 +73,44 @@ class KeyRules:
         return any(p.search(key if _MODULE.search(p.pattern) else name) for p in self.drop)
 
     def is_fresh(self, key: str) -> bool:
-        """Whether this key of the network may keep the weights it starts with."""
+        """Whether this key of the network may keep its initial weights."""
         return any(fnmatchcase(key, p) for p in self.fresh)
 
-    def places(self, names: Sequence[str] | Mapping[str, Tensor]) -> dict[str, str]:
-        """Name -> key of the network, as the rules say; whether there is such a key is not asked.
+    def place(self, name: str) -> str:
+        """The key of the network where a tensor goes; the network may lack it.
 
         Raises:
-            LoRKDError: a replacement that refers to a group which its expression lacks.
+            LoRKDError: a replacement that refers to a group that its expression lacks.
         """
-        places = {}
-        for name in names:
-            place = self.keys.get(name)
-            if place is None:
-                place = name
-                for pattern, replacement in self.rename:
-                    try:
-                        place = pattern.sub(replacement, place)
-                    except (re.error, IndexError) as e:
-                        raise LoRKDError(f"mapping: {pattern.pattern!r} → {replacement!r}: {e}") from e
-            places[name] = place
-        return places
+        if name in self.keys:
+            return self.keys[name]
+        for pattern, replacement in self.rename:
+            try:
+                name = pattern.sub(replacement, name)
+            except (re.error, IndexError) as e:
+                raise LoRKDError(f"mapping: {pattern.pattern!r} → {replacement!r}: {e}") from e
+        return name
 
 
 def _compiled(pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as e:
-        raise LoRKDError(f"mapping: {pattern!r} is no regular expression: {e}") from e
+        raise LoRKDError(f"mapping: {pattern!r} is not a regular expression: {e}") from e
 
 
 def by_structure(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, str]:
-    """Find each tensor's place by its name behind one common wrapper, else by shapes and order.
+    """Find each tensor's place by name, after removing one common prefix, else by shapes and order.
 
     Args:
         source: name -> tensor, each tensor once.
-        target: key -> tensor of the network; a tensor that has several keys counts once, with its first.
+        target: key -> tensor of the network; of a tensor with several keys the first counts.
 
     Returns:
         Name -> key; names without a place are missing.
 
     Raises:
-        LoRKDError: names don't fit, and the shapes in order neither; the message says where they part.
+        LoRKDError: neither the names fit nor the shapes in order; the message says where the shapes first differ.
     """
     named = _by_name(source, target)
     if 2 * len(named) > len(source):
@@ -127,9 +123,9 @@ def by_structure(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> 
         if source[name].shape != target[key].shape:
             raise LoRKDError(
                 f"by structure, {name} {tuple(source[name].shape)} would go to {key} {tuple(target[key].shape)}: give "
-                "a mapping, leave out with drop what is not of the backbone, or name another backbone"
+                "a mapping, drop what does not belong to the backbone, or name another backbone"
             )
-    # What is left over on either side is for the caller to refuse or allow.
+    # The caller decides about what is left over on either side.
     return dict(zip(names, keys, strict=False))
 
 

@@ -19,13 +19,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lorkd_monai.checkpoints.weights import check_inert_config, hash_tensors
+from lorkd_monai.checkpoints.weights import check_backbone, hash_tensors
 from lorkd_monai.checks import is_file_name
 from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.experts.nested import cut_expert_state, exchange_expert
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.lorkd_net import LoRKDNet
-from lorkd_monai.networks.spec import SPEC_KEY, cut_rank, cut_ranks
+from lorkd_monai.networks.spec import SPEC_KEY, cut_rank, cut_ranks, misfits
 
 __all__ = ["PackedExpert", "fingerprint", "load_expert", "load_pack", "read_expert", "save_expert", "save_pack"]
 
@@ -40,19 +40,16 @@ def shared_state_dict(net: LoRKDNet) -> dict[str, Tensor]:
 
 
 def fingerprint(net: LoRKDNet) -> str:
-    """A SHA-256 of the shared weights and of how experts are built on them; the tasks do not enter it."""
-    return hash_tensors(_construction(net.spec()), shared_state_dict(net))
-
-
-def _construction(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in spec.items() if k not in ("tasks", "rank", "info", "nested")}
+    """A SHA-256 of the shared weights and of how experts are built on them; it does not depend on the tasks."""
+    construction = {k: v for k, v in net.spec().items() if k not in ("tasks", "rank", "info", "nested")}
+    return hash_tensors(construction, shared_state_dict(net))
 
 
 def expert_file(task: str) -> str:
-    """Name of a task's file. Task names hold letters, digits, ``_`` and ``-`` only where they become file names.
+    """Name of a task's file.
 
     Raises:
-        LoRKDError: another character in the name.
+        LoRKDError: the task's name has other characters than letters, digits, ``_`` and ``-``.
     """
     if not is_file_name(task):
         raise LoRKDError(f"task {task!r} can't name a file: expected letters, digits, '_' and '-'")
@@ -74,18 +71,16 @@ def save_pack(net: LoRKDNet, folder: str | os.PathLike, rank: int | Mapping[str,
         LoRKDError: a task whose name can't be a file's, or experts that can't be cut.
     """
     folder = Path(folder)
-    names = [expert_file(task) for task in net.tasks]  # refused before anything is written
-    ranks = net.spec()["rank"]
-    ranks |= {net.tasks[index]: k for index, k in cut_ranks(net, rank).items()} if rank is not None else {}
+    for task in net.tasks:
+        expert_file(task)  # a bad name is refused before anything is written
+    spec = net.spec()
+    cut = cut_ranks(net, rank) if rank is not None else {}
     folder.mkdir(parents=True, exist_ok=True)
     mark = fingerprint(net)
-    spec = net.spec()
     header = {"form": _FORM, "fingerprint": mark, "spec": json.dumps(spec)}
-    shared = {k: v.detach() for k, v in shared_state_dict(net).items()}
-    written = [_write(folder / SHARED, shared, header)]
-    for task, name in zip(net.tasks, names, strict=True):
-        header = _expert_header(net, task, mark, ranks[task])
-        written.append(_write(folder / name, _expert_state(net, task, ranks[task]), header))
+    written = [_write(folder / SHARED, shared_state_dict(net), header)]
+    for index, task in enumerate(net.tasks):
+        written.append(_write_expert(net, task, folder, cut.get(index, spec["rank"][task]), mark))
     return written
 
 
@@ -98,9 +93,9 @@ def save_expert(net: LoRKDNet, task: str, folder: str | os.PathLike, rank: int |
     name = net.tasks[net.task_index(task)]
     rank = net.spec()["rank"][name] if rank is None else cut_rank(net, name, rank)
     mark = fingerprint(net)
-    _check_fingerprint(_read_header(Path(folder) / SHARED), mark, f"the pack {folder}")
-    header = _expert_header(net, name, mark, rank)
-    return _write(Path(folder) / expert_file(name), _expert_state(net, name, rank), header)
+    header, _ = _read(Path(folder) / SHARED)
+    _check_fingerprint(header, mark, f"the pack {folder}")
+    return _write_expert(net, name, Path(folder), rank, mark)
 
 
 def load_pack(
@@ -117,43 +112,41 @@ def load_pack(
         LoRKDError: a file that is missing, truncated, or of another decomposition.
     """
     folder = Path(folder)
-    header = _read_header(folder / SHARED)
+    header, state = _read(folder / SHARED)
     try:
         spec = json.loads(header["spec"])
         known = list(spec["tasks"])
     except (KeyError, TypeError, ValueError) as e:
         raise LoRKDError(f"{folder / SHARED} does not say how its decomposition is built ({type(e).__name__})") from e
     if backbone is None:
-        if spec.get("backbone") is None:
-            raise LoRKDError(f"{folder} was made from a network object: give that backbone, or a config of it")
-        check_inert_config(spec["backbone"], str(folder))
+        check_backbone(spec, str(folder))
     if tasks is None:
         there = sorted(p.name[len("expert_") : -len(".safetensors")] for p in folder.glob("expert_*.safetensors"))
         tasks = [t for t in known if t in there] + [t for t in there if t not in known]
     if not tasks:
         raise LoRKDError(f"{folder} holds no expert: expected files expert_<task>.safetensors beside {SHARED}")
-    headers = {task: _read_header(folder / expert_file(task)) for task in tasks}
-    for task, own in headers.items():
+    experts = {task: _read(folder / expert_file(task)) for task in tasks}
+    for task, (own, _) in experts.items():
         if own.get("task") != task:
             raise LoRKDError(f"{folder / expert_file(task)} holds the expert of task {own.get('task')!r}, not {task!r}")
         _check_fingerprint(own, header["fingerprint"], f"the expert of task {task!r}")
-    spec["tasks"] = {task: int(own["num_classes"]) for task, own in headers.items()}
-    spec["rank"] = {task: int(own["rank"]) for task, own in headers.items()}
+    spec["tasks"] = {task: int(own["num_classes"]) for task, (own, _) in experts.items()}
+    spec["rank"] = {task: int(own["rank"]) for task, (own, _) in experts.items()}
     if spec["info"].get("tasks"):
-        described = {task: json.loads(own["info"]) for task, own in headers.items()}
+        described = {task: json.loads(own["info"]) for task, (own, _) in experts.items()}
         spec["info"]["tasks"] = {
             t: {**fields, "index": i} for i, (t, fields) in enumerate(described.items()) if fields is not None
         }
     net = LoRKDNet.from_spec(spec, backbone)
     shared = shared_state_dict(net)
-    state = _read_tensors(folder / SHARED)
-    if shared.keys() != state.keys() or any(shared[k].shape != state[k].shape for k in shared):
-        raise LoRKDError(f"{folder / SHARED} does not fit its own description: it, or the backbone, was changed")
+    problems = misfits(shared, state)
+    if problems:
+        raise LoRKDError(f"{folder / SHARED}, or the backbone, was changed: they do not fit: {'; '.join(problems)}")
     with torch.no_grad():
         for key, tensor in shared.items():
             tensor.copy_(state[key])
-    for task in tasks:
-        net.load_expert_state_dict(task, _read_tensors(folder / expert_file(task)))
+    for task, (_, tensors) in experts.items():
+        net.load_expert_state_dict(task, tensors)
     if backbone is None and fingerprint(net) != header["fingerprint"]:
         raise LoRKDError(f"{folder / SHARED} does not have the weights that its fingerprint names: it was changed")
     return net.eval()
@@ -161,7 +154,7 @@ def load_pack(
 
 @dataclass(frozen=True)
 class PackedExpert:
-    """An expert as its file holds it: checked to belong to a decomposition, not yet part of it."""
+    """An expert read from its file: checked to belong to a decomposition, not yet part of it."""
 
     file: Path
     task: str
@@ -171,7 +164,7 @@ class PackedExpert:
     state: dict[str, Tensor]
 
     def put_into(self, net: LoRKDNet) -> None:
-        """Put the expert in the place of its task's, or add its task.
+        """Replace the expert of its task, or add the task.
 
         Raises:
             LoRKDError: it does not fit; ``net`` is then unchanged.
@@ -193,24 +186,24 @@ class PackedExpert:
 
 
 def read_expert(net: LoRKDNet, file: str | os.PathLike) -> PackedExpert:
-    """Read the expert of a pack's file for a decomposition, and change nothing yet.
+    """Read an expert's file and check that it belongs to a decomposition, which is not changed.
 
     Raises:
-        LoRKDError: the file is truncated, no expert, or of another backbone.
+        LoRKDError: the file is truncated, is not an expert, or belongs to another backbone.
     """
     path = Path(file)
-    header = _read_header(path)
+    header, state = _read(path)
     if "task" not in header:
         raise LoRKDError(f"{file} holds the shared weights of a pack, no expert: expected an expert_<task>.safetensors")
     _check_fingerprint(header, fingerprint(net), str(file))
     numbers = int(header["num_classes"]), int(header["rank"])
-    return PackedExpert(path, header["task"], *numbers, json.loads(header["info"]), _read_tensors(path))
+    return PackedExpert(path, header["task"], *numbers, json.loads(header["info"]), state)
 
 
 def load_expert(net: LoRKDNet, file: str | os.PathLike) -> str:
-    """Put the expert of a pack's file into a decomposition: in place of its task's, or as a new task.
+    """Load the expert of a pack's file into a decomposition: it replaces that of its task, or adds the task.
 
-    It may have another rank than the one that it replaces. ``net`` must not be called meanwhile; where it serves, use
+    Its rank may differ from that of the expert it replaces. ``net`` must not be called meanwhile; while it serves, use
     :meth:`ExpertPool.exchange <lorkd_monai.serving.pool.ExpertPool.exchange>` and ``add``.
 
     Returns:
@@ -224,13 +217,9 @@ def load_expert(net: LoRKDNet, file: str | os.PathLike) -> str:
     return expert.task
 
 
-def _expert_state(net: LoRKDNet, task: str, rank: int) -> dict[str, Tensor]:
+def _write_expert(net: LoRKDNet, task: str, folder: Path, rank: int, mark: str) -> Path:
     whole = rank == net.spec()["rank"][task]
-    return net.expert_state_dict(task) if whole else cut_expert_state(net, task, rank)
-
-
-def _expert_header(net: LoRKDNet, task: str, mark: str, rank: int) -> dict[str, str]:
-    return {
+    header = {
         "form": _FORM,
         "fingerprint": mark,
         "task": task,
@@ -238,14 +227,8 @@ def _expert_header(net: LoRKDNet, task: str, mark: str, rank: int) -> dict[str, 
         "rank": str(rank),
         "info": json.dumps(net.info.get("tasks", {}).get(task)),
     }
-
-
-def _check_fingerprint(header: Mapping[str, str], expected: str, what: str) -> None:
-    if header["fingerprint"] != expected:
-        raise LoRKDError(
-            f"{what} belongs to other shared weights (fingerprint {header['fingerprint'][:12]}…, expected "
-            f"{expected[:12]}…): an expert only works on the backbone that it was trained with"
-        )
+    state = net.expert_state_dict(task) if whole else cut_expert_state(net, task, rank)
+    return _write(folder / expert_file(task), state, header)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
@@ -255,19 +238,21 @@ def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str])
     return path
 
 
-def _read_header(path: Path) -> dict[str, str]:
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a file of a pack."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            header = file.metadata() or {}
+            header, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as e:
-        raise LoRKDError(f"{path} is no complete file of an expert pack: {first_line(e)}") from e
+        raise LoRKDError(f"{path} is not a complete file of an expert pack: {first_line(e)}") from e
     if header.get("form") != _FORM:
-        raise LoRKDError(f"{path} is no file of an expert pack: expected one that save_pack wrote")
-    return header
+        raise LoRKDError(f"{path} is not a file of an expert pack: expected one that save_pack wrote")
+    return header, state
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as e:
-        raise LoRKDError(f"{path} is no complete file of an expert pack: {first_line(e)}") from e
+def _check_fingerprint(header: Mapping[str, str], expected: str, what: str) -> None:
+    if header["fingerprint"] != expected:
+        raise LoRKDError(
+            f"{what} belongs to other shared weights (fingerprint {header['fingerprint'][:12]}…, expected "
+            f"{expected[:12]}…): an expert only works on the backbone that it was trained with"
+        )

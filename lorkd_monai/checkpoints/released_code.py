@@ -1,10 +1,10 @@
-"""Taking over decompositions that the released code of the LoRKD papers trained.
+"""Import of decompositions that the released code of the LoRKD papers trained.
 
 Their state dicts keep, under wrappers (``CKN.module.resnet.…`` for classification, ``model.module.backbone.…`` for
 segmentation), each adapted layer as ``….conv.weight`` beside ``….lora_A_list.<task>`` and ``….lora_B_list.<task>``, and
 for classification one head for each task as ``head_task.<task>.module.weight``. For a kernel of k, A is rk × ik in 2D
-and rk × ik² in 3D, B is ok × rk, and ΔW is scale · (B A) viewed as the weight: our layout ``"lorkd"``, so that the
-factors are taken as they are. The scale is in none of their files.
+and rk × ik² in 3D, B is ok × rk, and ΔW is scale · (B A) viewed as the weight: our layout ``"lorkd"``, so the factors
+are copied as they are. None of their files holds the scale.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _HEAD = re.compile(r"head_task\.(?P<task>\d+)\.(?P<part>weight|bias)")
 
 @dataclass
 class ImportReport:
-    """What became of the keys: all of them are in one of these lists."""
+    """What became of the keys: each is in one of the first three lists."""
 
     placed: list[str] = field(default_factory=list)
     """Keys whose tensors are in the decomposition now."""
     dropped: list[str] = field(default_factory=list)
-    """Keys that the caller said to leave out."""
+    """Keys that the caller asked to leave out."""
     unused: list[str] = field(default_factory=list)
-    """Factors of grouped convolutions: the released code stores them, and its forward pass leaves them out."""
+    """Factors of grouped convolutions: the released code stores them, but its forward pass does not use them."""
     fresh: list[str] = field(default_factory=list)
-    """Tensors of the decomposition that no key gave, and that the caller allowed to start fresh."""
+    """Tensors of the decomposition that no key gave; the caller allowed them to start anew."""
 
     def summary(self) -> str:
-        """A line for each list of keys that were not taken over: their number and examples."""
+        """A line for each list but the first: the number of keys and examples."""
         lists = {
             "left out, as asked": self.dropped,
             "left out, factors of grouped convolutions that the released code never uses": self.unused,
@@ -82,11 +82,11 @@ def import_authors(
     head: str | Sequence[str] | None = None,
     info: Mapping | None = None,
 ) -> tuple[LoRKDNet, ImportReport]:
-    """The decomposition that a state dict of the released code holds.
+    """Build the decomposition that a state dict of the released code holds.
 
-    Layers are found by the mapping or, without one, by name once the wrappers are taken off, else by structure: both
-    sides list their tensors in the same order and with the same shapes. The layers that get experts, the ranks of the
-    tasks, and where ranks are multiplied (the doubled rank of the segmentation decoder) are read off the state dict.
+    Layers are found by the mapping. Without one they are found by name, wrappers removed, or else by structure: both
+    sides list their tensors in the same order and with the same shapes. The state dict also says which layers have
+    experts, the ranks of the tasks, and where ranks are multiplied (the doubled rank of the segmentation decoder).
 
     Args:
         state: the state dict, as :func:`~lorkd_monai.checkpoints.weights.load_weights` gives it.
@@ -94,24 +94,24 @@ def import_authors(
         tasks: names of the tasks, in the order of their training; with the number of output channels of each where
             the state dict holds no heads.
         alpha: the ``lora_alpha`` of the training: ΔW is scaled by ``alpha / rank`` of each layer.
-        scale: the scale itself, such as 2 for the imbalanced ranks; exactly one of both.
+        scale: the scale itself, such as 2 for the imbalanced ranks. Give exactly one of ``alpha`` and ``scale``.
         mapping: ``{"keys": {key: key}, "rename": {regular expression: replacement}, "drop": […], "fresh": […]}``, see
             ``docs/import.md``.
         drop: regular expressions; keys in which one is found are left out.
         fresh: glob patterns of the backbone's keys that may keep the weights they start with.
         head: dotted name or names of the last layer, glob patterns allowed; None: found by itself.
-        info: what the checkpoint is to say of the tasks, see ``network_info``.
+        info: what the checkpoint says about the tasks, see ``network_info``.
 
     Returns:
         The decomposition in evaluation mode, and what became of every key.
 
     Raises:
-        LoRKDError: a key without a place, a tensor of the backbone that no key gives, shapes that differ, ranks that
-            make no pattern. Every key in question is listed, and nothing is returned.
+        LoRKDError: a key without a place, a tensor of the backbone that no key gives, shapes that differ, ranks
+            without a pattern. The message lists every such key.
     """
     if (alpha is None) == (scale is None):
         raise LoRKDError(
-            "give alpha (the lora_alpha of the training) or scale, one of them: no state dict says it. The released "
+            "give either alpha (the lora_alpha of the training) or scale: no state dict holds it. The released "
             "classification code has alpha=16, the segmentation code with imbalanced ranks has scale=2"
         )
     rules = KeyRules.read(mapping, drop, fresh)
@@ -124,8 +124,11 @@ def import_authors(
     classes = _classes(source, tasks)
     plain, _ = replace.build_backbone(backbone, max(classes.values()))
     heads = _heads(plain, head)
-    target = _target_keys(plain, heads)
-    places = rules.places(source.shared) if rules.place_keys else by_structure(source.shared, target)
+    # Every key of the network outside its heads; several may name one tensor.
+    inside = tuple(f"{h}." for h in heads)
+    target = {k: v for k, v in plain.state_dict(keep_vars=True).items() if not k.startswith(inside)}
+    shared = source.shared
+    places = {name: rules.place(name) for name in shared} if rules.place_keys else by_structure(shared, target)
     _check_places(source, places, target, plain, rules)
     layers, unused = _layers(source, places, plain, len(classes))
     ranks, pattern = _ranks(source, layers, plain, list(classes))
@@ -135,7 +138,6 @@ def import_authors(
         rank=ranks,
         alpha=16.0 if alpha is None else alpha,
         scale=scale,
-        layout="lorkd",
         head=heads,
         include=list(layers.values()),
         rank_pattern=pattern,
@@ -154,17 +156,17 @@ def _read(state: Mapping[str, Tensor], rules: KeyRules) -> _Source:
     for key in state:
         name = ".".join(part for part in key.split(".") if part != "module")  # of DataParallel, at any depth
         if name in named:
-            raise LoRKDError(f"{named[name]} and {key} are the same but for 'module'")
+            raise LoRKDError(f"{named[name]} and {key} differ only in 'module'")
         if rules.drops(key, name):
             source.dropped.append(key)
         else:
             named[name] = key
-    # The wrappers keep the network twice, as model.backbone and as unet: in one memory, or as a copy after a move.
+    # The wrappers hold the network twice, as model.backbone and as unet: in the same memory, or copied after a move.
     owner: dict[str, str] = {}
-    for name, key in sorted(named.items(), key=lambda item: _is_second(item[0])):  # stable: else in the file's order
+    for name, key in sorted(named.items(), key=lambda item: item[0].startswith(_SECOND)):  # stable sort
         tensor = state[key]
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        twin = owner.get(_FIRST + name.removeprefix(_SECOND)) if _is_second(name) else None
+        twin = owner.get(_FIRST + name.removeprefix(_SECOND)) if name.startswith(_SECOND) else None
         if twin is None or not torch.equal(tensors[twin], tensor):
             twin = seen.setdefault(place, name) if tensor.numel() else name
         owner[name] = twin
@@ -187,10 +189,6 @@ def _read(state: Mapping[str, Tensor], rules: KeyRules) -> _Source:
     return source
 
 
-def _is_second(name: str) -> bool:
-    return name.startswith(_SECOND)
-
-
 def _classes(source: _Source, tasks: Sequence[str] | Mapping[str, int]) -> dict[str, int]:
     if isinstance(tasks, str) or not tasks:
         raise LoRKDError(f"tasks: expected the names of the tasks in the order of their training, got {tasks!r}")
@@ -201,7 +199,7 @@ def _classes(source: _Source, tasks: Sequence[str] | Mapping[str, int]) -> dict[
         if not isinstance(tasks, Mapping):
             raise LoRKDError(
                 "the state dict holds no heads (head_task.<task>.weight): give tasks as {name: number of output "
-                "channels}, and name the head's keys in fresh: it starts fresh and has to be trained"
+                "channels}, and name the head's keys in fresh: it starts anew and must be trained"
             )
         return dict(tasks)
     if sorted(source.heads) != list(range(count)) or any("weight" not in h for h in source.heads.values()):
@@ -214,17 +212,11 @@ def _classes(source: _Source, tasks: Sequence[str] | Mapping[str, int]) -> dict[
 
 def _heads(network: nn.Module, head: str | Sequence[str] | None) -> list[str]:
     if head is None and type(network).__module__.startswith("dynamic_network_architectures."):
-        head = "decoder.seg_layers.*"  # one for each resolution, built whether they are used or not
+        head = "decoder.seg_layers.*"  # one for each resolution, also where they are not used
     patterns = [] if head is None else [head] if isinstance(head, str) else list(head)
     names = [n for n, m in network.named_modules(remove_duplicate=False) if LayerOp.supports(m)]
     matched = [found for p in patterns for found in ([n for n in names if fnmatchcase(n, p)] or [p])]
     return find_heads(network, matched or None)
-
-
-def _target_keys(network: nn.Module, heads: Sequence[str]) -> dict[str, Tensor]:
-    """Every key of the network outside its heads; several may mean one tensor."""
-    inside = tuple(f"{h}." for h in heads)
-    return {k: v for k, v in network.state_dict(keep_vars=True).items() if not k.startswith(inside)}
 
 
 def _check_places(
@@ -288,7 +280,7 @@ def some_of(names: Sequence[str], shown: int = 12) -> str:
 def _layers(
     source: _Source, places: Mapping[str, str], network: nn.Module, num_tasks: int
 ) -> tuple[dict[str, str], list[str]]:
-    """Adapted layer -> its first name in the network; and the keys of factors that take no part."""
+    """Adapted layer -> its first name in the network; and the keys of factors that are not used."""
     first = {id(m): n for n, m in network.named_modules()}
     layers, unused = {}, []
     for layer, factors in source.factors.items():
@@ -309,7 +301,7 @@ def _layers(
 def _ranks(
     source: _Source, layers: Mapping[str, str], network: nn.Module, tasks: Sequence[str]
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """The rank of each task, and the layers where all of them are multiplied."""
+    """The rank of each task, and patterns of the layers where the ranks are multiplied."""
     found: dict[str, list[int]] = {}
     for layer, name in layers.items():
         shape: Any = network.get_submodule(name).weight.shape
@@ -318,11 +310,8 @@ def _ranks(
             a, b = source.factors[layer]["A", t], source.factors[layer]["B", t]
             rank = a.shape[0] // blocks
             columns = shape[1] * shape[2:].numel() // blocks
-            if (
-                rank < 1
-                or tuple(a.shape) != (rank * blocks, columns)
-                or tuple(b.shape) != (shape[0] * blocks, rank * blocks)
-            ):
+            wanted = (rank * blocks, columns), (shape[0] * blocks, rank * blocks)
+            if rank < 1 or (tuple(a.shape), tuple(b.shape)) != wanted:
                 raise LoRKDError(
                     f"{layer}: the factors of task {t} are {tuple(a.shape)} and {tuple(b.shape)}; expected "
                     f"(r·{blocks}) × {columns} and {shape[0] * blocks} × (r·{blocks}) for a weight {tuple(shape)}"
@@ -337,7 +326,7 @@ def _ranks(
 
 
 def _compact(factors: Mapping[str, float]) -> dict[str, float]:
-    """One pattern for a whole branch of the network ("decoder.*") where it means all of its layers."""
+    """One pattern for a whole branch of the network ("decoder.*") if all of its layers have the same factor."""
     pattern = {}
     for name, factor in factors.items():
         branch = name.partition(".")[0]
@@ -380,29 +369,18 @@ def _fill(
         raise LoRKDError(f"the state dict has one head for each task, the backbone {len(heads)}: name one, head=…")
     for task, parts in source.heads.items():
         head: Any = net.get_submodule(f"backbone.{heads[0]}")
-        bank = head.tasks[task]
-        own = dict(bank.named_parameters())
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in parts.items()}:
-            raise LoRKDError(f"head_task.{task} has {_shapes(parts)}, the head {heads[0]} has {_shapes(own)}")
+        own = dict(head.tasks[task].named_parameters())
+        given, wanted = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (parts, own))
+        if given != wanted:
+            raise LoRKDError(f"head_task.{task} has the shapes {given}, the head {heads[0]} has {wanted}")
         for part, tensor in parts.items():
             put(tensor, own[part], f"head_task.{task}.{part}")
-    _check_fresh(net, filled, rules, heads, report)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{k} {tuple(v.shape)}" for k, v in tensors.items())
-
-
-def _check_fresh(net: LoRKDNet, filled: set[int], rules: KeyRules, heads: Sequence[str], report: ImportReport) -> None:
-    fresh_heads = []
-    for name, tensor in net.backbone.named_parameters():
-        if id(tensor) in filled:
-            continue
-        report.fresh.append(name)
-        head = next((h for h in heads if name.startswith(f"{h}.")), None)
-        if head is not None and not any(rules.is_fresh(k) for k in (head, f"{head}.weight", f"{head}.bias")):
-            fresh_heads.append(head)
-    if fresh_heads:
-        raise LoRKDError(
-            f"the state dict gives no head for {_listed(fresh_heads)}: name it in fresh, and train it afterwards"
-        )
+    report.fresh = [name for name, tensor in net.backbone.named_parameters() if id(tensor) not in filled]
+    lacking = [
+        head
+        for name in report.fresh
+        for head in heads
+        if name.startswith(f"{head}.") and not any(rules.is_fresh(k) for k in (head, f"{head}.weight", f"{head}.bias"))
+    ]
+    if lacking:
+        raise LoRKDError(f"the state dict gives no head for {_listed(lacking)}: name it in fresh, and train it later")

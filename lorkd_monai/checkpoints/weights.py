@@ -17,10 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lorkd_monai.errors import LoRKDError
+from lorkd_monai.errors import LoRKDError, first_line
 from lorkd_monai.files import atomic_file
 from lorkd_monai.networks.lorkd_net import LoRKDNet
-from lorkd_monai.networks.spec import SPEC_KEY, read_spec
+from lorkd_monai.networks.spec import SPEC_KEY, misfits, read_spec
 
 __all__ = [
     "fit_weights",
@@ -38,12 +38,12 @@ _NETS = "monai.networks.nets"
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict in a file, on the CPU; nothing but tensors is ever unpickled.
+    """The state dict in a file, on the CPU; only tensors are ever unpickled.
 
     Args:
         path: a ``.safetensors`` file, or what ``torch.save`` wrote: a state dict, or a checkpoint that holds one under
             ``model``, ``state_dict``, ``network``, ``net`` or ``model_state_dict``. The prefix ``module.`` that
-            distributed training puts before every key is taken off.
+            distributed training puts before every key is removed.
 
     Raises:
         LoRKDError: no such file, a truncated or foreign file, a pickle of other objects, or no state dict in it.
@@ -51,52 +51,37 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise LoRKDError(f"no weights file {path}")
-    if path.suffix == ".safetensors":
-        try:
-            content: object = safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as e:
-            raise LoRKDError(f"{path} is no complete safetensors file: {_first_line(e)}") from e
-    else:
-        content = _load_pickle(path)
-    state = _state_dict_in(content)
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    # What torch.load raises on a damaged file depends on where the damage is.
+    except Exception as e:
+        if isinstance(e, pickle.UnpicklingError) and ("weights_only" in str(e) or "weights only" in str(e).lower()):
+            raise LoRKDError(
+                f"{path} holds Python objects that are not tensors, and loading them could run code. Save the "
+                "network's state_dict() instead"
+            ) from e
+        raise LoRKDError(
+            f"{path} is not a complete weights file; it may be truncated, or another kind of file: {first_line(e)}"
+        ) from e
+    nested = [content[key] for key in _NESTED if key in content] if isinstance(content, Mapping) else []
+    state = next((dict(found) for found in [content, *nested] if _is_state_dict(found) and found), None)
     if state is None:
         raise LoRKDError(
             f"{path} holds no state dict: expected names with tensors, at the top or under {', '.join(_NESTED)}; got "
             f"{_describe(content)}"
         )
-    if state and all(k.startswith("module.") for k in state):
+    if all(k.startswith("module.") for k in state):
         state = {k[len("module.") :]: v for k, v in state.items()}
     return state
 
 
-def _load_pickle(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        if "weights_only" in str(e).lower() or "weights only" in str(e).lower():
-            raise LoRKDError(
-                f"{path} holds Python objects that are no tensors, and loading them could run code. Save the network's "
-                "state_dict() in its place"
-            ) from e
-        raise LoRKDError(f"{path} is no complete weights file: {_first_line(e)}") from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as e:
-        raise LoRKDError(
-            f"{path} is no complete weights file; it may be truncated, or not be one at all: {_first_line(e)}"
-        ) from e
-
-
-def _state_dict_in(content: object) -> dict[str, Tensor] | None:
-    candidates = [content]
-    if isinstance(content, Mapping):
-        candidates += [content[k] for k in _NESTED if k in content]
-    for candidate in candidates:
-        if (
-            isinstance(candidate, Mapping)
-            and candidate
-            and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in candidate.items())
-        ):
-            return dict(candidate)
-    return None
+def _is_state_dict(content: object) -> bool:
+    return isinstance(content, Mapping) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    )
 
 
 def _describe(content: object) -> str:
@@ -105,35 +90,30 @@ def _describe(content: object) -> str:
     return f"a {type(content).__name__}"
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
 def save_weights(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
     """Write a flat state dict as ``.safetensors`` or, under any other suffix, with ``torch.save``.
 
-    The file is there in full or not at all: it is written next to its place and then moved there.
+    The file is written completely or not at all.
 
     Raises:
         LoRKDError: ``state`` is no state dict, or the folder does not exist.
     """
     path = Path(path)
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not _is_state_dict(state):
         raise LoRKDError(f"expected a state dict, names with tensors, to save in {path}, got {_describe(state)}")
     if not path.parent.is_dir():
         raise LoRKDError(f"the folder of {path} does not exist: make it first")
     state = {k: v.detach().cpu() for k, v in state.items()}
     with atomic_file(path) as temporary:
         if path.suffix == ".safetensors":
-            # safetensors knows no tensors that share memory (tied weights): each is written by itself.
+            # safetensors refuses tensors that share memory (tied weights): each gets its own.
             safetensors.torch.save_file({k: v.contiguous().clone() for k, v in state.items()}, temporary)
         else:
             torch.save(state, temporary)
 
 
 def fit_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load ``state`` strictly into ``network``; nothing is changed where it does not fit.
+    """Load ``state`` strictly into ``network``, which stays unchanged if it does not fit.
 
     Args:
         network: the network.
@@ -143,16 +123,7 @@ def fit_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
     Raises:
         LoRKDError: keys missing or unknown, or shapes that differ; the first of each are listed.
     """
-    own = {k: v for k, v in network.state_dict().items() if isinstance(v, Tensor)}
-    missing = [k for k in own if k not in state]
-    unknown = [k for k in state if k not in own]
-    other = [k for k in own if k in state and k != SPEC_KEY and own[k].shape != state[k].shape]
-    problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:4])}{', …' if len(keys) > 4 else ''})"
-        for what, keys in (("missing", missing), ("unknown", unknown))
-        if keys
-    ]
-    problems += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in other[:4]]
+    problems = misfits({k: v for k, v in network.state_dict().items() if isinstance(v, Tensor)}, state)
     if problems:
         raise LoRKDError(f"{source} does not fit the network {type(network).__name__}: {'; '.join(problems)}")
     network.load_state_dict(dict(state))
@@ -162,7 +133,7 @@ def read_decomposition_spec(state: Mapping[str, Tensor], source: str = "the chec
     """The spec in the state dict of a `LoRKDNet`.
 
     Raises:
-        LoRKDError: there is none, or it is none.
+        LoRKDError: there is none, or it is not one.
     """
     if SPEC_KEY not in state:
         raise LoRKDError(
@@ -179,8 +150,8 @@ def load_decomposition(path: str | os.PathLike, backbone: nn.Module | Mapping | 
 
     Args:
         path: a checkpoint, see :func:`load_weights`.
-        backbone: the backbone, or its config. Needed where the decomposition was made from a network object, or from a
-            config of a network that is not MONAI's: a weights file may name no other code to run.
+        backbone: the backbone, or its config. Needed if the decomposition was made from a network object, or from a
+            config of a network that is not MONAI's: a weights file must not name other code to run.
 
     Raises:
         LoRKDError: no decomposition in the file, no backbone, or one that does not fit the checkpoint.
@@ -188,17 +159,26 @@ def load_decomposition(path: str | os.PathLike, backbone: nn.Module | Mapping | 
     state = load_weights(path)
     spec = read_decomposition_spec(state, str(path))
     if backbone is None:
-        if spec.get("backbone") is None:
-            raise LoRKDError(f"{path} was made from a network object: give that backbone, or a config of it")
-        check_inert_config(spec["backbone"], str(path))
+        check_backbone(spec, str(path))
         if isinstance(spec["backbone"], dict) and spec["backbone"].get("pretrained") is True:
             spec["backbone"]["pretrained"] = False  # the weights are in the checkpoint
     try:
         net = LoRKDNet.from_spec(spec, backbone)
     except (TypeError, KeyError) as e:
-        raise LoRKDError(f"{path}: the decomposition it describes can't be built: {_first_line(e)}") from e
+        raise LoRKDError(f"{path}: the decomposition it describes can't be built: {first_line(e)}") from e
     fit_weights(net, state, str(path))
     return net
+
+
+def check_backbone(spec: Mapping, source: str) -> None:
+    """Refuse a spec, read from a weights file, whose backbone can't be built from the file alone.
+
+    Raises:
+        LoRKDError: it has no config of the backbone, or one that :func:`check_inert_config` refuses.
+    """
+    if spec.get("backbone") is None:
+        raise LoRKDError(f"{source} was made from a network object: give that backbone, or a config of it")
+    check_inert_config(spec["backbone"], source)
 
 
 def check_inert_config(config: object, source: str) -> None:
@@ -235,19 +215,19 @@ def _check_target(target: Any, source: str) -> None:
         if builds and found.__module__.startswith(_NETS):
             return
     raise LoRKDError(
-        f"{source} names {str(target)[:80]!r} as its backbone, which is no network of MONAI's: give the backbone, or "
-        "its config, yourself"
+        f"{source} names {str(target)[:80]!r} as its backbone, which is not a network of MONAI's: give the "
+        "backbone, or its config, yourself"
     )
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """The memory of a tensor's values, in their order."""
+    """The bytes of a tensor's values, in their order."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def hash_tensors(about: object, tensors: Mapping[str, object]) -> str:
-    """A SHA-256 of what JSON can say of something, and of its tensors: their names, types, shapes and values."""
+    """A SHA-256 of ``about``, as JSON, and of tensors: their names, types, shapes and values."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, Tensor):

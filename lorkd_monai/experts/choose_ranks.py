@@ -1,16 +1,19 @@
-"""Choosing a rank for each task from the spectrum of what fine-tuning changes, and looking at experts' spectra."""
+"""Choose a rank for each task from the spectrum of what fine-tuning changes; spectra of experts."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.networks.eks.strategies import factor_shapes
+from lorkd_monai.networks.eks.factors import factor_shapes
 from lorkd_monai.networks.lorkd_net import LoRKDNet
+from lorkd_monai.networks.spec import layer_rank
 
 __all__ = ["expert_spectrum", "suggest_ranks", "update_spectrum"]
 
@@ -20,8 +23,8 @@ def update_spectrum(update: Tensor, layout: str = "lorkd") -> Tensor:
 
     Args:
         update: ΔW, of the weight's shape (o, i, k0, k1, …).
-        layout: ``"lorkd"``: ΔW as (o·k0) × (i·k1·…), an expert of rank r reaching r·k0 of its singular values;
-            ``"conv"``: as o × (i·k0·k1·…), reaching r.
+        layout: ``"lorkd"``: ΔW as (o·k0) × (i·k1·…), of which an expert of rank r can hold r·k0 singular values;
+            ``"conv"``: as o × (i·k0·k1·…), of which it can hold r.
     """
     (_, columns), (rows, _) = factor_shapes(update.shape, 1, layout)
     return torch.linalg.svdvals(update.detach().double().reshape(rows, columns))
@@ -53,46 +56,48 @@ def suggest_ranks(
 ) -> list[dict]:
     """Propose a rank for each task within a budget of parameters, from the spectrum of each task's full update.
 
-    The full update of a task is ΔW = W − W0 in every layer that gets an expert, W being the weights of a copy of the
-    backbone that was fine-tuned on the task alone. An expert of rank r can hold the part of ΔW that is in its first
-    singular values, and its energy kept is Σ σ² over those, as a share of all, over all layers. Ranks are handed out
-    one by one to the task whose share grows most for the parameters it takes, while the budget lasts. (Ranks that
-    differ by task come from arXiv 2409.19540; this rule is ours.)
+    The full update of a task is ΔW = W − W0 in every layer that gets an expert; W are the weights of a copy of the
+    backbone that was fine-tuned on this task alone. An expert of rank r can hold the first singular values of ΔW. The
+    energy it keeps is Σ σ² over those, as a share of the sum over all, in all layers. Each step raises the rank
+    of the task whose energy grows most per parameter, as long as the budget allows. (Ranks that differ by task come
+    from arXiv 2409.19540; this rule is ours.)
 
     Args:
         net: a decomposition of the backbone, for its layers, layout and ``rank_pattern``; it may be fresh.
-        tuned: task -> state dict of the fine-tuned backbone, or of accumulated full-rank updates added to W0.
-        budget: parameters of all experts together; None: as many as ``net`` has.
+        tuned: task -> state dict of the fine-tuned backbone, or of W0 plus accumulated full-rank updates.
+        budget: parameters of all experts together; None: as many as in ``net``.
         base: W0's state dict; None: the shared weights of ``net``.
 
     Returns:
-        One row for each task: ``task``, ``rank``, ``parameters``, ``energy`` (0 to 1), and beside them ``equal_rank``,
-        ``equal_parameters`` and ``equal_energy``, what equal ranks within the budget would give.
+        One row for each task: ``task``, ``rank``, ``parameters``, ``energy`` (0 to 1), and for comparison
+        ``equal_rank``, ``equal_parameters`` and ``equal_energy``: the same with equal ranks within the budget.
 
     Raises:
-        LoRKDError: ``tuned`` does not hold exactly the tasks, a layer is missing or of another shape, no task was
-            changed at all, or the budget is too small for rank 1 everywhere.
+        LoRKDError: ``tuned`` does not hold exactly the tasks, a layer is missing or has another shape, a task's
+            weights were not changed at all, or the budget is too small for rank 1 everywhere.
     """
     if set(tuned) != set(net.tasks):
         raise LoRKDError(f"tuned holds the tasks {', '.join(tuned) or '(none)'}; expected {', '.join(net.tasks)}")
-    if not net.expert_layers:
-        raise LoRKDError("this network has no layers with experts, so that there are no ranks to choose")
+    if not any(layer.rank_factor > 0 for layer in net.expert_layers.values()):
+        raise LoRKDError("this network has no layers with experts whose rank can be chosen")
     energies = {task: _cumulative_energies(net, task, tuned[task], base) for task in net.tasks}
-    shapes = {n: layer.layer.weight.shape for n, layer in net.expert_layers.items()}
 
+    def shapes(layer: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of A and B in a layer where the task has this rank."""
+        module = net.expert_layers[layer]
+        return factor_shapes(module.layer.weight.shape, layer_rank(rank, module.rank_factor), net.layout)
+
+    @functools.cache
     def cost(rank: int) -> int:
-        return sum(
-            a[0] * a[1] + b[0] * b[1]
-            for name, shape in shapes.items()
-            for a, b in [factor_shapes(shape, _layer_rank(net, name, rank), net.layout)]
-        )
+        return sum(math.prod(shape) for name in net.expert_layers for shape in shapes(name, rank))
 
+    @functools.cache
     def energy(task: str, rank: int) -> float:
-        kept = 0.0
-        for name, cumulative in energies[task].items():
-            inner = factor_shapes(shapes[name], _layer_rank(net, name, rank), net.layout)[0][0]
-            kept += float(cumulative[min(inner, len(cumulative)) - 1])
-        return kept
+        return sum(float(kept[min(shapes(name, rank)[0][0], len(kept)) - 1]) for name, kept in energies[task].items())
+
+    def larger(rank: int) -> int:
+        """The next rank that takes more parameters: not each does where ``rank_pattern`` makes ranks smaller."""
+        return next(k for k in itertools.count(rank + 1) if cost(k) > cost(rank))
 
     if budget is None:
         budget = sum(p.numel() for n, p in net.named_parameters() if ".lora_A." in n or ".lora_B." in n)
@@ -103,18 +108,18 @@ def suggest_ranks(
             f"a budget of {budget} parameters is too small: rank 1 for {len(ranks)} tasks takes {cost(1) * len(ranks)}"
         )
     equal = 1
-    while cost(equal + 1) * len(ranks) <= budget and any(energy(t, equal + 1) > energy(t, equal) for t in ranks):
-        equal += 1
+    while cost(k := larger(equal)) * len(ranks) <= budget and any(energy(t, k) > energy(t, equal) for t in ranks):
+        equal = k
     while True:
         steps = [
-            ((energy(t, r + 1) - energy(t, r)) / extra, t, extra)
+            ((energy(t, k) - energy(t, r)) / extra, t, extra)
             for t, r in ranks.items()
-            if (extra := cost(r + 1) - cost(r)) <= left
+            if (extra := cost(k := larger(r)) - cost(r)) <= left
         ]
         gain, task, extra = max(steps, default=(0.0, "", 0), key=lambda step: step[0])
         if gain <= 1e-15:
             break
-        ranks[task] += 1
+        ranks[task] = larger(ranks[task])
         left -= extra
     return [
         {
@@ -130,15 +135,10 @@ def suggest_ranks(
     ]
 
 
-def _layer_rank(net: LoRKDNet, layer: str, rank: int) -> int:
-    factor = next((f for p, f in net.rank_pattern.items() if fnmatchcase(layer, p)), 1)
-    return max(1, round(rank * factor))
-
-
 def _cumulative_energies(
     net: LoRKDNet, task: str, tuned: Mapping[str, Tensor], base: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """For each layer Σ σ² over its first singular values, as a share of the task's whole update."""
+    """For each layer Σ σ² over the first 1, 2, … singular values, as a share of the task's whole update."""
     cumulative = {}
     for name, layer in net.expert_layers.items():
         key = f"{name}.weight"

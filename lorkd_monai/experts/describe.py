@@ -1,4 +1,4 @@
-"""What a decomposition holds and costs, as plain data."""
+"""The tasks and layers of a decomposition, with their sizes, as plain data."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ def describe_tasks(net: LoRKDNet) -> dict[str, Any]:
     described = spec["info"].get("tasks", {})
     own = {name: sum(t.numel() for t in net.expert_state_dict(name).values()) for name in net.tasks}
     shared = sum(p.numel() for p in net.parameters()) - sum(own.values())
+    layers = describe_layers(net)
     tasks = {}
     for name, classes in net.num_classes.items():
         fields = described.get(name, {})
-        factors = sum(
-            layer.lora_A[net.tasks.index(name)].numel() + layer.lora_B[net.tasks.index(name)].numel()
-            for layer in net.expert_layers.values()
-        )
+        factors = sum(layer["expert_parameters"][name] for layer in layers)
         tasks[name] = {
             "num_classes": classes,
             "classes": [text for _, text in sorted((int(k), v) for k, v in fields.get("labels", {}).items())],
@@ -48,7 +46,7 @@ def describe_tasks(net: LoRKDNet) -> dict[str, Any]:
 
 
 def describe_layers(net: LoRKDNet) -> list[dict[str, Any]]:
-    """The layers that carry experts: name, type, shape of the weight, rank and parameters of each task's expert."""
+    """The layers with experts: name, type, shape of the weight, rank and parameters of each task's expert."""
     rows = []
     for name, layer in net.expert_layers.items():
         weight = layer.layer.weight

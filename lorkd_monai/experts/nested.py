@@ -1,9 +1,9 @@
-"""Nested experts: trained so that their first k components work alone, for every k up to their rank.
+"""Nested experts: trained so that their first k components work alone, for each k up to their rank.
 
-An expert of rank r is a sum of r components, ΔW = scale · Σ_j B_j A_j, A_j being rows j·k0 … (j+1)·k0 of A and B_j the
-same columns of B (k0 = 1 with the layout ``"conv"`` and in linear layers). In training, each call draws for each task
-a k from 1..r evenly and leaves the components behind the k-th out (ordered dropout, as in nested low-rank training).
-The scale stays that of the whole expert, so that the full sum and its parts are what was trained.
+An expert of rank r is a sum of r components, ΔW = scale · Σ_j B_j A_j, where A_j is rows j·k0 … (j+1)·k0 of A and B_j
+the same columns of B (k0 = 1 with the layout ``"conv"`` and in linear layers). In training, each call draws a k from
+1..r for each task, all equally likely, and leaves out the components after the k-th (ordered dropout, as in nested
+low-rank training). The scale is always that of the whole expert.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["cut_expert_state", "exchange_expert"]
 
 
 def cut_expert_state(net: LoRKDNet, task: str | int, rank: int) -> dict[str, Tensor]:
-    """What :meth:`LoRKDNet.expert_state_dict` would give in a decomposition where the task has the lower rank.
+    """The expert of a task, cut to a lower rank: as :meth:`LoRKDNet.expert_state_dict` of one with that rank.
 
-    B takes up what the scales of the two ranks differ in.
+    The scale depends on the rank; B is multiplied by the ratio.
     """
     index, k = net.task_index(task), cut_rank(net, task, rank)
     state = net.expert_state_dict(index)
@@ -36,33 +36,34 @@ def cut_expert_state(net: LoRKDNet, task: str | int, rank: int) -> dict[str, Ten
 
 
 def exchange_expert(net: LoRKDNet, task: str | int, state: Mapping[str, Tensor], rank: int) -> None:
-    """Put an expert of any rank in the place of a task's; nothing is changed where it does not fit.
+    """Replace a task's expert by one of any rank; nothing is changed if it does not fit.
 
-    The new factors are complete before the first of them is put in place. A call that runs meanwhile may still meet
-    layers of both experts: :class:`~lorkd_monai.serving.pool.ExpertPool` exchanges between two batches.
+    A call that runs meanwhile may use layers of both experts: :class:`~lorkd_monai.serving.pool.ExpertPool` exchanges
+    between two batches.
 
     Args:
         net: the decomposition.
         task: name or index.
         state: as :func:`cut_expert_state` or :meth:`LoRKDNet.expert_state_dict` gives it.
-        rank: the rank that it has.
+        rank: its rank.
 
     Raises:
         LoRKDError: a key too many or too few, or a shape that differs.
     """
     index = net.task_index(task)
     ranks = {name: layer_rank(rank, layer.rank_factor) for name, layer in net.expert_layers.items()}
-    wanted = dict(net.expert_tensors(index))
+    wanted = net.expert_tensors(index)
     for name, layer in net.expert_layers.items():
         shapes = factor_shapes(layer.layer.weight.shape, ranks[name], layer.layout)
-        for key, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
-            wanted[f"{name}.{key}"] = torch.empty(shape, device="meta")
+        wanted |= {
+            f"{name}.{key}": torch.empty(shape, device="meta") for key, shape in zip(("lora_A", "lora_B"), shapes)
+        }
     problems = misfits(wanted, state)
     if problems:
-        raise LoRKDError(f"expert of task {net.tasks[index]!r} does not fit: " + "; ".join(problems[:6]))
+        raise LoRKDError(f"expert of task {net.tasks[index]!r} does not fit: " + "; ".join(problems))
     for name, layer in net.expert_layers.items():
         a, b = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
         layer.replace_expert(index, a, b, net.layer_scale(ranks[name]))
     net._rank[net.tasks[index]] = rank
     net._view.clear()
-    net.load_expert_state_dict(index, state)  # what the factors are not: head and norms
+    net.load_expert_state_dict(index, state)  # the head and norms

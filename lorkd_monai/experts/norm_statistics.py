@@ -1,9 +1,9 @@
-"""Statistics of an expert's batch norms, re-estimated on its own images."""
+"""Batch norm statistics of an expert, re-estimated on its own images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,22 +20,22 @@ __all__ = ["reestimate_norms"]
 def reestimate_norms(network: nn.Module, batches: Iterable, task: str | int | None = None) -> int:
     """Replace the running statistics of batch norms by the average over some batches of images.
 
-    Norms that all tasks share hold the statistics of the mixed batches of the training; an expert that serves one task
-    does better with those of its own images. The statistics are the plain average over the batches (cumulative moving
-    average), so give batches of one size, not too small. Everything else stays as it is, dropout is off.
+    Norms shared by all tasks hold the statistics of the mixed training batches; an expert that serves one task does
+    better with those of its own images. The statistics are the plain average over the batches (cumulative moving
+    average), so give batches of one size, not too small. Nothing else changes; dropout is off.
 
     Args:
         network: an extracted expert (or any other network), or a `LoRKDNet` with ``norm="task"``.
-        batches: images BCHW[D]; also dicts with such ``"image"``, or tuples that start with them. On the network's
+        batches: images BCHW[D], or dicts with them as ``"image"``, or tuples that start with them; on the network's
             device.
         task: the task, for a `LoRKDNet`.
 
     Returns:
-        The number of batches that were used.
+        The number of batches.
 
     Raises:
-        LoRKDError: no batches, no norms that keep statistics, a `LoRKDNet` whose tasks share their norms, or one
-            without a task. The old statistics are then kept.
+        LoRKDError: no batches, no norms that keep statistics, a `LoRKDNet` without a task or whose tasks share their
+            norms, or statistics that are not finite. The old statistics are then kept.
 
     Example::
 
@@ -48,7 +48,7 @@ def reestimate_norms(network: nn.Module, batches: Iterable, task: str | int | No
         if not network.norm_banks:
             raise LoRKDError(
                 "the tasks of this network share their norms, so that new statistics for one would change all: "
-                "decompose with norm='task', or extract the expert and estimate those of the extracted network"
+                "decompose with norm='task', or extract the expert and re-estimate those of the extracted network"
             )
         index = network.task_index(task)
         norms: list[Any] = [bank.tasks[index] for bank in network.norm_banks.values()]
@@ -71,13 +71,13 @@ def reestimate_norms(network: nn.Module, batches: Iterable, task: str | int | No
             norm.training = True
         for batch in batches:
             x = _images(batch)
-            with _routing(index, x):
+            with nullcontext() if index is None else route(index, batch_size=x.shape[0]):
                 module(x)
             used += 1
         if not used:
             raise LoRKDError("no batches of images were given to estimate the norms on")
         if not all(torch.isfinite(b).all() for m in norms for b in m.buffers(recurse=False)):
-            raise LoRKDError("the statistics of the norms came out NaN or infinite: check the images")
+            raise LoRKDError("the statistics of the norms are NaN or infinite: check the images")
     except BaseException:
         for norm, buffers in zip(norms, before):
             for name, value in buffers.items():
@@ -89,10 +89,6 @@ def reestimate_norms(network: nn.Module, batches: Iterable, task: str | int | No
         for m, training in modes:
             m.training = training
     return used
-
-
-def _routing(index: int | None, x: Tensor) -> AbstractContextManager:
-    return nullcontext() if index is None else route(index, batch_size=x.shape[0])
 
 
 def _images(batch: object) -> Tensor:

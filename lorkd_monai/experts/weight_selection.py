@@ -1,4 +1,4 @@
-"""Starting a student from the weights of a larger network of its kind ("weight selection", arXiv 2311.18823)."""
+"""Start a student from the weights of a larger network of its kind ("weight selection", arXiv 2311.18823)."""
 
 from __future__ import annotations
 
@@ -14,27 +14,31 @@ __all__ = ["select_weights"]
 
 @torch.no_grad()
 def select_weights(student: LoRKDNet, teacher: nn.Module, least: float = 0.0) -> int:
-    """Start a student's shared weights, and its norms, from an even selection of a larger network's.
+    """Start a student's shared weights, and its norms, from evenly spaced entries of a larger network's.
 
-    Tensors of one name and as many axes are taken over where the teacher's is at least as large on each axis: its
-    entries at even distances. Layers that follow each other so select the same channels. Norms of tasks all start
-    alike. Heads and experts start fresh.
+    A tensor is taken where the teacher has one of the same name and number of axes that is at least as large on each
+    axis. Layers that follow each other so select the same channels. The norms of all tasks start alike; heads and
+    experts start anew.
 
     Args:
         student: changed in place.
         teacher: plain network.
-        least: share of the student's tensors that must find one, or else nothing is done and 0 is returned.
+        least: share of the student's tensors that must find one; below it nothing is changed and 0 is returned.
 
     Returns:
-        How many tensors of the teacher were taken.
+        The number of tensors taken.
 
     Raises:
-        LoRKDError: no tensor fits, and ``least`` is 0.
+        LoRKDError: no tensor fits and ``least`` is 0.
     """
     source = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
     targets = {name: found for name, found in _tensors(student).items() if found[0].ndim}
     fitting = {
-        name: source[name] for name, found in targets.items() if name in source and _covers(source[name], found[0])
+        name: source[name]
+        for name, (target, *_) in targets.items()
+        if name in source
+        and source[name].ndim == target.ndim
+        and all(theirs >= own for theirs, own in zip(source[name].shape, target.shape, strict=True))
     }
     if len(fitting) < least * len(targets):
         return 0
@@ -51,12 +55,8 @@ def select_weights(student: LoRKDNet, teacher: nn.Module, least: float = 0.0) ->
     return len(fitting)
 
 
-def _covers(tensor: Tensor, target: Tensor) -> bool:
-    return tensor.ndim == target.ndim and all(o >= t for o, t in zip(tensor.shape, target.shape, strict=True))
-
-
 def _tensors(student: LoRKDNet) -> dict[str, list[Tensor]]:
-    """The tensors to start, by the names that they have in the plain network: one, or one for each task's norm."""
+    """The tensors to start, by their name in the plain network: one, or one for each task's norm."""
     own = {id(t) for i in range(len(student.tasks)) for t in student.expert_tensors(i).values()}
     layers = {f"{name}.layer.": f"{name}." for name in student.expert_layers}
     result = {}

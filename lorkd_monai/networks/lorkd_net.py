@@ -434,7 +434,7 @@ class LoRKDNet(nn.Module):
         own = self.expert_tensors(self.task_index(task))
         problems = misfits(own, state)
         if problems:
-            raise LoRKDError(f"expert of task {task!r} does not fit: " + "; ".join(problems[:6]))
+            raise LoRKDError(f"expert of task {task!r} does not fit: " + "; ".join(problems))
         for key, tensor in own.items():
             tensor.copy_(state[key])
 

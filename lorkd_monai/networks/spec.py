@@ -122,13 +122,14 @@ def checked_options(
 
 
 def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Why ``state`` does not fit the tensors ``own``."""
-    problems = [f"missing {k}" for k in own if k not in state] + [f"unknown {k}" for k in state if k not in own]
-    return problems + [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
+    """Why ``state`` does not fit the tensors ``own``: at most four names of each kind. A spec may have another size."""
+    keys = {"missing": [k for k in own if k not in state], "unknown": [k for k in state if k not in own]}
+    shapes = [k for k in own if k in state and k != SPEC_KEY and state[k].shape != own[k].shape]
+    return [
+        f"{len(found)} {what} ({', '.join(found[:4])}{', …' if len(found) > 4 else ''})"
+        for what, found in keys.items()
+        if found
+    ] + [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in shapes[:4]]
 
 
 def layer_rank(rank: int, factor: float) -> int:

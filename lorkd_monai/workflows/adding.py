@@ -13,7 +13,7 @@ from torch import nn
 from lorkd_monai.bundle.export import work_of_info
 from lorkd_monai.checkpoints.packs import fingerprint
 from lorkd_monai.checkpoints.weights import (
-    check_inert_config,
+    check_backbone,
     load_decomposition,
     load_weights,
     read_decomposition_spec,
@@ -162,10 +162,8 @@ def what_is_added(net: LoRKDNet) -> dict[str, Any]:
 
 def _needed(backbone: Mapping[str, Any] | None, spec: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """``backbone`` if a checkpoint has no config of its own, or one that may not be built; else None."""
-    if spec.get("backbone") is None:
-        return backbone
     try:
-        check_inert_config(spec["backbone"], "")
+        check_backbone(spec, "")
     except LoRKDError:
         return backbone
     return None

@@ -87,7 +87,7 @@ def test_a_truncated_file_is_refused(tmp_path, name):
     save_pack(decomposition(), tmp_path)
     file = tmp_path / name
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(LoRKDError, match=f"{name} is no complete file"):
+    with pytest.raises(LoRKDError, match=f"{name} is not a complete file"):
         load_pack(tmp_path)
 
 
@@ -106,10 +106,10 @@ def test_a_running_network_is_unchanged_by_what_is_refused(tmp_path):
     cut = tmp_path / "expert_breast.safetensors"
     cut.write_bytes(cut.read_bytes()[:-50])
     for file, message in (
-        (cut, "is no complete file of an expert pack"),
+        (cut, "is not a complete file of an expert pack"),
         (tmp_path / "shared.safetensors", "holds the shared weights of a pack, no expert"),
         (tmp_path / "other" / "expert_new.safetensors", "belongs to other shared weights"),
-        (tmp_path / "no.safetensors", "is no complete file of an expert pack"),
+        (tmp_path / "no.safetensors", "is not a complete file of an expert pack"),
     ):
         with pytest.raises(LoRKDError, match=message):
             load_expert(net, file)
@@ -138,14 +138,14 @@ def test_changed_shared_weights_are_refused(tmp_path):
 
 
 def test_bad_folders_and_names(tmp_path):
-    with pytest.raises(LoRKDError, match="is no complete file of an expert pack"):
+    with pytest.raises(LoRKDError, match="is not a complete file of an expert pack"):
         load_pack(tmp_path)
     with pytest.raises(LoRKDError, match="can't name a file"):
         save_pack(decomposition(tasks={"../x": 2}), tmp_path)
     assert not list(tmp_path.iterdir())
     save_pack(decomposition(), tmp_path)
-    with pytest.raises(LoRKDError, match="is no complete file"):
+    with pytest.raises(LoRKDError, match="is not a complete file"):
         load_pack(tmp_path, tasks=["spleen"])
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "expert_breast.safetensors")
-    with pytest.raises(LoRKDError, match="is no file of an expert pack"):
+    with pytest.raises(LoRKDError, match="is not a file of an expert pack"):
         load_pack(tmp_path)

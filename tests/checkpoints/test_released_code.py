@@ -356,8 +356,8 @@ def arguments(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"alpha": None}, "give alpha .* or scale, one of them"),
-        ({"scale": 2.0}, "give alpha .* or scale, one of them"),
+        ({"alpha": None}, "give either alpha .* or scale"),
+        ({"scale": 2.0}, "give either alpha .* or scale"),
         ({"drop": []}, r"2 keys \(head.module.weight, head.module.bias\) found no place in ResNet.*drop=\['\^head"),
         ({"tasks": ["a", "b"]}, "has 3 experts, got 2 names: a, b"),
         ({"tasks": "breast"}, "tasks: expected the names"),
@@ -366,7 +366,7 @@ def arguments(**changes):
         ({"drop": ["^head[.]", "head_task"]}, "holds no heads"),
         ({"drop": ["^head[.]", "layer3.*bn1"]}, r"no key gives 8 keys \(layer3.0.bn1.weight.*name in fresh"),
         ({"drop": ["^head[.]", "layer3.0.conv1.lora_B_list.1"]}, r"lacks CKN.resnet.layer3.0.conv1.lora_B_list.1"),
-        ({"drop": ["("]}, r"'\(' is no regular expression"),
+        ({"drop": ["("]}, r"'\(' is not a regular expression"),
         ({"mapping": {"renames": {}}}, "expected the fields keys, rename, drop, fresh, got 'renames'"),
         ({"mapping": {"rename": ["a"]}}, "rename must map strings to strings"),
         ({"mapping": {"drop": "a"}}, "drop must be a list of strings"),

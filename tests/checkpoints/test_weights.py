@@ -59,7 +59,7 @@ def test_truncated_file(tmp_path, suffix, kept):
     save_weights(path, nn.Linear(30, 40).state_dict())
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    with pytest.raises(LoRKDError, match="no complete"):
+    with pytest.raises(LoRKDError, match="not a complete"):
         load_weights(path)
 
 
@@ -72,7 +72,7 @@ class Bomb:
 def test_pickle_of_code_is_refused_and_not_run(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
     write({"weight": Bomb()}, tmp_path / "w.pt")
-    with pytest.raises(LoRKDError, match="could run code|no complete weights file"):
+    with pytest.raises(LoRKDError, match="could run code|not a complete weights file"):
         load_weights(tmp_path / "w.pt")
     assert not (tmp_path / "exploded").exists()
 
@@ -92,7 +92,7 @@ def test_no_state_dict(tmp_path, content):
 
 def test_text_file(tmp_path):
     (tmp_path / "w.pt").write_text("hello\n")
-    with pytest.raises(LoRKDError, match="no complete weights file|could run code"):
+    with pytest.raises(LoRKDError, match="not a complete weights file|could run code"):
         load_weights(tmp_path / "w.pt")
 
 

@@ -80,6 +80,15 @@ def test_parameters_are_those_of_the_network_built_with_the_ranks():
     assert sum(r["energy"] for r in rows) >= sum(r["equal_energy"] for r in rows) - 1e-9
 
 
+def test_layers_whose_rank_grows_by_less_than_the_tasks():
+    network = backbone().double()
+    net = LoRKDNet(network, {"a": 4, "b": 2}, rank=8, layout="conv", include=["0", "2"], rank_pattern={"*": 0.25})
+    rows = suggest_ranks(net, {"a": tuned(network, 1), "b": tuned(network, 2)})
+    layers = net.expert_layers.values()
+    ranks = [[max(1, round(row["rank"] * layer.rank_factor)) for layer in layers] for row in rows]
+    assert max(ranks[0]) >= 2 and max(ranks[1]) >= 2  # not stuck where the next rank changes nothing
+
+
 def test_refusals():
     network = backbone().double()
     net = LoRKDNet(network, {"a": 4, "b": 2}, rank=2)

@@ -355,8 +355,8 @@ def test_expert_state_dict_that_does_not_fit():
     good = net.expert_state_dict("b")
     before = copy.deepcopy(net.state_dict())
     for state, message in (
-        ({k: v for k, v in good.items() if k != "conv1.lora_A"}, "missing conv1.lora_A"),
-        ({**good, "surprise": torch.ones(1)}, "unknown surprise"),
+        ({k: v for k, v in good.items() if k != "conv1.lora_A"}, r"1 missing \(conv1.lora_A\)"),
+        ({**good, "surprise": torch.ones(1)}, r"1 unknown \(surprise\)"),
         (LoRKDNet(resnet(), TASKS, rank=3).expert_state_dict("b"), r"conv1.lora_A is \(21, 7\), expected \(14, 7\)"),
         (net.expert_state_dict("c"), r"fc.weight is \(3, 64\), expected \(2, 64\)"),
     ):

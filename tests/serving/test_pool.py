@@ -195,9 +195,9 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
         before = {t: pool.predict(image, t) for t in pool.tasks}
         for file, words in (
             (other / "expert_breast.safetensors", "other shared weights"),
-            (cut, "no complete file"),
+            (cut, "not a complete file"),
             (tmp_path / "pack/shared.safetensors", "no expert"),
-            (tmp_path / "missing.safetensors", "no complete file"),
+            (tmp_path / "missing.safetensors", "not a complete file"),
         ):
             with pytest.raises(LoRKDError, match=words):
                 pool.exchange(file)
