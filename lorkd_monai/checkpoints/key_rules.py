@@ -63,11 +63,6 @@ class KeyRules:
             fresh=listed["fresh"],
         )
 
-    @property
-    def place_keys(self) -> bool:
-        """Whether the rules say where keys go; otherwise `by_structure` finds it."""
-        return bool(self.keys or self.rename)
-
     def drops(self, key: str, name: str) -> bool:
         """Whether this key, or its name without ``module``, is to be left out."""
         return any(p.search(key if _MODULE.search(p.pattern) else name) for p in self.drop)

@@ -127,8 +127,10 @@ def import_authors(
     # Every key of the network outside its heads; several may name one tensor.
     inside = tuple(f"{h}." for h in heads)
     target = {k: v for k, v in plain.state_dict(keep_vars=True).items() if not k.startswith(inside)}
-    shared = source.shared
-    places = {name: rules.place(name) for name in shared} if rules.place_keys else by_structure(shared, target)
+    if rules.keys or rules.rename:
+        places = {name: rules.place(name) for name in source.shared}
+    else:
+        places = by_structure(source.shared, target)
     _check_places(source, places, target, plain, rules)
     layers, unused = _layers(source, places, plain, len(classes))
     ranks, pattern = _ranks(source, layers, plain, list(classes))

@@ -59,7 +59,7 @@ def reestimate_norms(network: nn.Module, batches: Iterable, task: str | int | No
     if not norms:
         raise LoRKDError(f"{type(network).__name__} has no batch norm that keeps statistics: nothing to estimate")
 
-    before = [{k: v.clone() for k, v in m.named_buffers(recurse=False)} for m in norms]
+    before = [(buffer, buffer.clone()) for m in norms for buffer in m.buffers(recurse=False)]
     momenta = [m.momentum for m in norms]
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
@@ -76,12 +76,11 @@ def reestimate_norms(network: nn.Module, batches: Iterable, task: str | int | No
             used += 1
         if not used:
             raise LoRKDError("no batches of images were given to estimate the norms on")
-        if not all(torch.isfinite(b).all() for m in norms for b in m.buffers(recurse=False)):
+        if not all(buffer.isfinite().all() for buffer, _ in before):
             raise LoRKDError("the statistics of the norms are NaN or infinite: check the images")
     except BaseException:
-        for norm, buffers in zip(norms, before):
-            for name, value in buffers.items():
-                getattr(norm, name).copy_(value)
+        for buffer, value in before:
+            buffer.copy_(value)
         raise
     finally:
         for norm, momentum in zip(norms, momenta):

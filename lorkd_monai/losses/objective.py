@@ -18,7 +18,7 @@ from lorkd_monai.losses.task import (
     labelled_samples,
     levels_of,
 )
-from lorkd_monai.losses.transfer import FeatureTransferLoss, TransferLoss
+from lorkd_monai.losses.transfer import FeatureTransferLoss, TransferLoss, own_channels, spread
 
 __all__ = ["LoRKDLoss"]
 
@@ -28,36 +28,35 @@ TaskLoss = Callable[[Tensor, Tensor], Tensor]
 class LoRKDLoss(nn.Module):
     r"""``total = task + transfer_weight · transfer + feature_weight · feature_transfer``.
 
-    * *task*: the mean, over the labelled samples of the batch, of the loss of each sample on its own channels.
-      A label of -1 (or a label map of -1 only) marks a sample without label.
-    * *transfer*: the divergence from the teacher's logits (see `transfer_loss`), summed over the samples that the
-      teacher has logits for and divided by the batch size; on the full resolution only under deep supervision.
-    * *feature_transfer*: the same on pooled features (see `FeatureTransferLoss`), for the samples that the teacher
-      has no logits for.
+    * *task*: the mean loss of the labelled samples of the batch, each on its own channels. A label of -1 (or a label
+      map of only -1) marks a sample without label.
+    * *transfer*: the divergence from the teacher's logits (see `transfer_loss`), summed over the samples with such
+      logits and divided by the batch size; under deep supervision on the full resolution only.
+    * *feature_transfer*: the same on pooled features (see `FeatureTransferLoss`), for the samples without logits of
+      the teacher.
 
     Everything is computed in float32, also under autocast; float64 stays. After each call ``loss.terms`` holds the
-    unweighted terms as floats: ``total``, ``task``, ``transfer``, ``feature_transfer`` (the last two where they
-    were computed), and ``task/<name>``, the mean task loss of each task present.
+    unweighted terms as floats: ``total``, ``task``, ``transfer``, ``feature_transfer`` (the last two if they were
+    computed), and ``task/<name>``, the mean task loss of each task present.
 
     Args:
         task_loss: "ce" (classification), "dice_ce" (segmentation, MONAI's `DiceCELoss`), or a callable
             ``(output of one task B_t×n_t×…, label) -> scalar`` that returns the mean over these samples.
         transfer_weight: 0 or more; 0 trains without transfer and needs no teacher.
         temperature: T of the transfer.
-        mode: "softmax" or "sigmoid", what the teacher's logits go through.
+        mode: "softmax" or "sigmoid", see `transfer_loss`.
         transfer_positions: "equal" or "by_class", see `transfer_loss`; without spatial dimensions they are the same.
-        tasks: {name: number of channels} in the network's order, ``net.num_classes``. Without it tasks are called
-            by their number, and a sample's own channels are those that are not -inf.
-        feature_transfer: a `FeatureTransferLoss`; its parameters are then parameters of this module, for the
-            optimizer and the checkpoint.
+        tasks: {name: number of channels} in the network's order, ``net.num_classes``. Without it tasks are named by
+            their number, and a sample's own channels are those that are not -inf.
+        feature_transfer: a `FeatureTransferLoss`; its parameters become parameters of this module.
         feature_weight: 0 or more.
         class_weights, label_smoothing: for "ce", see `CrossEntropyPerTask`.
         deep_supervision: weights over resolutions, see `PerTaskLoss`.
         task_loss_options: keyword arguments for MONAI's `DiceCELoss`.
 
     Raises:
-        LoRKDError: from the constructor for an option out of its range; from a call for shapes that do not fit, a
-            label outside its task's classes, a missing teacher, or a term that is NaN or infinite.
+        LoRKDError: in the constructor for an option out of its range; in a call for shapes that do not fit, a label
+            outside its task's classes, a missing teacher, or a term that is NaN or infinite.
 
     Source: the objective of LoRKD (arXiv 2404.17184; arXiv 2409.19540 for segmentation).
 
@@ -160,7 +159,7 @@ class LoRKDLoss(nn.Module):
                     _plain(student_features), _plain(teacher_features), without_logits
                 )
                 total = total + self.feature_weight * terms["feature_transfer"]
-            if self.training and self.transfer_weight > 0 and len(terms.keys() & {"transfer", "feature_transfer"}) == 0:
+            if self.training and self.transfer_weight > 0 and not terms.keys() & {"transfer", "feature_transfer"}:
                 raise LoRKDError(
                     f"LoRKDLoss(transfer_weight={self.transfer_weight:g}) got neither teacher_out nor teacher_features "
                     "with a feature_transfer. Pass the teacher's logits, or set transfer_weight=0 to train without it."
@@ -191,8 +190,7 @@ class LoRKDLoss(nn.Module):
     def _own_channels(self, output: Tensor, task: Tensor) -> tuple[Tensor, list[str]]:
         """The B×C mask of the samples' own channels, and the names of the tasks by number."""
         if self.tasks is None:
-            finite = ~output.detach().isneginf().flatten(2).all(2) if output.ndim > 2 else ~output.detach().isneginf()
-            return finite, [str(t) for t in range(int(task.max()) + 1)]
+            return own_channels(output), [str(t) for t in range(int(task.max()) + 1)]
         names, counts = list(self.tasks), task.new_tensor(list(self.tasks.values()))
         if int(task.min()) < 0 or int(task.max()) >= len(names):
             raise LoRKDError(
@@ -217,12 +215,12 @@ class LoRKDLoss(nn.Module):
                 f"task_loss='ce' is for class logits B×C, got an output of shape {tuple(levels[0].shape)}; "
                 "segmentation takes task_loss='dice_ce'."
             )
-        # A task of one channel is a foreground by sigmoid, with the labels 0 and 1; cross entropy has no such thing.
+        # In segmentation a task of one channel is a foreground by sigmoid, with the labels 0 and 1.
         check_labels(label, labelled, channels if classify else channels.clamp(min=2), task, names)
         number = int(labelled.sum())
-        # Without any labelled sample the term is a 0 that still belongs to the graph.
-        outside = ~own.reshape(*own.shape, *[1] * (levels[0].ndim - 2))
-        terms = {"task": levels[0].new_zeros(()) if number else 0.0 * levels[0].masked_fill(outside, 0.0).sum()}
+        terms = {"task": levels[0].new_zeros(())}
+        if not number:  # a 0 that is still part of the graph
+            terms["task"] = 0.0 * levels[0].masked_fill(~spread(own, levels[0]), 0.0).sum()
         per_sample = self.task_loss(levels[0], label, task, own, names) if classify else None
         for t in task[labelled].unique().tolist():
             chosen = (labelled & (task == t)).nonzero()[:, 0]
@@ -249,5 +247,5 @@ class LoRKDLoss(nn.Module):
 
 
 def _plain(x: Tensor) -> Tensor:
-    """MONAI's MetaTensor carries the metadata of each item through every operation; a loss needs none."""
+    """The tensor without the metadata that MONAI's MetaTensor carries through every operation."""
     return x.as_tensor() if isinstance(x, MetaTensor) else x

@@ -1,4 +1,4 @@
-"""Losses of the tasks themselves, for outputs whose channels past each sample's own head are -inf."""
+"""Losses of the tasks, for outputs that are -inf in the channels past each sample's own head."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from lorkd_monai.losses.transfer import full_precision
 
 __all__ = ["CrossEntropyPerTask", "PerTaskLoss", "UNLABELLED", "dice_ce", "labelled_samples", "levels_of"]
 
-UNLABELLED = -1  # a class label, or a label map filled with it, that is not known
+UNLABELLED = -1  # an unknown class label, or each voxel of an unknown label map
 
 
 def levels_of(output: Tensor | list[Tensor] | tuple[Tensor, ...], spatial_dims: int) -> list[Tensor]:
     """The outputs of a deeply supervised network, full resolution first; one tensor gives a list of one.
 
-    A list or tuple is taken as it is (SegResNet-DS, UNet++). A tensor with one dimension more than B×C×spatial is
+    A list or tuple is used as it is (SegResNet-DS, UNet++). A tensor with one dimension more than B×C×spatial is
     a stack B×K×C×spatial (DynUNet in training).
     """
-    if isinstance(output, (list, tuple)):
-        return [full_precision(level) for level in output]
-    if spatial_dims and output.ndim == spatial_dims + 3:
-        return [full_precision(level) for level in output.unbind(1)]
-    return [full_precision(output)]
+    if isinstance(output, Tensor):
+        output = output.unbind(1) if spatial_dims and output.ndim == spatial_dims + 3 else [output]
+    return [full_precision(level) for level in output]
 
 
 def labelled_samples(label: Tensor) -> Tensor:
@@ -36,7 +34,7 @@ def labelled_samples(label: Tensor) -> Tensor:
 
 
 def check_labels(label: Tensor, labelled: Tensor, channels: Tensor, task: Tensor, names: Sequence[str]) -> None:
-    """Raise `LoRKDError` where a label of a labelled sample is outside 0..n-1, n = ``channels`` of the sample."""
+    """Raise `LoRKDError` for a label of a labelled sample outside 0..n-1, with n the sample's ``channels``."""
     flat = label.reshape(len(label), -1)
     low, high = flat.min(1).values, flat.max(1).values
     bad = labelled & ((low < 0) | (high >= channels))
@@ -55,11 +53,11 @@ class CrossEntropyPerTask(nn.Module):
 
     For a sample of class y and a task of n channels, with label smoothing ε and class weights w (1 by default):
     ``- sum over own c of  w_c · ((1-ε)·[c = y] + ε/n) · log softmax(z)_c``, which is
-    `torch.nn.functional.cross_entropy` with ``reduction="none"`` on the first n channels. Weights are taken as they
-    are: give them a mean of about 1 over the samples (n_samples / (n · n_samples_of_c) does).
+    `torch.nn.functional.cross_entropy` with ``reduction="none"`` on the first n channels. Weights are not normalised:
+    give them a mean of about 1 over the samples (n_samples / (n · n_samples_of_c) does).
 
     Args:
-        class_weights: {task name: one weight for each class}; tasks that are not named have none.
+        class_weights: {task name: one weight for each class}; other tasks have none.
         label_smoothing: one number in [0, 1), or {task name: number}.
     """
 
@@ -79,7 +77,7 @@ class CrossEntropyPerTask(nn.Module):
                 raise LoRKDError(f"class_weights: task {name!r} has {weights}; expected finite numbers of 0 or more")
 
     def check_tasks(self, num_classes: Mapping[str, int]) -> None:
-        """Raise `LoRKDError` where an option names a task that there is not, or has another number of classes."""
+        """Raise `LoRKDError` if an option names an unknown task or has the wrong number of classes."""
         smoothed = self.label_smoothing if isinstance(self.label_smoothing, Mapping) else {}
         for option, names in (("class_weights", self.class_weights), ("label_smoothing", smoothed)):
             for name in names:
@@ -101,19 +99,16 @@ class CrossEntropyPerTask(nn.Module):
         target = F.one_hot(label.clamp(min=0), logits.shape[1]).to(logits.dtype)
         target = (1 - smoothing) * target + smoothing * own / own.sum(1, keepdim=True)
         if self.class_weights:
-            target = target * self._weight_table(names, logits)[task]
+            table = logits.new_ones(len(names), logits.shape[1])
+            for row, name in enumerate(names):
+                weights = self.class_weights.get(name, ())
+                table[row, : len(weights)] = table.new_tensor(weights)
+            target = target * table[task]
         return -(target * log_q).sum(1)
-
-    def _weight_table(self, names: Sequence[str], like: Tensor) -> Tensor:
-        table = like.new_ones(len(names), like.shape[1])
-        for row, name in enumerate(names):
-            weights = self.class_weights.get(name, ())
-            table[row, : len(weights)] = table.new_tensor(weights)
-        return table
 
 
 class PerTaskLoss(nn.Module):
-    """Apply a loss to the samples of each task by themselves, on the task's own channels.
+    """Apply a loss to the samples of each task separately, on the task's own channels.
 
     Args:
         loss: called as ``loss(output of one task B_t×n_t×…, its label) -> scalar``, the mean over these samples.
@@ -131,16 +126,13 @@ class PerTaskLoss(nn.Module):
         self._fixed = None if isinstance(deep_supervision, str) else [float(w) for w in deep_supervision]
         self._mode = deep_supervision if isinstance(deep_supervision, str) else "exp"
 
-    def level_weights(self, levels: int) -> list[float]:
-        """One weight for each resolution, the full one first."""
-        if self._fixed is not None and len(self._fixed) < levels:
-            raise LoRKDError(f"deep_supervision: the network has {levels} outputs, got {len(self._fixed)} weights")
-        return DeepSupervisionLoss(self.loss, self._mode, self._fixed).get_weights(levels)
-
     def forward(self, levels: Sequence[Tensor], label: Tensor, channels: int) -> Tensor:
         """Return the loss of samples that are all of one task with ``channels`` channels."""
+        if self._fixed is not None and len(self._fixed) < len(levels):
+            raise LoRKDError(f"deep_supervision: the network has {len(levels)} outputs, got {len(self._fixed)} weights")
+        weights = DeepSupervisionLoss(self.loss, self._mode, self._fixed).get_weights(len(levels))
         total = levels[0].new_zeros(())
-        for weight, output in zip(self.level_weights(len(levels)), levels):
+        for weight, output in zip(weights, levels):
             target = label
             if output.ndim > 2 and output.shape[2:] != label.shape[2:]:
                 target = F.interpolate(label.to(output.dtype), size=output.shape[2:], mode="nearest-exact")
@@ -153,7 +145,7 @@ class _DiceCEAnyChannels(nn.Module):
 
     def __init__(self, **options: object) -> None:
         super().__init__()
-        # A task of one channel is all foreground, there is no background to leave out.
+        # A task of one channel has no background to leave out.
         self.many = DiceCELoss(to_onehot_y=True, softmax=True, **options)
         self.single = DiceCELoss(sigmoid=True, **{**options, "include_background": True})
 

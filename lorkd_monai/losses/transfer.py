@@ -1,4 +1,4 @@
-"""Transfer of the teacher's knowledge to the experts, on logits and on pooled features."""
+"""Transfer of the teacher's knowledge to the experts, on logits or on pooled features."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from lorkd_monai.errors import LoRKDError
 
 __all__ = ["POSITIONS", "FeatureTransferLoss", "TransferLoss", "full_precision", "transfer_loss"]
 
-_MODES = ("softmax", "sigmoid")
-_REDUCTIONS = ("mean", "sum", "none")
 POSITIONS = ("equal", "by_class")
-_SEEN = 1e-3  # share of the positions from which on a class counts in full
+_SEEN = 1e-3  # share of the positions above which a class counts almost in full
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Half and bfloat16 become float32 (a loss of autocast logits is computed in full); float64 stays."""
+    """Half and bfloat16 become float32, as the logits of autocast need; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -28,12 +26,23 @@ def check_transfer_options(
     """Raise `LoRKDError` where an option of a transfer loss is out of its range."""
     if not 0.0 < float(temperature) < float("inf"):
         raise LoRKDError(f"temperature: expected a finite number above 0, got {temperature!r}")
-    if mode not in _MODES:
-        raise LoRKDError(f"mode: expected one of {_MODES}, got {mode!r}")
-    if reduction not in _REDUCTIONS:
-        raise LoRKDError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
-    if positions not in POSITIONS:
-        raise LoRKDError(f"positions: expected one of {POSITIONS}, got {positions!r}")
+    for name, value, known in (
+        ("mode", mode, ("softmax", "sigmoid")),
+        ("reduction", reduction, ("mean", "sum", "none")),
+        ("positions", positions, POSITIONS),
+    ):
+        if value not in known:
+            raise LoRKDError(f"{name}: expected one of {known}, got {value!r}")
+
+
+def own_channels(logits: Tensor) -> Tensor:
+    """B×C booleans: the channels of each sample's own task, which are not -inf everywhere."""
+    return ~logits.detach().isneginf().reshape(*logits.shape[:2], -1).all(2)
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` of the first axes of ``like``, with axes of size 1 for the others."""
+    return values.reshape(*values.shape, *[1] * (like.ndim - values.ndim))
 
 
 def transfer_loss(
@@ -54,28 +63,27 @@ def transfer_loss(
     .. math::  L = T^2 \sum_c p_c (\log p_c - \log q_c), \qquad
                p = \mathrm{softmax}(z^{teacher} / T), \quad q = \mathrm{softmax}(z^{student} / T)
 
-    and the gradient with respect to a student logit is :math:`T (q_c - p_c)`. With the factor T² its size hardly
-    depends on T. ``mode="sigmoid"``, for teachers with one independent sigmoid per class, sums the divergences of the
-    two-valued distributions of each class instead: with :math:`p_c = \sigma(z^{teacher}_c / T)`,
-    :math:`L = T^2 \sum_c KL(\mathrm{Bernoulli}(p_c) \| \mathrm{Bernoulli}(q_c))`; there a class whose teacher logit
-    is -inf or NaN is one the teacher does not know (a background, say), and is left out.
+    The gradient with respect to a student logit is :math:`T (q_c - p_c)`; the factor T² keeps its size about the same
+    for all T. ``mode="sigmoid"`` is for teachers with one independent sigmoid per class. It sums the divergences of
+    the Bernoulli distributions of the classes: :math:`L = T^2 \sum_c KL(\mathrm{Bernoulli}(p_c) \|
+    \mathrm{Bernoulli}(q_c))` with :math:`p_c = \sigma(z^{teacher}_c / T)`. A class whose teacher logit is -inf or NaN
+    is unknown to the teacher (a background, say), and is left out.
 
-    A mean over all positions underweights small structures. With ``positions="by_class"`` the classes have equal
-    weights instead: position x has the weight :math:`\frac{1}{C} \sum_c p_c(x) / \bar p_c`, with p the teacher's
-    probabilities (T = 1) and :math:`\bar p_c` their mean over the sample, so that each class that the teacher sees
-    has the same share in the mean. One that it sees in less than a thousandth of the positions has a smaller share.
+    Averaging over positions underweights small structures. With ``positions="by_class"`` every class that the teacher
+    sees has the same share in the mean: position x has the weight :math:`\frac{1}{C} \sum_c p_c(x) / \bar p_c`, with
+    p the teacher's probabilities (T = 1) and :math:`\bar p_c` their mean over the sample. A class in less than a
+    thousandth of the positions has a smaller share.
 
-    Channels past a sample's own head are -inf in both tensors; they take no part, in value or gradient.
+    Channels past a sample's own head are -inf in both tensors; they don't count, in value or gradient.
 
     Args:
-        student_logits: B×C or B×C×spatial, -inf in the channels that are not of the sample's task.
-        teacher_logits: the same shape. Where the teacher has more channels finite than the student, the student's
-            decide, and the teacher's probabilities are normalised over those. No gradient flows into it.
+        student_logits: B×C or B×C×spatial, -inf in the channels of other tasks.
+        teacher_logits: the same shape. If the teacher has more finite channels than the student, only the student's
+            count, and the teacher's probabilities are normalised over those. No gradient flows into it.
         valid: B×C boolean, the channels of each sample's own task. Default: those where the student is not -inf.
         temperature: T, above 0.
-        mode: "softmax" or "sigmoid", what the teacher's logits go through.
-        reduction: "mean" is the sum over samples of their mean over positions, divided by B; "sum" leaves the
-            division by B out; "none" returns the B means over positions.
+        mode: "softmax" or "sigmoid", the function that turns the teacher's logits into probabilities.
+        reduction: "none" returns the B means over positions, "sum" their sum, "mean" the sum divided by B.
         positions: "equal" or "by_class", the weights in the means over positions.
         has_teacher: B booleans. A sample without teacher contributes 0 (and still counts in B). Default: False for
             the samples whose teacher logits are all NaN.
@@ -84,10 +92,10 @@ def transfer_loss(
         A scalar, or B values; float32, or float64 if the student's logits are.
 
     Raises:
-        LoRKDError: if shapes differ, ``valid`` or ``has_teacher`` do not fit them, or an option is out of range.
+        LoRKDError: shapes differ, ``valid`` or ``has_teacher`` do not fit them, or an option is out of range.
 
-    Source: the transfer term of LoRKD (arXiv 2404.17184), Hinton's T² (arXiv 1503.02531). ``"by_class"`` is this
-    project's; docs/results/appendix.md says what it does.
+    Source: the transfer term of LoRKD (arXiv 2404.17184), Hinton's T² (arXiv 1503.02531). ``"by_class"`` is ours;
+    docs/results/appendix.md measures its effect.
 
     Example:
         >>> student = torch.tensor([[0.0, 0.0, float("-inf")]], requires_grad=True)
@@ -106,10 +114,20 @@ def transfer_loss(
         )
     student = full_precision(student_logits)
     teacher = teacher_logits.detach().to(student.dtype)
-    own = _own_channels(student, valid)
-    known = _known_samples(teacher, has_teacher)
-    # A missing teacher's NaN would survive a multiplication by 0.
-    teacher = teacher.masked_fill(~known.reshape(-1, *[1] * (teacher.ndim - 1)), 0.0)
+    own = own_channels(student) if valid is None else valid
+    if own.shape != student.shape[:2] or own.dtype != torch.bool:
+        raise LoRKDError(
+            f"valid: expected booleans of shape {tuple(student.shape[:2])}, got {own.dtype} of shape {tuple(own.shape)}"
+        )
+    own = spread(own, student).to(student.device)
+    known = ~teacher.isnan().flatten(1).all(1) if has_teacher is None else has_teacher
+    if known.shape != teacher.shape[:1] or known.dtype != torch.bool:
+        raise LoRKDError(
+            f"has_teacher: expected {len(teacher)} booleans, got {known.dtype} of shape {tuple(known.shape)}"
+        )
+    known = known.to(teacher.device)
+    # The NaN of a missing teacher would survive a multiplication by 0.
+    teacher = teacher.masked_fill(~spread(known, teacher), 0.0)
     if mode == "sigmoid":  # the classes that the teacher knows
         own = own & ~(teacher.isnan() | teacher.isneginf())
 
@@ -130,56 +148,32 @@ def _softmax_divergence(student: Tensor, teacher: Tensor, own: Tensor) -> Tensor
     log_q = student.masked_fill(outside, float("-inf")).log_softmax(1)
     log_p = teacher.masked_fill(outside, float("-inf")).log_softmax(1)
     p = log_p.exp()
-    # 0 · log 0 = 0: the logarithms that a zero probability multiplies are replaced before, not after, so that
-    # neither the value nor the gradient meets inf · 0.
+    # 0 · log 0 = 0: logarithms multiplied by a zero probability are replaced first, so that neither the value nor the
+    # gradient contains inf · 0.
     log_q = log_q.masked_fill(outside, 0.0)
     log_p = log_p.masked_fill(p == 0, 0.0)
     return (p * (log_p - log_q)).sum(1)
 
 
 def _sigmoid_divergence(student: Tensor, teacher: Tensor, own: Tensor) -> Tensor:
-    """Sum over the own channels of the divergences of two-valued distributions; B×C×… -> B×…."""
+    """Sum over the own channels of the divergences of Bernoulli distributions; B×C×… -> B×…."""
     s, t = student.masked_fill(~own, 0.0), teacher.masked_fill(~own, 0.0)
     p = t.sigmoid()
     return (p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))).sum(1)
 
 
 def _class_shares(teacher: Tensor, own: Tensor, mode: str) -> Tensor:
-    """Weights of the positions with which the teacher's classes have equal shares in a mean; B×C×… -> B×…."""
+    """Weights of the positions that give the teacher's classes equal shares in the mean; B×C×… -> B×…."""
     teacher, classes = teacher.masked_fill(~own, float("-inf")), own.flatten(2).any(2)
     if mode == "softmax":
         p = teacher.softmax(1)
     else:
         p = teacher.sigmoid()
-        p = torch.cat([p, (1 - p).prod(1, keepdim=True)], 1)  # where none of the classes is
+        p = torch.cat([p, (1 - p).prod(1, keepdim=True)], 1)  # none of the classes
         classes = torch.cat([classes, classes.new_ones(len(classes), 1)], 1)
     mean = p.flatten(2).mean(2) + _SEEN
     weights = classes / (mean * classes.sum(1, keepdim=True))
-    return (p * weights.reshape(*weights.shape, *[1] * (p.ndim - 2))).sum(1)
-
-
-def _own_channels(student: Tensor, valid: Tensor | None) -> Tensor:
-    """The mask of each sample's own channels, B×C×1×…, broadcastable to the logits."""
-    batch, channels = student.shape[:2]
-    if valid is None:
-        valid = ~student.detach().isneginf().reshape(batch, channels, -1).all(2)
-    elif valid.shape != (batch, channels) or valid.dtype != torch.bool:
-        raise LoRKDError(
-            f"valid: expected booleans of shape {(batch, channels)}, got {valid.dtype} of shape {tuple(valid.shape)}"
-        )
-    return valid.reshape(batch, channels, *[1] * (student.ndim - 2)).to(student.device)
-
-
-def _known_samples(teacher: Tensor, has_teacher: Tensor | None) -> Tensor:
-    """The B samples that the teacher has logits for."""
-    if has_teacher is None:
-        return ~teacher.isnan().flatten(1).all(1)
-    if has_teacher.shape != teacher.shape[:1] or has_teacher.dtype != torch.bool:
-        raise LoRKDError(
-            f"has_teacher: expected {teacher.shape[0]} booleans, got {has_teacher.dtype} of shape "
-            f"{tuple(has_teacher.shape)}"
-        )
-    return has_teacher.to(teacher.device)
+    return (p * spread(weights, p)).sum(1)
 
 
 class TransferLoss(nn.Module):
@@ -189,7 +183,7 @@ class TransferLoss(nn.Module):
         temperature, mode, reduction, positions: see `transfer_loss`.
 
     Raises:
-        LoRKDError: if an option is out of its range.
+        LoRKDError: an option is out of its range.
     """
 
     def __init__(
@@ -197,8 +191,8 @@ class TransferLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_transfer_options(temperature, mode, reduction, positions)
-        self.temperature, self.mode, self.reduction = float(temperature), mode, reduction
-        self.positions = positions
+        self.temperature, self.mode = float(temperature), mode
+        self.reduction, self.positions = reduction, positions
 
     def forward(
         self,
@@ -209,9 +203,15 @@ class TransferLoss(nn.Module):
     ) -> Tensor:
         """See `transfer_loss`."""
         return transfer_loss(
-            student_logits, teacher_logits, valid, temperature=self.temperature, mode=self.mode,
-            reduction=self.reduction, positions=self.positions, has_teacher=has_teacher,
-        )  # fmt: skip
+            student_logits,
+            teacher_logits,
+            valid,
+            temperature=self.temperature,
+            mode=self.mode,
+            reduction=self.reduction,
+            positions=self.positions,
+            has_teacher=has_teacher,
+        )
 
     def extra_repr(self) -> str:
         options = f"mode={self.mode!r}, reduction={self.reduction!r}, positions={self.positions!r}"
@@ -224,8 +224,8 @@ class FeatureTransferLoss(nn.Module):
     .. math::  L = T^2\, KL(\mathrm{softmax}(f^{teacher} / T) \,\|\, \mathrm{softmax}(P f^{student} / T))
 
     with a learned linear projection P (with bias) from the student's feature space into the teacher's. Its weights
-    are parameters of this module: give them to the optimizer and save them with the network to resume a training.
-    Nothing of it goes into an expert.
+    are parameters of this module: give them to the optimizer, and save them with the network to resume a training.
+    They are not part of an expert.
 
     Args:
         student_dim: D of the student's features B×D.
@@ -233,7 +233,7 @@ class FeatureTransferLoss(nn.Module):
         temperature, reduction: see `transfer_loss`.
 
     Raises:
-        LoRKDError: if a dimension is not a positive integer or an option is out of its range.
+        LoRKDError: a dimension is not a positive integer, or an option is out of its range.
 
     Source: the feature form of the transfer term of LoRKD (arXiv 2404.17184). The papers' student has the teacher's
     feature size; the projection makes other sizes possible.

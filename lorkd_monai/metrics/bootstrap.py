@@ -1,8 +1,7 @@
 """Percentile bootstrap over images or patients: the same resamples for every metric, so that methods can be paired.
 
-`scipy.stats.bootstrap` resamples values, one statistic at a time. Here a resample is a row of weights, which say how
-often each image counts: tasks, methods and metrics share it, a patient's images are drawn together, and memory stays
-bounded.
+`scipy.stats.bootstrap` resamples values, one statistic at a time. Here a resample is a row of weights: how often each
+image counts. Tasks, methods and metrics share it, the images of a patient are drawn together, and memory is bounded.
 """
 
 from __future__ import annotations
@@ -15,20 +14,21 @@ from torch import Tensor
 
 __all__ = ["CHUNK", "Clusters", "figures", "resampling_weights", "weight_chunks"]
 
-# Numbers of one chunk of weights: 32 MiB, of which a statistic may need some ten times as much.
+# Numbers in one chunk of weights: 32 MiB. A statistic may need about ten times as much.
 CHUNK = 2**22
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """The patients of one task's images, who are drawn in place of the images.
+    """The patients of one task's images; patients are drawn instead of images.
+
+    Tasks that share patients are resampled together, as a group.
 
     Attributes:
         of_image: N numbers, the patient of each image.
-        count: number of patients, also those who have images of other tasks alone: tasks that share patients are
-            resampled together.
-        most_images: images of the task that has most of them, of those that are resampled together.
-        group: number of the first of these tasks.
+        count: number of patients of the group.
+        most_images: the largest number of images of a task of the group.
+        group: number of the group's first task.
     """
 
     of_image: Tensor
@@ -38,10 +38,10 @@ class Clusters:
 
 
 def weight_chunks(count: int, resamples: int, seed: int = 0, clusters: Clusters | None = None) -> Iterator[Tensor]:
-    """The rows of :func:`resampling_weights`, so many at a time that memory does not grow with the images.
+    """The rows of :func:`resampling_weights`, in chunks whose size does not grow with the number of images.
 
-    With ``clusters`` patients are drawn, and each image counts as often as its patient. Tasks of one group, with one
-    seed, have the same patients in each row; a row may then hold no image of a task.
+    With ``clusters`` patients are drawn, and each image counts as often as its patient. Tasks of one group have, with
+    the same seed, the same patients in each row; a row may hold no image of a task.
     """
     generator = torch.Generator().manual_seed(seed)
     units = count if clusters is None else clusters.count
@@ -65,28 +65,30 @@ def figures(
     seed: int = 0,
     clusters: Clusters | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Statistics of ``count`` images, each with the central 95 % of its bootstrap distribution.
+    """Statistics over ``count`` images, each with its 95 % bootstrap interval (central percentiles).
 
     Args:
         statistics: R × N weights (how often each image counts) -> R values.
         count: number of images.
-        resamples: of the images.
+        resamples: their number.
         seed: of the resampling.
-        clusters: the patients, who are resampled in place of the images.
+        clusters: the patients, if they are resampled instead of the images.
 
     Returns:
-        ``{name: {"value", "low", "high", "n"}}``; no interval where no resample gives a finite value.
+        ``{name: {"value", "low", "high", "n"}}``; no interval if no resample gives a finite value.
     """
     once = torch.ones(1, count, dtype=torch.float64)
-    found = {name: {"value": statistic(once).item()} for name, statistic in statistics.items()}
-    values: dict[str, list[Tensor]] = {name: [] for name in statistics}
+    values: dict[str, list[Tensor]] = {name: [once.new_empty(0)] for name in statistics}
     for weights in weight_chunks(count, resamples, seed, clusters):
         for name, statistic in statistics.items():
             values[name].append(statistic(weights))
-    for name, parts in values.items():
-        finite = torch.cat([part[part.isfinite()] for part in parts]) if parts else torch.empty(0)
+    found = {}
+    for name, statistic in statistics.items():
+        found[name] = {"value": statistic(once).item()}
+        resampled = torch.cat(values[name])
+        finite = resampled[resampled.isfinite()]
         if len(finite):
-            low, high = finite.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+            low, high = finite.quantile(once.new_tensor([0.025, 0.975])).tolist()
             found[name] |= {"low": low, "high": high}
         found[name]["n"] = count
     return found

@@ -40,7 +40,7 @@ def area_under_roc(score: Tensor, positive: Tensor, weights: Tensor | None = Non
         weights: R × N: how often each sample counts; None: once.
 
     Returns:
-        R values in 0..1; NaN where one of the two is missing.
+        R values in 0..1; NaN without positives or without negatives.
     """
     weights = torch.ones(1, len(score), dtype=torch.float64) if weights is None else weights
     levels, group = torch.unique(score, return_inverse=True)
@@ -56,18 +56,18 @@ def area_under_roc(score: Tensor, positive: Tensor, weights: Tensor | None = Non
 def classification_figures(
     probability: Tensor, label: Tensor, resamples: int = 1000, seed: int = 0, clusters: Clusters | None = None
 ) -> dict[str, dict[str, float]]:
-    """Metrics of one task on N images: balanced accuracy, accuracy, AUROC (mean of one class against the rest).
+    """Metrics of one task on N images: balanced accuracy, accuracy, AUROC (mean over classes of one against the rest).
 
     Args:
         probability: N × C.
         label: N class numbers.
         resamples: bootstrap resamples of the images for the intervals.
         seed: of the resampling.
-        clusters: the patients, who are resampled in place of the images.
+        clusters: the patients, if they are resampled instead of the images.
 
     Returns:
-        ``{name: {"value", "low", "high", "n"}}``, the interval being the central 95 % of the resamples. AUROC is left
-        out where not all classes occur. ``majority_rate`` is the share of the largest class.
+        ``{name: {"value", "low", "high", "n"}}``; the interval is the central 95 % of the resamples. AUROC is left
+        out if not all classes occur. ``majority_rate`` is the share of the largest class.
 
     Raises:
         LoRKDError: shapes that do not fit, or no images.

@@ -22,7 +22,7 @@ def measure(network: nn.Module, image_shape: Sequence[int], repeats: int = 5) ->
 
     Args:
         image_shape: one input, 1×C×H×W[×D].
-        repeats: passes timed after two warm-ups; the median counts.
+        repeats: passes timed after two warm-ups; the result is the median.
 
     Returns:
         ``parameters`` and ``macs`` (multiply-accumulates of convolutions and matrix products; counts),
@@ -35,15 +35,13 @@ def measure(network: nn.Module, image_shape: Sequence[int], repeats: int = 5) ->
         1152
     """
     module = copy.deepcopy(network, detached(network)).cpu().eval()
-    image, outputs, handles = torch.rand(tuple(image_shape)), [], []
+    image, outputs = torch.rand(tuple(image_shape)), []
 
     def note(_layer: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
             outputs.append(output.numel() * output.element_size())
 
-    for layer in module.modules():
-        if not any(True for _ in layer.children()):
-            handles.append(layer.register_forward_hook(note))
+    handles = [layer.register_forward_hook(note) for layer in module.modules() if not list(layer.children())]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(image)
     for handle in handles:

@@ -23,7 +23,7 @@ def case_scores(
     tolerance: float = 1.0,
     surface: bool = True,
 ) -> dict[str, Tensor]:
-    """Scores of one case, one for each foreground class; NaN where the class is in neither mask.
+    """Scores of one case, one for each foreground class; NaN if the class is in neither mask.
 
     Args:
         predicted: class numbers, H × W [× D].
@@ -35,7 +35,7 @@ def case_scores(
 
     Returns:
         ``dice``, and with ``surface`` ``nsd`` (normalised surface Dice) and ``hd95`` (95 % Hausdorff distance; infinite
-        where one of the two masks is empty).
+        if one of the two masks is empty).
 
     Raises:
         LoRKDError: the shapes differ.
@@ -74,13 +74,12 @@ def segmentation_figures(
         classes: names of the foreground classes.
         resamples: bootstrap resamples of the cases for the intervals.
         seed: of the resampling.
-        clusters: the patients, who are resampled in place of the cases.
+        clusters: the patients, if they are resampled instead of the cases.
 
     Returns:
-        ``{name: {"value", "low", "high", "n"}}`` for each score: the mean over cases of the mean over classes, and,
-        where there are several classes, ``"<score> <class>"`` for each. What has no value in a case is left out of its
-        mean, an infinite distance too (the Dice of such a case is 0); ``n`` is the number of cases with one. A score
-        without any value is missing.
+        ``{name: {"value", "low", "high", "n"}}`` for each score: the mean over cases of the mean over classes, and with
+        several classes, ``"<score> <class>"`` for each. Means leave out missing values and infinite distances (the
+        Dice of such a case is 0); ``n`` is the number of cases in the mean. A score without any value is left out.
     """
     found: dict[str, dict[str, float]] = {}
     for name, values in scores.items():

@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import TracebackType
 
 import torch
@@ -23,7 +23,8 @@ from lorkd_monai.networks.surgery.outputs import first_tensor
 
 __all__ = ["ExpertPool", "PoolFullError"]
 
-_FUSE_AFTER = 8  # passes of one task in a row after which fusing its expert, the price of a few passes, pays
+_FUSE_AFTER = 8  # passes of one task in a row, after which fusing its expert pays: it costs a few passes
+_Request = tuple[Tensor, int, Future]  # image, index of the task, the answer to come
 
 
 class PoolFullError(LoRKDError):
@@ -33,13 +34,13 @@ class PoolFullError(LoRKDError):
 class ExpertPool:
     """One backbone and all its experts behind one call, for any number of threads.
 
-    Requests that wait at the same moment and have images of the same shape and type go through the network together,
-    whatever their tasks are: one routed pass. Where one task is asked for many times in a row, its expert is fused
-    and kept, so that a pass costs that of a plain network. Answers are those of the extracted experts, to round-off.
+    Requests of any tasks that wait at the same moment, with images of the same shape and type, share one routed pass.
+    After many passes of the same task its expert is fused and kept, so that a pass costs as much as in a plain
+    network. Answers are those of the extracted experts, to round-off.
 
     Args:
-        net: the decomposition. Where it is in training mode or on another device it is copied, and the caller's stays
-            as it is; otherwise the pool uses it as it is, and it must not be changed or trained meanwhile.
+        net: the decomposition. It is copied if it is in training mode or on another device. Otherwise the pool uses
+            it as it is, and it must not be changed or trained meanwhile.
         device: where to run; None: where ``net`` is.
         max_batch: most images in one pass.
         max_waiting: most requests that wait for a pass.
@@ -67,10 +68,10 @@ class ExpertPool:
         self.device = here if device is None else torch.empty(0, device=device).device  # "cuda" -> cuda:0
         self.net = net if here == self.device and not net.training else copy.deepcopy(net).to(self.device).eval()
         self.max_batch = max_batch
-        self._requests: queue.Queue[tuple[Tensor, int, Future] | None] = queue.Queue(max_waiting)
+        self._requests: queue.Queue[_Request | None] = queue.Queue(max_waiting)
         self._lock = threading.Lock()
         self._between = threading.Lock()  # held while the network runs, and while its experts change
-        self._changing = threading.Lock()  # one change at a time: a file is checked against experts that do not change
+        self._changing = threading.Lock()  # one change at a time: a file is checked against experts that don't change
         self._repeated: tuple[int, int] = (-1, 0)  # a task, and how many passes in a row were of it alone
         self._closed = False
         self._worker = threading.Thread(target=self._serve, name="ExpertPool", daemon=True)
@@ -95,15 +96,14 @@ class ExpertPool:
         if not isinstance(image, Tensor) or image.ndim < 2:
             raise LoRKDError(f"image must be one C×H×W[×D] tensor, got {getattr(image, 'shape', type(image).__name__)}")
         future: Future = Future()
-        with self._lock:  # nothing may be put behind the end mark
+        with self._lock:  # no request may follow the end mark
             if self._closed:
                 raise LoRKDError("the pool is closed")
             try:
                 self._requests.put_nowait((image.detach(), index, future))
             except queue.Full:
                 raise PoolFullError(
-                    f"the pool is full: {self._requests.maxsize} requests wait. Ask again later, or give it a larger "
-                    "max_waiting"
+                    f"the pool is full: {self._requests.maxsize} requests wait. Ask again later, or raise max_waiting"
                 ) from None
         return future
 
@@ -118,14 +118,14 @@ class ExpertPool:
             n_t × …, n_t being the task's classes, on the pool's device.
 
         Raises:
-            LoRKDError: as :meth:`submit`. What the network raises for an image reaches the caller of that image only.
+            LoRKDError: as :meth:`submit`. An error of the network reaches only the caller of the image that caused it.
         """
         return self.submit(image, task).result()
 
     def exchange(self, file: str | os.PathLike) -> str:
-        """Put a newer expert in the place of its task's while requests go on.
+        """Replace the expert of a task while requests go on.
 
-        The file is read and checked first; then the expert is put in place between two passes, so that each request is
+        The file is read and checked first. The expert is then replaced between two passes, so each request is
         answered by the old one or by the new one.
 
         Args:
@@ -135,7 +135,7 @@ class ExpertPool:
             The name of the task.
 
         Raises:
-            LoRKDError: the file is no expert of this backbone, its task is not served here, or it does not fit. The
+            LoRKDError: the file is not an expert of this backbone, its task is not served here, or it does not fit. The
                 pool then serves what it served before.
         """
         return self._put(file, served=True)
@@ -161,7 +161,7 @@ class ExpertPool:
         return expert.task
 
     def close(self) -> None:
-        """Answer what is waiting, and stop."""
+        """Answer all requests that wait, and stop."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -178,23 +178,19 @@ class ExpertPool:
         ended = False
         while not ended:
             waiting = [self._requests.get()]
-            while len(waiting) < 4 * self.max_batch and waiting[-1] is not None:
-                try:
+            with suppress(queue.Empty):
+                while len(waiting) < 4 * self.max_batch and waiting[-1] is not None:
                     waiting.append(self._requests.get_nowait())
-                except queue.Empty:
-                    break
-            if waiting[-1] is None:
-                ended = True
-                waiting.pop()
-            groups: dict[tuple, list[tuple[Tensor, int, Future]]] = {}
+            ended = waiting[-1] is None
+            groups: dict[tuple, list[_Request]] = {}
             for request in filter(None, waiting):
                 groups.setdefault((tuple(request[0].shape), request[0].dtype), []).append(request)
             for group in groups.values():
                 for start in range(0, len(group), self.max_batch):
-                    self._answer(group[start : start + self.max_batch])
+                    part = group[start : start + self.max_batch]
+                    self._answer([request for request in part if request[2].set_running_or_notify_cancel()])
 
-    def _answer(self, requests: Sequence[tuple[Tensor, int, Future]]) -> None:
-        requests = [r for r in requests if r[2].set_running_or_notify_cancel()]
+    def _answer(self, requests: Sequence[_Request]) -> None:
         if not requests:
             return
         try:
@@ -202,19 +198,12 @@ class ExpertPool:
         except Exception as e:
             if len(requests) == 1:
                 requests[0][2].set_exception(e)
-                return
-            for request in requests:  # one of them is to blame; the others still get their answers
-                self._answer_alone(request)
+            else:
+                for request in requests:  # one of them caused it; the others still get their answers
+                    self._answer([request])
             return
         for (_, _, future), result in zip(requests, results, strict=True):
             future.set_result(result)
-
-    def _answer_alone(self, request: tuple[Tensor, int, Future]) -> None:
-        image, task, future = request
-        try:
-            future.set_result(self._run([image], [task])[0])
-        except Exception as e:
-            future.set_exception(e)
 
     @torch.no_grad()
     def _run(self, images: list[Tensor], tasks: list[int]) -> list[Tensor]:
@@ -226,7 +215,7 @@ class ExpertPool:
         return [row[: classes[task]].clone() for row, task in zip(output, tasks, strict=True)]
 
     def _fusing_pays(self, tasks: list[int]) -> bool:
-        """Whether to leave a pass to the network, which fuses the expert of a batch of one task and keeps it."""
+        """Whether to let the network fuse and keep the expert of a batch of one task."""
         if len(set(tasks)) > 1:
             self._repeated = (-1, 0)
             return True  # nothing is fused

@@ -1,4 +1,4 @@
-"""The decomposed network on the images of one task, run as that task's expert bundle runs."""
+"""Run the decomposed network on the images of one task, as the task's expert bundle does."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _PARTS = ("preprocessing", "dataset", "dataloader", "inferer", "postprocessing",
 
 
 class TaskInference:
-    """Everything that it takes to run a decomposition on images of one task, by the stock configs of its expert.
+    """Runs a decomposition on images of one task, with the configs of the task's expert bundle.
 
-    Without a task there is nothing to run; ``backbone`` and ``metadata`` then give an untrained network in its place,
-    so that MONAI's tools can look at a training bundle that has neither weights nor images.
+    The answers are those of that bundle: mask files for segmentation, ``predictions.csv`` for classification.
+    Without a task there is nothing to run: ``backbone`` and ``metadata`` then give an untrained network, so that
+    MONAI's tools can inspect a training bundle that has neither weights nor images.
 
-    The answers are those of the task's expert bundle: masks beside each other for segmentation, ``predictions.csv``
-    for classification. Attributes: ``network`` (the decomposed network, switched to the task), ``evaluator``,
-    ``dataset``, ``dataloader``, ``inferer``, ``preprocessing``, ``postprocessing``, ``handlers``.
+    Attributes: ``network`` (the decomposed network, switched to the task), ``evaluator``, ``dataset``,
+    ``dataloader``, ``inferer``, ``preprocessing``, ``postprocessing``, ``handlers``.
 
     Args:
-        checkpoint: file of a decomposition, as ``training`` leaves it.
+        checkpoint: file of a decomposition, as ``training`` writes it.
         task: name of the task.
         dataset_dir: an image, or a folder of images.
         output_dir: where the answers go.
         device: where to run.
-        backbone: config of the network that is shown where ``task`` is None.
+        backbone: config of the network to show if ``task`` is None.
         metadata: content of the training bundle's metadata.json, for that network.
         overwrite: replace answers of another run.
 
     Raises:
-        LoRKDError: no checkpoint, no task or an unknown one; no image, when it is run.
+        LoRKDError: no checkpoint, no task or an unknown one.
 
     Example::
 
@@ -97,7 +97,7 @@ class TaskInference:
         """Write the answers.
 
         Raises:
-            LoRKDError: no task was named, there is no image, or two images, or two runs, would write one file.
+            LoRKDError: no task, no image, or an answer's file that another image or run writes too.
         """
         if self.task is None:
             _trained(self.checkpoint, None)
@@ -115,7 +115,7 @@ class TaskInference:
                 csv.writer(file).writerow(["file", *self.classes, "class"])
         try:
             self.evaluator.run()
-        except RuntimeError as error:  # MONAI wraps what a transform raises
+        except RuntimeError as error:  # MONAI wraps a transform's error
             words = refusal(error)
             if words is None:
                 raise
@@ -137,7 +137,7 @@ def _trained(checkpoint: str | os.PathLike, task: str | None) -> tuple[LoRKDNet,
 
 
 def _untrained(backbone: Mapping[str, Any] | functools.partial, metadata: Mapping[str, Any]) -> LoRKDNet:
-    """A decomposition with one task, of the channels, classes and size that a training bundle's metadata describe."""
+    """A decomposition with one task, with the channels, classes and size in a training bundle's metadata."""
     image = metadata["network_data_format"]["inputs"]["image"]
     pred = metadata["network_data_format"]["outputs"]["pred"]
     size = list(image["spatial_shape"])
