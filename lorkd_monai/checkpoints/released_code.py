@@ -45,7 +45,7 @@ class ImportReport:
     unused: list[str] = field(default_factory=list)
     """Factors of grouped convolutions: the released code stores them, but its forward pass does not use them."""
     fresh: list[str] = field(default_factory=list)
-    """Tensors of the decomposition that no key gave; the caller allowed them to start anew."""
+    """Tensors of the decomposition that no key gave; the caller allowed them to start fresh."""
 
     def summary(self) -> str:
         """A line for each list but the first: the number of keys and examples."""
@@ -201,7 +201,7 @@ def _classes(source: _Source, tasks: Sequence[str] | Mapping[str, int]) -> dict[
         if not isinstance(tasks, Mapping):
             raise LoRKDError(
                 "the state dict holds no heads (head_task.<task>.weight): give tasks as {name: number of output "
-                "channels}, and name the head's keys in fresh: it starts anew and must be trained"
+                "channels}, and name the head's keys in fresh: it starts fresh and must be trained"
             )
         return dict(tasks)
     if sorted(source.heads) != list(range(count)) or any("weight" not in h for h in source.heads.values()):

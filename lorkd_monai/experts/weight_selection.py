@@ -18,7 +18,7 @@ def select_weights(student: LoRKDNet, teacher: nn.Module, least: float = 0.0) ->
 
     A tensor is taken where the teacher has one of the same name and number of axes that is at least as large on each
     axis. Layers that follow each other so select the same channels. The norms of all tasks start alike; heads and
-    experts start anew.
+    experts start fresh.
 
     Args:
         student: changed in place.
