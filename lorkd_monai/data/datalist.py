@@ -86,6 +86,15 @@ class DataList:
         """The work of networks that take these images with so many channels, in this size (voxels)."""
         return Work(self.kind, self.spatial_dims, in_channels, image_sides(image_size, self.spatial_dims), self.tasks)
 
+    def only(self, *names: str) -> DataList:
+        """The list with some of its tasks, in their order, and their images."""
+        kept = [name for name in self.tasks if name in names]
+        tasks = {name: dataclasses.replace(self.tasks[name], index=i) for i, name in enumerate(kept)}
+        items: dict[str, Any] = {
+            split: [item for item in self.split(split) if item["task"] in tasks] for split in SPLITS
+        }
+        return dataclasses.replace(self, tasks=tasks, **items)
+
     def split(self, name: str) -> list[dict[str, Any]]:
         """Return the items of ``"training"``, ``"validation"`` or ``"test"``."""
         if name not in SPLITS:

@@ -26,7 +26,7 @@ from lorkd_monai.study.models import members_of, teacher_of, teacher_view
 from lorkd_monai.study.patients import clusters_of, patient_numbers
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Students, Trained
-from lorkd_monai.study.subsets import Part, choose_labelled, only_tasks
+from lorkd_monai.study.subsets import Part, choose_labelled
 from lorkd_monai.study.training import evaluation_loader, fit, inferer_of
 from lorkd_monai.tasks import image_sides, score_of
 from lorkd_monai.teachers.cache import RememberedTeacher
@@ -230,7 +230,7 @@ class Workbench:
         view, key = self.foundation(seed), tuple(names)
         if key not in self._teachers:
             if isinstance(view, Teacher):
-                teacher = find_teacher(self.settings.teacher_bundle, only_tasks(self.data, names))
+                teacher = find_teacher(self.settings.teacher_bundle, self.data.only(*names))
             else:
                 teacher = teacher_of(view, names)
             self._teachers[key] = RememberedTeacher(teacher, _TEACHER_MEMORY)

@@ -19,7 +19,7 @@ from lorkd_monai.study.methods import Method
 from lorkd_monai.study.models import OneEach, build_student, members_of
 from lorkd_monai.study.peft_rival import adapt, adapter_facts, share_frozen
 from lorkd_monai.study.settings import StudySettings
-from lorkd_monai.study.subsets import Part, only_tasks
+from lorkd_monai.study.subsets import Part
 from lorkd_monai.study.training import Fitted, fit
 from lorkd_monai.teachers.cache import RememberedTeacher
 from lorkd_monai.teachers.teacher import Teacher
@@ -121,7 +121,7 @@ class Students:
         return OneEach({name: one.network for name, one in fitted.items()}, self.data.num_classes).eval()
 
     def _student(self, names: list[str], experts: bool = False) -> LoRKDNet:
-        network = build_student(self.settings, only_tasks(self.data, names), experts, self.seed)
+        network = build_student(self.settings, self.data.only(*names), experts, self.seed)
         if self.settings.init == "teacher":
             select_weights(network, members_of(self.view)[0])
         return network

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lorkd_monai.data import DataList, TaskDataset
-from lorkd_monai.data.form import SPLITS
+from lorkd_monai.data import TaskDataset
 from lorkd_monai.data.samplers import Draw, TaskSampler
 from lorkd_monai.losses.task import UNLABELLED
 
-__all__ = ["LabelShareSampler", "Part", "choose_labelled", "only_tasks"]
-
-
-def only_tasks(data: DataList, names: Collection[str]) -> DataList:
-    """The data list with some of its tasks, in their order."""
-    kept = [name for name in data.tasks if name in names]
-    tasks = {name: dataclasses.replace(data.tasks[name], index=i) for i, name in enumerate(kept)}
-    items = {split: [item for item in data.split(split) if item["task"] in tasks] for split in SPLITS}
-    return dataclasses.replace(data, tasks=tasks, **items)
+__all__ = ["LabelShareSampler", "Part", "choose_labelled"]
 
 
 def choose_labelled(items: Sequence[dict], share: float, seed: int) -> list[bool]:
@@ -67,7 +57,7 @@ class Part(Dataset):
         labelled: Sequence[bool] | None = None,
         drop_unlabelled: bool = False,
     ) -> None:
-        self.data = only_tasks(base.data, set(tasks))
+        self.data = base.data.only(*tasks)
         numbers = {base.data.tasks[name].index: task.index for name, task in self.data.tasks.items()}
         known = [item["label"] is not None for item in base.items] if labelled is None else list(labelled)
         self.base = base

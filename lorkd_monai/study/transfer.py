@@ -27,7 +27,7 @@ from lorkd_monai.study.plan import PlannedRun, plan_runs, run_study
 from lorkd_monai.study.runs import Workbench
 from lorkd_monai.study.settings import StudySettings
 from lorkd_monai.study.students import Trained, draws_of
-from lorkd_monai.study.subsets import Part, only_tasks
+from lorkd_monai.study.subsets import Part
 from lorkd_monai.study.training import fit
 
 __all__ = ["STARTS", "nearest_task", "run_transfer", "the_decomposition"]
@@ -125,7 +125,7 @@ def run_transfer(
     folders = []
     for name in held_out:
         place = Path(folder) / f"unseen_{data.tasks[name].index}"
-        rest, own = only_tasks(data, [task for task in data.tasks if task != name]), only_tasks(data, [name])
+        rest, own = data.only(*(task for task in data.tasks if task != name)), data.only(name)
         budget = common.changed(
             {
                 "images_per_epoch": draws_of(data, common, [name]),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
@@ -20,7 +18,6 @@ from lorkd_monai.bundle.writer import check_formats
 from lorkd_monai.checkpoints.weights import load_decomposition
 from lorkd_monai.checks import check_whole, default_device
 from lorkd_monai.data import DataList, TaskDataset, load_data_list
-from lorkd_monai.data.form import SPLITS
 from lorkd_monai.engines.evaluation import Figures, evaluate_tasks, figures_table
 from lorkd_monai.engines.trained_tasks import as_trained
 from lorkd_monai.errors import LoRKDError
@@ -39,12 +36,6 @@ class _OneTask(nn.Module):
 
     def forward(self, x: Tensor, task: object) -> Tensor:
         return self.network(x)
-
-
-def _only(data: DataList, task: str) -> DataList:
-    """The task and its images alone."""
-    splits: dict[str, Any] = {s: [item for item in data.split(s) if item["task"] == task] for s in SPLITS}
-    return dataclasses.replace(data, tasks={task: dataclasses.replace(data.tasks[task], index=0)}, **splits)
 
 
 def renorm_experts(
@@ -101,7 +92,7 @@ def renorm_experts(
     before: Figures = {}
     after: Figures = {}
     for name in chosen:
-        own = _only(data, name)
+        own = data.only(name)
         expert = experts[name] = network.extract(name).to(device).eval()
         if own.test:
             before |= _measure(expert, own, work, device)

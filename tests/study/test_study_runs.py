@@ -17,7 +17,6 @@ from lorkd_monai.study import default_settings, methods_named, plan_runs, run_st
 from lorkd_monai.study.files import RunFile, read_runs
 from lorkd_monai.study.methods import QUICK_METHODS
 from lorkd_monai.study.statistics import summarise
-from lorkd_monai.study.subsets import only_tasks
 from lorkd_monai.study.transfer import STARTS, run_transfer
 
 TINY = {
@@ -274,7 +273,7 @@ def test_bad_transfer(tmp_path: Path) -> None:
         with pytest.raises(LoRKDError, match=message):
             run_transfer(tmp_path / "out", data, settings, plan_runs(methods_named(names), ["full"], [0]), [task])
     with pytest.raises(LoRKDError, match="with one task held out two must be left"):
-        run_transfer(tmp_path / "out", only_tasks(data, ["mr", "ct"]), settings, lorkd, ["mr"])
+        run_transfer(tmp_path / "out", data.only("mr", "ct"), settings, lorkd, ["mr"])
 
 
 def test_tasks_that_count_need_test_images(tmp_path: Path) -> None:

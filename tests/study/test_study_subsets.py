@@ -12,7 +12,7 @@ from lorkd_monai.cli.study import study
 from lorkd_monai.data import TaskBatchSampler, load_data_list, make_phantoms
 from lorkd_monai.data.datasets import TaskDataset
 from lorkd_monai.errors import LoRKDError
-from lorkd_monai.study.subsets import LabelShareSampler, Part, choose_labelled, only_tasks
+from lorkd_monai.study.subsets import LabelShareSampler, Part, choose_labelled
 from lorkd_monai.transforms import BatchAugment
 
 ITEMS = [{"task": t, "label": i % 2} for t, n in (("a", 40), ("b", 6)) for i in range(n)]
@@ -63,7 +63,7 @@ def test_masks_are_chosen_by_task() -> None:
 
 
 def test_some_tasks_are_numbered_anew(base: TaskDataset) -> None:
-    data = only_tasks(base.data, ["mr", "cells"])
+    data = base.data.only("mr", "cells")
     assert [task.index for task in data.tasks.values()] == [0, 1]
     part = Part(base, ["cells", "mr"])
     assert len(part) == len(data.training) and set(part.task_of_item) == {0, 1}
