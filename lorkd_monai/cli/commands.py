@@ -10,13 +10,16 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fire
 
-from lorkd_monai.checks import as_names, as_path
+from lorkd_monai.checks import as_names, as_path, as_value
 from lorkd_monai.cli.study import report, study
 from lorkd_monai.errors import LoRKDError, show_errors_plainly
+
+if TYPE_CHECKING:
+    from lorkd_monai.networks import LoRKDNet
 
 __all__ = ["COMMANDS", "main"]
 
@@ -44,6 +47,12 @@ def _backbone(file: Any) -> dict[str, Any] | None:
     return None if file is None else read_backbone(as_path(file, "backbone"))
 
 
+def _network(checkpoint: Any, backbone: Any = None) -> LoRKDNet:
+    from lorkd_monai.checkpoints.weights import load_decomposition
+
+    return load_decomposition(_checkpoint(checkpoint), _backbone(backbone))
+
+
 def tasks(path: str, backbone: str | None = None) -> str:
     """Print the tasks, classes, ranks and sizes of a decomposition, or the task of an expert bundle, as JSON.
 
@@ -56,10 +65,9 @@ def tasks(path: str, backbone: str | None = None) -> str:
         from lorkd_monai.bundle.export import describe_expert
 
         return _json(describe_expert(folder))
-    from lorkd_monai.checkpoints.weights import load_decomposition
     from lorkd_monai.experts.describe import describe_tasks
 
-    return _json(describe_tasks(load_decomposition(_checkpoint(path), _backbone(backbone))))
+    return _json(describe_tasks(_network(path, backbone)))
 
 
 def inspect(path: str, as_json: bool = False, backbone: str | None = None) -> str:
@@ -70,10 +78,9 @@ def inspect(path: str, as_json: bool = False, backbone: str | None = None) -> st
         as_json: print JSON in place of a table.
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
-    from lorkd_monai.checkpoints.weights import load_decomposition
     from lorkd_monai.experts.describe import describe_layers
 
-    net = load_decomposition(_checkpoint(path), _backbone(backbone))
+    net = _network(path, backbone)
     rows = describe_layers(net)
     if as_json:
         return _json(rows)
@@ -116,25 +123,16 @@ def export(
     """
     from lorkd_monai.bundle.export import export_experts, read_figures
     from lorkd_monai.bundle.facts import read_facts
-    from lorkd_monai.checkpoints.weights import load_decomposition
 
     file = _checkpoint(checkpoint)
     measured = as_path(figures, "figures") if figures is not None else file.with_name("figures.json")
     if figures is not None and not measured.is_file():
         raise LoRKDError(f"figures: there is no file {measured}")
     usable = measured.is_file() and (rank is None or figures is not None)  # those beside the file are at full rank
-    net = load_decomposition(file, _backbone(backbone))
+    net = _network(file, backbone)
     known = read_figures(measured, net.info) if usable else {}
-    written = export_experts(
-        net,
-        as_path(output, "output"),
-        as_names(tasks),
-        known,
-        read_facts(file),
-        overwrite,
-        as_names(formats),
-        rank=rank,
-    )
+    folder, names = as_path(output, "output"), as_names(tasks)
+    written = export_experts(net, folder, names, known, read_facts(file), overwrite, as_names(formats), rank=rank)
     return "\n".join(map(str, written))
 
 
@@ -156,11 +154,9 @@ def rank_curve(
         split: training, validation or test.
         backbone: JSON or YAML file with the network's config, where it is none of MONAI's.
     """
-    from lorkd_monai.checkpoints.weights import load_decomposition
     from lorkd_monai.workflows.rank_curve import write_rank_curve
 
-    net = load_decomposition(_checkpoint(checkpoint), _backbone(backbone))
-    folder = as_path(output, "output")
+    folder, net = as_path(output, "output"), _network(checkpoint, backbone)
     table = write_rank_curve(net, as_path(dataset_dir, "dataset_dir"), folder, as_names(tasks), split)
     return f"{table}\n\n{folder / 'rank_curve.png'}\n{folder / 'rank_curve.json'}"
 
@@ -347,18 +343,16 @@ def suggest_ranks(checkpoint: str, tuned: Any, budget: int | None = None, as_jso
         budget: parameters of all experts together; by default as many as the decomposition has.
         as_json: print JSON in place of a table.
     """
-    from lorkd_monai.checkpoints.weights import load_decomposition, load_weights
-    from lorkd_monai.data.builders import read_mapping
+    from lorkd_monai.checkpoints.weights import load_weights
     from lorkd_monai.experts.choose_ranks import suggest_ranks as suggest
 
-    if isinstance(tuned, str):
-        tuned = read_mapping(tuned)
-    if not isinstance(tuned, dict):
+    given = as_value(tuned) if isinstance(tuned, str) else tuned
+    if not isinstance(given, dict):
         raise LoRKDError(f"tuned: expected '{{task: path, other: path}}', got {tuned!r}")
-    files = {str(name): as_path(path, f"tuned: {name}") for name, path in tuned.items()}
+    files = {str(name): as_path(path, f"tuned: {name}") for name, path in given.items()}
     files = {name: path / "models" / "model.pt" if path.is_dir() else path for name, path in files.items()}
     states = {name: load_weights(path) for name, path in files.items()}
-    rows = suggest(load_decomposition(_checkpoint(checkpoint)), states, budget)
+    rows = suggest(_network(checkpoint), states, budget)
     if as_json:
         return _json(rows)
     lines = ["| task | rank | parameters | energy kept | equal rank | parameters | energy kept |", "|" + "---|" * 7]
