@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from lorkd_monai.checks import is_bundle_name
 from lorkd_monai.errors import LoRKDError
+from lorkd_monai.files import read_json
 
 __all__ = ["ExpertFolder", "copy_expert", "read_experts"]
 
@@ -57,8 +57,7 @@ def _read(path: str | Path) -> ExpertFolder:
             f"digits, '_' and '-', got {folder.name!r}; rename it"
         )
     try:
-        metadata = json.loads((folder / "configs" / "metadata.json").read_text(encoding="utf-8"))
-        expert = ExpertFolder(folder, metadata)
+        expert = ExpertFolder(folder, read_json(folder / "configs" / "metadata.json"))
         if len(expert.input["spatial_shape"]) not in (2, 3) or not expert.classes:
             raise ValueError("it has no spatial shape or no class")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -55,7 +55,7 @@ def jobs_of_series(studies: Sequence[Any], rules: Sequence[Rule]) -> list[Job]:
 
 
 def _stem(path: Path) -> str:
-    suffix = next(suffix for suffix in sorted(_SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(suffix))
+    suffix = next(suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix))
     return path.name[: -len(suffix)]
 
 
