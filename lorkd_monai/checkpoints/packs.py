@@ -106,7 +106,7 @@ def load_pack(
     Args:
         folder: where the files are.
         tasks: which experts, in this order; None: all whose files are there, the pack's own order first.
-        backbone: needed where the pack was made of a network object, or of one that is not MONAI's.
+        backbone: needed if the pack was made from a network object, or from a network that is not MONAI's.
 
     Raises:
         LoRKDError: a file that is missing, truncated, or of another decomposition.
@@ -124,7 +124,7 @@ def load_pack(
         there = sorted(p.name[len("expert_") : -len(".safetensors")] for p in folder.glob("expert_*.safetensors"))
         tasks = [t for t in known if t in there] + [t for t in there if t not in known]
     if not tasks:
-        raise LoRKDError(f"{folder} holds no expert: expected files expert_<task>.safetensors beside {SHARED}")
+        raise LoRKDError(f"{folder} holds no expert: expected files expert_<task>.safetensors next to {SHARED}")
     experts = {task: _read(folder / expert_file(task)) for task in tasks}
     for task, (own, _) in experts.items():
         if own.get("task") != task:

@@ -96,7 +96,7 @@ def save_weights(path: str | os.PathLike, state: Mapping[str, Tensor]) -> None:
     The file is written completely or not at all.
 
     Raises:
-        LoRKDError: ``state`` is no state dict, or the folder does not exist.
+        LoRKDError: ``state`` is not a state dict, or the folder does not exist.
     """
     path = Path(path)
     if not _is_state_dict(state):

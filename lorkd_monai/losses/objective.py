@@ -131,8 +131,8 @@ class LoRKDLoss(nn.Module):
             label: B class numbers (or B×1), or label maps B×1×spatial; -1 where there is none.
             task: B task numbers.
             teacher_out: the teacher's logits, of the shape of the (full resolution) output; NaN for a sample that
-                the teacher has no head for. May be None where ``transfer_weight`` is 0, where features are given,
-                or where this module is in eval mode.
+                the teacher has no head for. May be None if ``transfer_weight`` is 0, if features are given, or in
+                eval mode.
             student_features, teacher_features: pooled features B×D for the feature transfer.
             has_teacher: B booleans, see `transfer_loss`.
         """

@@ -110,7 +110,7 @@ def transfer_loss(
         raise LoRKDError(
             "transfer_loss: expected student and teacher logits of one shape B×C[×spatial], got "
             f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}. Give the teacher the same images at the "
-            "same size, and let networks.teacher select each sample's channels."
+            "same size, and let teachers.teacher.Teacher select each sample's channels."
         )
     student = full_precision(student_logits)
     teacher = teacher_logits.detach().to(student.dtype)

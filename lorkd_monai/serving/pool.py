@@ -89,7 +89,7 @@ class ExpertPool:
             A future of what :meth:`predict` returns.
 
         Raises:
-            LoRKDError: an unknown task, an image that is no tensor of numbers, or a closed pool.
+            LoRKDError: an unknown task, an image that is not one C×H×W[×D] tensor, or a closed pool.
             PoolFullError: ``max_waiting`` requests wait already.
         """
         index = self.net.task_index(task)
