@@ -16,7 +16,7 @@ from lorkd_monai.errors import LoRKDError, root_cause
 from lorkd_monai.networks.surgery.replace import build_backbone, parsed_network
 from lorkd_monai.teachers.channels import channels_by_name, labels_of, plain_name
 from lorkd_monai.teachers.features import FeatureTeacher
-from lorkd_monai.teachers.intensity import StudentImages
+from lorkd_monai.teachers.intensity import Range, StudentImages
 from lorkd_monai.teachers.steps import find_steps, teacher_view
 from lorkd_monai.teachers.teacher import Channel, Teacher, channels_of, check_channels
 from lorkd_monai.teachers.vista import vista_teacher
@@ -38,6 +38,8 @@ def load_teacher(
     channels: Mapping[str, Sequence[Channel] | None] | None = None,
     activation: str | None = None,
     head: str | None = None,
+    ranges: Mapping[str, Range | None] | None = None,
+    features_only: bool | None = None,
 ) -> Teacher:
     """A teacher from a MONAI bundle folder.
 
@@ -58,6 +60,8 @@ def load_teacher(
         channels: the channels of each task, in place of finding them by name.
         activation: ``"softmax"`` or ``"sigmoid"``; None: what the bundle's postprocessing does.
         head: name of the network's last layer, where it is not found.
+        ranges: short for ``student=StudentImages(ranges=ranges)``.
+        features_only: the network is an encoder without classes; None: where its metadata says so.
 
     Raises:
         LoRKDError: no such folder, no network or weights in it, weights that do not fit, no class names, or classes
@@ -66,7 +70,7 @@ def load_teacher(
     folder = Path(bundle_folder)
     if not folder.is_dir():
         raise LoRKDError(f"no teacher bundle at {folder}: there is no such folder")
-    student = student or StudentImages()
+    student = student or StudentImages(ranges)
     parser, config_file = _read_config(folder)
     network = _build(parser, config_file)
     weights = next((folder / "models" / n for n in _WEIGHTS if (folder / "models" / n).is_file()), None)
@@ -88,7 +92,7 @@ def load_teacher(
         own = find_steps(folder, parsers, strict=intensity == "auto")
         view = teacher_view(own, intensity, tasks, student, dims, channels_in or 1, f"the teacher {folder.name}")
         view = None if intensity == "same" and view.axes is None else view
-    if str(_first(formats, "outputs").get("type")) in _FEATURES:
+    if features_only if features_only is not None else str(_first(formats, "outputs").get("type")) in _FEATURES:
         return FeatureTeacher(network, counts, in_channels=channels_in, intensity=view)
     if isinstance(network, VISTA3D):
         return vista_teacher(network, tasks, names, student.tasks, intensity=view)

@@ -112,6 +112,8 @@ def test_from_a_bundle(network, tmp_path):
     x = torch.rand(1, 1, 16, 16, 16)
     expected = vista_teacher(network, TASKS, NAMES)(x + 0.5, 0)  # (200 x + 100) / 200
     torch.testing.assert_close(teacher(x, 0), expected, rtol=1e-4, atol=1e-5)
+    short = load_teacher(folder, TASKS, ranges=student.ranges)
+    torch.testing.assert_close(short(x, 0), expected, rtol=1e-4, atol=1e-5)
     same = load_teacher(folder, TASKS, student, "same")
     torch.testing.assert_close(same(x, 0), vista_teacher(network, TASKS, NAMES)(x, 0), rtol=1e-4, atol=1e-5)
 
@@ -135,6 +137,18 @@ def test_encoder_without_classes(tmp_path):
             torch.testing.assert_close(features, expected)
     with pytest.raises(LoRKDError, match="has features only, no classes"):
         teacher(x, 0)
+
+
+def test_an_encoder_whose_metadata_does_not_say_so(tmp_path):
+    config = {
+        "_target_": "monai.networks.nets.resnet10", "spatial_dims": 2, "n_input_channels": 1, "feed_forward": False,
+        "widen_factor": 0.125,
+    }  # fmt: skip
+    encoder = resnet10(**{k: v for k, v in config.items() if k != "_target_"}).eval()
+    folder = write_bundle(tmp_path / "encoder", config, encoder, {"type": "image"})
+    with pytest.raises(LoRKDError):
+        load_teacher(folder, {"a": {0: "x", 1: "y"}})
+    assert isinstance(load_teacher(folder, {"a": {0: "x", 1: "y"}}, features_only=True), FeatureTeacher)
 
 
 def test_features_are_pooled():
