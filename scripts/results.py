@@ -42,7 +42,7 @@ from lorkd_monai.study.tables import difference_table, main_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-RESAMPLES = 8000  # ten in each tail of the corrected intervals of twenty comparisons
+RESAMPLES = 4000  # ten in each tail of the corrected intervals of ten comparisons
 _MARK = re.compile(r"(<!-- results: ([\w-]+) (\w+)(?: (\w+))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -220,7 +220,7 @@ def pictures(name: str) -> dict[Path, bytes]:
         ]
         score = _rows(name)[0].runs[0]["score"].replace("_", " ")
         if points:
-            found[RESULTS / name / f"rivals_{setting}.png"] = dots(points, f"experts' {score}, difference", zero=True)
+            found[RESULTS / name / f"rivals_{setting}.png"] = dots(points, f"{score}, difference", zero=True)
         rows = [row for row in _rows(name) if row.setting == setting]
         sizes = [
             (plan["labels"][row.method], row.runs[0]["family"], row.runs[0]["cost"]["parameters"], row.mean)
