@@ -25,7 +25,7 @@ class PlainView:
     gradients, and made again when a parameter or buffer was changed in place or replaced.
 
     Some changes leave no trace in the tensors. Steps of fused optimisers are one kind: a call with gradients therefore
-    clears the view, and none is kept while a parameter holds a gradient. Changes through ``.data`` are the other: call
+    clears the view, and none is made while a parameter holds a gradient. Changes through ``.data`` are the other: call
     :meth:`clear` after them (``net.train().eval()`` does).
 
     One view is kept, as a single reference: threads that serve different tasks replace it without disturbing each
@@ -37,13 +37,15 @@ class PlainView:
         self._kept: _Kept | None = None
 
     def usable(self) -> bool:
-        """True where a call may go through the view: evaluation mode, no gradients, nothing forced, not compiling."""
+        """True if a call may go through the view: evaluation mode, no gradients, nothing forced, not compiling."""
         if torch.compiler.is_compiling():
             return False
         if torch.is_grad_enabled():
             self.clear()
             return False
-        return not self._net.training and costs.wanted() == "auto"
+        if self._net.training or costs.wanted() != "auto":
+            return False
+        return self._kept is not None or all(p.grad is None for p in self._net.backbone.parameters())
 
     def keeps(self, task: int) -> bool:
         """True where the network of ``task`` is there already."""
@@ -69,7 +71,7 @@ class PlainView:
             state = _state(slots)  # before the weights are read: a change meanwhile is seen at the next call
             with torch.no_grad():
                 kept = _Kept(task, slots, state, self._net._plain(task, shared))
-            self._kept = None if any(t.grad is not None for t in _tensors(slots) if t.is_leaf) else kept
+            self._kept = kept
         return kept.network
 
     def _slots(self, task: int) -> list[tuple[dict, str]]:
@@ -102,10 +104,7 @@ class _Kept(NamedTuple):
     network: nn.Module
 
 
-def _tensors(slots: list[tuple[dict, str]]) -> list[Tensor]:
-    return [t for t in (d.get(name) for d, name in slots) if t is not None]
-
-
 def _state(slots: list[tuple[dict, str]]) -> tuple:
     """Which tensors are in ``slots``, and in which version."""
-    return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in _tensors(slots))
+    tensors = [t for t in (d.get(name) for d, name in slots) if t is not None]
+    return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)

@@ -292,6 +292,17 @@ def test_a_step_that_follows_an_answer_renews_it(options):
     assert torch.equal(served(net, x), extracted(net, x))
 
 
+def test_validation_between_steps_copies_no_network(monkeypatch):
+    """After a step of training the parameters hold gradients: each answer fuses, and builds no network of its own."""
+    net = made(Checkpointed())
+    x = torch.rand(2, 2, 6, 6)
+    net(x, ["a", "b"]).nan_to_num(neginf=0).square().mean().backward()
+    net.eval()
+    expected = extracted(net, x)
+    monkeypatch.setattr(type(net), "_plain", None)  # any use is an error
+    assert all(torch.equal(served(net, x), expected) for _ in range(2))
+
+
 @pytest.mark.parametrize(
     "change",
     [
