@@ -126,7 +126,7 @@ def test_suggest_ranks_on_the_command_line(images, checkpoint, tmp_path, monkeyp
     energy = {row["task"]: row["equal_energy"] for row in rows}
     assert all(energy[task] > 0.999 for task in paths if task != "mr")
     assert energy["mr"] < 0.99
-    with pytest.raises(LoRKDError, match="{name: path, other: path}"):
+    with pytest.raises(LoRKDError, match="{task: path, other: path}"):
         cli.suggest_ranks(str(checkpoint), "mr.pt")
     with pytest.raises(LoRKDError, match="tuned holds the tasks mr"):
         cli.suggest_ranks(str(checkpoint), {"mr": str(paths["mr"])})
