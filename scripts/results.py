@@ -34,7 +34,7 @@ import torch
 
 from lorkd_monai.errors import LoRKDError
 from lorkd_monai.files import read_json
-from lorkd_monai.metrics.bootstrap import resampling_weights
+from lorkd_monai.metrics.bootstrap import figures
 from lorkd_monai.metrics.classification import area_under_roc
 from lorkd_monai.study.files import RunFile, read_runs
 from lorkd_monai.study.statistics import Difference, Summary, compare, summarise
@@ -173,17 +173,16 @@ def _ours(name: str, row: Summary, task: str) -> str:
     own = "full" if row.runs[0]["family"] == "teacher" else row.setting
     runs = [RunFile(RESULTS / name, own, row.method, seed).read_arrays() for seed in row.seeds]
     label = torch.as_tensor(runs[0][f"{number}_label"]).long()
-    weights = torch.cat([torch.ones(1, len(label), dtype=torch.float64), resampling_weights(len(label), 2000, number)])
-    values = [
-        torch.stack([measure(torch.as_tensor(run[f"{number}_probability"]).double(), label, weights) for run in runs])
-        for measure in (_auc, _acc)
-    ]
-    shown = []
-    for value in values:
-        mean = value.mean(0)
-        low, high = mean[1:][mean[1:].isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        shown.append((f"{float(mean[0]):.3f}".lstrip("0"), f"{low:.3f}–{high:.3f}".replace("0.", ".")))
-    (auc, auc_range), (acc, acc_range) = shown
+    answers = [torch.as_tensor(run[f"{number}_probability"]).double() for run in runs]
+
+    def mean(measure: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda weights: torch.stack([measure(one, label, weights) for one in answers]).mean(0)
+
+    found = figures({"auc": mean(_auc), "acc": mean(_acc)}, len(label), 2000, seed=number)
+    (auc, auc_range), (acc, acc_range) = (
+        (f"{one['value']:.3f}".lstrip("0"), f"{one['low']:.3f}–{one['high']:.3f}".replace("0.", "."))
+        for one in (found["auc"], found["acc"])
+    )
     return f"{auc}/{acc} ({auc_range} / {acc_range})"
 
 

@@ -253,7 +253,7 @@ class LoRKDNet(nn.Module):
         if not self._tried:
             try_experts(self, x, kwargs)
         alone = routing.uniform if routing.ranks is None and not return_features else None
-        if self._view.usable() and alone is not None:
+        if self._view.usable(alone) and alone is not None:
             if not self._head_seen:
                 self._routed_forward(x[:1], Routing([alone], 1), False, first_rows(kwargs, x.shape[0], 1))
             y = self._view(alone, x, kwargs, None)

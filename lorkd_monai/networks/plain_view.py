@@ -36,14 +36,14 @@ class PlainView:
         self._net = net
         self._kept: _Kept | None = None
 
-    def usable(self) -> bool:
-        """True if a call may go through the view: evaluation mode, no gradients, nothing forced, not compiling."""
+    def usable(self, task: int | None) -> bool:
+        """True if a call may go through the view: one task, evaluation mode, no gradients, no forced strategy."""
         if torch.compiler.is_compiling():
             return False
         if torch.is_grad_enabled():
             self.clear()
             return False
-        if self._net.training or costs.wanted() != "auto":
+        if task is None or self._net.training or costs.wanted() != "auto":
             return False
         return self._kept is not None or all(p.grad is None for p in self._net.backbone.parameters())
 
